@@ -1,0 +1,188 @@
+// Argument checks and tensor views for the binding files. Messages name the argument, what was expected and
+// what came; std::invalid_argument reaches Python as ValueError, std::out_of_range as IndexError.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/types.h"
+
+namespace fedpeft {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+[[noreturn]] void throw_type_error(const std::string& message);  // Python's TypeError (module.cpp)
+
+template <typename... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream out;
+  ((out << parts), ...);
+  return out.str();
+}
+
+template <typename... Parts>
+void check_value(bool ok, const Parts&... parts) {
+  if (!ok) [[unlikely]]
+    throw std::invalid_argument(text(parts...));
+}
+
+template <typename... Parts>
+void check_type(bool ok, const Parts&... parts) {
+  if (!ok) [[unlikely]]
+    throw_type_error(text(parts...));
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::ostringstream out;
+  out << '[';
+  for (int64_t d = 0; d < t.dim(); ++d) out << (d ? ", " : "") << t.size(d);
+  out << ']';
+  return out.str();
+}
+
+inline void check_dim(const Tensor& t, int64_t dim, const char* name, const char* shape) {
+  check_value(t.dim() == dim, name, ": expected shape ", shape, ", got ", shape_text(t));
+}
+
+inline void check_size(const Tensor& t, int64_t dim, int64_t size, const char* name,
+                       const char* meaning) {
+  check_value(t.size(dim) == size, name, ": expected size ", size, " (", meaning, ") in dimension ", dim,
+              ", got shape ", shape_text(t));
+}
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    default:
+      throw_type_error(text(name, ": expected float32, float64, float16 or bfloat16, got ",
+                            torch::headeronly::toString(t.scalar_type())));
+  }
+}
+
+inline void check_same_dtype(const Tensor& t, const Tensor& like, const char* name,
+                             const char* like_name) {
+  check_type(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of ", like_name, " (",
+             torch::headeronly::toString(like.scalar_type()), "), got ",
+             torch::headeronly::toString(t.scalar_type()));
+}
+
+inline void check_same_device(const Tensor& t, const Tensor& like, const char* name,
+                              const char* like_name) {
+  check_value(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
+              ": expected the device of ", like_name);
+}
+
+// Views; the tensor must be contiguous and outlive them.
+inline IndexArray indices_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Long:
+      return {t.const_data_ptr(), 8};
+    case ScalarType::Int:
+      return {t.const_data_ptr(), 4};
+    default:
+      throw_type_error(text(name, ": expected int32 or int64, got ",
+                            torch::headeronly::toString(t.scalar_type())));
+  }
+}
+
+inline IndexArray codes_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Byte:
+      return {t.const_data_ptr(), 1};
+    case ScalarType::Short:
+      return {t.const_data_ptr(), 2};
+    case ScalarType::Int:
+      return {t.const_data_ptr(), 4};
+    case ScalarType::Long:
+      return {t.const_data_ptr(), 8};
+    default:
+      throw_type_error(text(name, ": expected uint8, int16, int32 or int64, got ",
+                            torch::headeronly::toString(t.scalar_type())));
+  }
+}
+
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
+  if (!t.has_value()) return std::nullopt;
+  return dense(*t);
+}
+
+// Gradients of 16-bit parameters are accumulated in float32 and converted once at the end.
+inline ScalarType accumulator_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+inline void raise_bad_index(const FirstError& error, const IndexArray& indices, int64_t size,
+                            const char* name) {
+  if (error.any()) [[unlikely]] {
+    throw std::out_of_range(text(name, ": index ", indices[error.position], " at position ", error.position,
+                                 " is out of range: expected -1 (padding) or 0 to ", size - 1));
+  }
+}
+
+// How positions map to parameters: with per-client parameters `items` is [C, P], without them any shape is
+// one "client" of all its positions.
+struct Layout {
+  int64_t clients;
+  int64_t positions;  // a client
+  bool per_client;
+  int64_t total() const { return clients * positions; }
+};
+
+inline Layout layout_of(const Tensor& items, bool per_client, int64_t clients, const char* items_name,
+                        const char* parameter) {
+  if (!per_client) return {1, items.numel(), false};
+  check_value(items.dim() == 2 && items.size(0) == clients, items_name, ": expected shape [C, P] with C = ",
+              clients, " as in ", parameter, ", got ", shape_text(items));
+  return {clients, items.size(1), true};
+}
+
+inline std::vector<int64_t> output_shape(const Tensor& items, int64_t width) {
+  std::vector<int64_t> shape;
+  shape.reserve(size_t(items.dim()) + 1);
+  for (int64_t d = 0; d < items.dim(); ++d) shape.push_back(items.size(d));
+  shape.push_back(width);
+  return shape;
+}
+
+inline void check_base(const std::optional<Tensor>& base, int64_t items, int64_t width,
+                       const Tensor& parameter, const char* parameter_name) {
+  if (!base.has_value()) return;
+  check_dim(*base, 2, "base", "[I, D]");
+  if (items >= 0) check_size(*base, 0, items, "base", "I, the number of items");
+  check_size(*base, 1, width, "base", "D, the width");
+  check_same_dtype(*base, parameter, "base", parameter_name);
+  check_same_device(*base, parameter, "base", parameter_name);
+}
+
+// The gradient of a lookup's output: items.shape + [D].
+inline void check_grad(const Tensor& grad, const Tensor& items) {
+  bool ok = grad.dim() == items.dim() + 1;
+  for (int64_t d = 0; ok && d < items.dim(); ++d) ok = grad.size(d) == items.size(d);
+  check_value(ok, "grad: expected the shape of items ", shape_text(items), " with D behind, got ",
+              shape_text(grad));
+}
+
+}  // namespace fedpeft

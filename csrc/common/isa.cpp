@@ -1,0 +1,58 @@
+// Chooses the instruction set once per process.
+#include "common/isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace fedpeft {
+namespace {
+
+bool supported(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (isa == Isa::v4) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && supported(Isa::v3);
+  }
+  if (isa == Isa::v3) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt") &&
+           __builtin_cpu_supports("movbe");
+  }
+#endif
+  return isa == Isa::baseline;
+}
+
+Isa choose() {
+  Isa best = Isa::baseline;
+  for (Isa isa : {Isa::v3, Isa::v4}) {
+    if (supported(isa)) best = isa;
+  }
+  const char* wish = std::getenv("FEDPEFT_ISA");
+  if (wish == nullptr || *wish == '\0') return best;
+  const std::string name = wish;
+  Isa isa = Isa::baseline;
+  if (name == "v3") {
+    isa = Isa::v3;
+  } else if (name == "v4") {
+    isa = Isa::v4;
+  } else if (name != "baseline") {
+    throw std::invalid_argument("FEDPEFT_ISA: expected baseline, v3 or v4, got " + name);
+  }
+  if (!supported(isa)) {
+    throw std::invalid_argument("FEDPEFT_ISA: this processor cannot run " + name);
+  }
+  return isa;
+}
+
+}  // namespace
+
+Isa cpu_isa() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+}  // namespace fedpeft

@@ -1,0 +1,287 @@
+// One native vector register of accumulators, and the row primitives built on it: the only place that knows
+// about register width. Included by *_cpu.cpp files only; everything is inlined into the including set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "common/types.h"
+
+#if defined(__AVX512F__)
+#define FEDPEFT_VEC_BYTES 64
+#elif defined(__AVX2__)
+#define FEDPEFT_VEC_BYTES 32
+#else
+#define FEDPEFT_VEC_BYTES 16
+#endif
+
+namespace fedpeft::FEDPEFT_ISA {
+
+// Accumulator type of a storage type: 16-bit types accumulate in float.
+template <typename T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <typename T>
+using acc_t = typename AccOf<T>::type;
+
+template <typename A>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(FEDPEFT_VEC_BYTES)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(FEDPEFT_VEC_BYTES)));
+};
+template <typename A>
+using vec_t = typename VecOf<A>::type;
+template <typename A>
+constexpr int64_t kLanes = FEDPEFT_VEC_BYTES / sizeof(A);
+
+FEDPEFT_INLINE float bits_to_float(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+FEDPEFT_INLINE uint32_t float_to_bits(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
+
+FEDPEFT_INLINE float to_acc(float x) { return x; }
+FEDPEFT_INLINE double to_acc(double x) { return x; }
+FEDPEFT_INLINE float to_acc(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+FEDPEFT_INLINE float to_acc(Half x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  // Scaling by 2^112 also normalises subnormals.
+  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
+#endif
+}
+
+FEDPEFT_INLINE void from_acc(float x, float* out) { *out = x; }
+FEDPEFT_INLINE void from_acc(double x, double* out) { *out = x; }
+FEDPEFT_INLINE void from_acc(float x, BFloat16* out) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out->bits = uint16_t(x != x ? 0x7fc0u : rounded);
+}
+FEDPEFT_INLINE void from_acc(float x, Half* out) {
+#if defined(__F16C__)
+  out->bits = uint16_t(_cvtss_sh(x, 0));
+#else
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    out->bits = uint16_t(sign | 0x7e00u);
+  } else if (magnitude >= 0x477ff000u) {
+    out->bits = uint16_t(sign | 0x7c00u);
+  } else if (magnitude < 0x38800000u) {
+    // Subnormal result: adding 0.5 lets the float adder round to 2^-24 steps.
+    const float shifted = bits_to_float(magnitude) + 0.5f;
+    out->bits = uint16_t(sign | (float_to_bits(shifted) - 0x3f000000u));
+  } else {
+    const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+    out->bits = uint16_t(sign | ((rounded - 0x38000000u) >> 13));
+  }
+#endif
+}
+
+template <typename T>
+FEDPEFT_INLINE vec_t<acc_t<T>> load(const T* p) {
+  using A = acc_t<T>;
+  vec_t<A> v;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    memcpy(&v, p, sizeof(v));
+  } else {
+    for (int64_t i = 0; i < kLanes<A>; ++i) v[i] = to_acc(p[i]);
+  }
+  return v;
+}
+
+template <typename T>
+FEDPEFT_INLINE void store(T* p, vec_t<acc_t<T>> v) {
+  using A = acc_t<T>;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    memcpy(p, &v, sizeof(v));
+  } else {
+    for (int64_t i = 0; i < kLanes<A>; ++i) from_acc(v[i], p + i);
+  }
+}
+
+#if FEDPEFT_VEC_BYTES == 32
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+template <>
+FEDPEFT_INLINE vec_t<float> load<BFloat16>(const BFloat16* p) {
+  u16x8 bits;
+  memcpy(&bits, p, sizeof(bits));
+  return (vec_t<float>)(__builtin_convertvector(bits, u32x8) << 16);
+}
+template <>
+FEDPEFT_INLINE void store<BFloat16>(BFloat16* p, vec_t<float> v) {
+  const u32x8 bits = (u32x8)v;
+  const u32x8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const u32x8 nan = (u32x8)(v != v);
+  const u16x8 out = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), u16x8);
+  memcpy(p, &out, sizeof(out));
+}
+template <>
+FEDPEFT_INLINE vec_t<float> load<Half>(const Half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+template <>
+FEDPEFT_INLINE void store<Half>(Half* p, vec_t<float> v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0));
+}
+#elif FEDPEFT_VEC_BYTES == 64
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+template <>
+FEDPEFT_INLINE vec_t<float> load<BFloat16>(const BFloat16* p) {
+  u16x16 bits;
+  memcpy(&bits, p, sizeof(bits));
+  return (vec_t<float>)(__builtin_convertvector(bits, u32x16) << 16);
+}
+template <>
+FEDPEFT_INLINE void store<BFloat16>(BFloat16* p, vec_t<float> v) {
+  const u32x16 bits = (u32x16)v;
+  const u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const u32x16 nan = (u32x16)(v != v);
+  const u16x16 out = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), u16x16);
+  memcpy(p, &out, sizeof(out));
+}
+template <>
+FEDPEFT_INLINE vec_t<float> load<Half>(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+template <>
+FEDPEFT_INLINE void store<Half>(Half* p, vec_t<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0));
+}
+#endif
+
+// Sum of the lanes, pairwise: the same order whatever the data.
+template <typename A>
+FEDPEFT_INLINE A lane_sum(vec_t<A> v) {
+  for (int64_t width = kLanes<A> / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) v[i] += v[i + width];
+  }
+  return v[0];
+}
+
+// sum_d a[d] * b[d]; the order depends on D alone.
+template <typename TA, typename TB>
+FEDPEFT_INLINE acc_t<TA> dot(const TA* a, const TB* b, int64_t D) {
+  using A = acc_t<TA>;
+  constexpr int64_t N = kLanes<A>;
+  vec_t<A> s0 = {}, s1 = {};
+  int64_t d = 0;
+  for (; d + 2 * N <= D; d += 2 * N) {
+    s0 += load(a + d) * load(b + d);
+    s1 += load(a + d + N) * load(b + d + N);
+  }
+  if (d + N <= D) {
+    s0 += load(a + d) * load(b + d);
+    d += N;
+  }
+  A total = lane_sum<A>(s0 + s1);
+  for (; d < D; ++d) total += to_acc(a[d]) * to_acc(b[d]);
+  return total;
+}
+
+// into[d] += scale * row[d]
+template <typename A, typename T>
+FEDPEFT_INLINE void add_scaled(A* into, A scale, const T* row, int64_t D) {
+  constexpr int64_t N = kLanes<A>;
+  int64_t d = 0;
+  for (; d + N <= D; d += N) store(into + d, load(into + d) + scale * load(row + d));
+  for (; d < D; ++d) into[d] += scale * to_acc(row[d]);
+}
+
+// into[d] += row[d]
+template <typename A, typename T>
+FEDPEFT_INLINE void add_row(A* into, const T* row, int64_t D) {
+  constexpr int64_t N = kLanes<A>;
+  int64_t d = 0;
+  for (; d + N <= D; d += N) store(into + d, load(into + d) + load(row + d));
+  for (; d < D; ++d) into[d] += to_acc(row[d]);
+}
+
+// Asks for the cache lines of row `index` of a table before it is needed.
+template <typename T>
+FEDPEFT_INLINE void prefetch_row(const T* table, int64_t index, int64_t D) {
+  if (index < 0) return;
+  const char* row = reinterpret_cast<const char*>(table + index * D);
+  const int64_t bytes = D * int64_t(sizeof(T));
+  for (int64_t b = 0; b < bytes && b < 512; b += 64) __builtin_prefetch(row + b);
+}
+
+template <typename T>
+FEDPEFT_INLINE void zero_row(T* row, int64_t n) {
+  memset(static_cast<void*>(row), 0, sizeof(T) * size_t(n));
+}
+
+// out[d] = base[d] + sum_l weight(l) * row(l)[d] over `count` rows, in order of l, kept in registers for
+// W vectors of columns at a time. `row(l)` returns a pointer, `weight(l)` a factor (ignored unless Weighted).
+template <int W, bool Weighted, typename T, typename Row, typename Weight>
+FEDPEFT_INLINE void sum_columns(T* out, const T* base, int64_t d, int64_t count, const Row& row,
+                                const Weight& weight) {
+  using A = acc_t<T>;
+  constexpr int64_t N = kLanes<A>;
+  vec_t<A> sum[W];
+  for (int w = 0; w < W; ++w) sum[w] = base ? load(base + d + w * N) : vec_t<A>{};
+  for (int64_t l = 0; l < count; ++l) {
+    const auto* r = row(l) + d;
+    if constexpr (Weighted) {
+      const A f = weight(l);
+      for (int w = 0; w < W; ++w) sum[w] += f * load(r + w * N);
+    } else {
+      for (int w = 0; w < W; ++w) sum[w] += load(r + w * N);
+    }
+  }
+  for (int w = 0; w < W; ++w) store(out + d + w * N, sum[w]);
+}
+
+template <bool Weighted, typename T, typename Row, typename Weight>
+FEDPEFT_INLINE void sum_rows(T* out, const T* base, int64_t D, int64_t count, const Row& row,
+                             const Weight& weight) {
+  using A = acc_t<T>;
+  constexpr int64_t N = kLanes<A>;
+  int64_t d = 0;
+  for (; d + 8 * N <= D; d += 8 * N) sum_columns<8, Weighted>(out, base, d, count, row, weight);
+  if (d + 4 * N <= D) {
+    sum_columns<4, Weighted>(out, base, d, count, row, weight);
+    d += 4 * N;
+  }
+  for (; d + N <= D; d += N) sum_columns<1, Weighted>(out, base, d, count, row, weight);
+  for (; d < D; ++d) {
+    A sum = base ? to_acc(base[d]) : A(0);
+    for (int64_t l = 0; l < count; ++l) {
+      if constexpr (Weighted) {
+        sum += weight(l) * to_acc(row(l)[d]);
+      } else {
+        sum += to_acc(row(l)[d]);
+      }
+    }
+    from_acc(sum, out + d);
+  }
+}
+
+}  // namespace fedpeft::FEDPEFT_ISA

@@ -1,0 +1,106 @@
+// CPU kernels of rq_lookup: a position's rows are summed in registers, level by level.
+#include "rq_lookup/rq_lookup_cpu.h"
+
+#include "common/vec.h"
+
+namespace fedpeft::FEDPEFT_ISA {
+namespace {
+
+constexpr int64_t kLevels = 32;   // levels held at a time
+constexpr int64_t kAhead = 8;     // positions between a prefetch and its use
+
+// Codes of `count` levels of an item as row numbers in [0, L * K); a code past K is reported and read as 0.
+FEDPEFT_INLINE void code_rows(const RqLookupArgs& a, int64_t item, int64_t level, int64_t count,
+                              int64_t* rows) {
+  const int64_t first = item * a.L + level;
+  for (int64_t l = 0; l < count; ++l) {
+    int64_t code = a.codes[first + l];
+    if (uint64_t(code) >= uint64_t(a.K)) [[unlikely]] {
+      a.bad_code->report(first + l);
+      code = 0;
+    }
+    rows[l] = (level + l) * a.K + code;
+  }
+}
+
+template <typename T>
+void forward(const RqLookupArgs& a, int64_t begin, int64_t end) {
+  const T* base = static_cast<const T*>(a.base);
+  const int64_t D = a.D, table = a.L * a.K * D;
+  int64_t rows[kLevels];
+  int64_t client = a.positions ? begin / a.positions : 0;
+  int64_t next_client = (client + 1) * a.positions;
+  for (int64_t n = begin; n < end; ++n) {
+    if (n == next_client) {
+      ++client;
+      next_client += a.positions;
+    }
+    if (base && n + kAhead < end) {
+      const int64_t ahead = a.items[n + kAhead];
+      if (uint64_t(ahead) < uint64_t(a.num_items)) prefetch_row(base, ahead, D);
+    }
+    T* out = static_cast<T*>(a.out) + n * D;
+    const int64_t item = a.items[n];
+    const Position kind = classify(item, a.num_items);
+    if (kind != Position::item) {
+      if (kind == Position::bad) a.bad_item->report(n);
+      zero_row(out, D);
+      continue;
+    }
+    const T* codebooks = static_cast<const T*>(a.codebooks) + (a.per_client ? client * table : 0);
+    const T* start = base ? base + item * D : nullptr;
+    for (int64_t level = 0; level < a.L || (level == 0 && a.L == 0); level += kLevels) {
+      const int64_t count = a.L - level < kLevels ? a.L - level : kLevels;
+      code_rows(a, item, level, count, rows);
+      sum_rows<false>(
+          out, start, D, count, [&](int64_t l) { return codebooks + rows[l] * D; }, [](int64_t) { return 1; });
+      start = out;
+    }
+  }
+}
+
+template <typename T>
+FEDPEFT_INLINE void add_levels(const RqLookupArgs& a, acc_t<T>* into, int64_t n, int64_t first,
+                               int64_t last) {
+  const int64_t item = a.items[n];
+  const Position kind = classify(item, a.num_items);
+  if (kind != Position::item) {
+    if (kind == Position::bad) a.bad_item->report(n);
+    return;
+  }
+  const T* grad = static_cast<const T*>(a.grad) + n * a.D;
+  for (int64_t l = first; l < last; ++l) {
+    int64_t row;
+    code_rows(a, item, l, 1, &row);
+    add_row(into + row * a.D, grad, a.D);
+  }
+}
+
+template <typename T>
+void backward(const RqLookupArgs& a, int64_t begin, int64_t end) {
+  const int64_t table = a.L * a.K * a.D;
+  for (int64_t c = begin; c < end; ++c) {
+    acc_t<T>* into = static_cast<acc_t<T>*>(a.grad_codebooks) + c * table;
+    zero_row(into, table);
+    for (int64_t n = c * a.positions; n < (c + 1) * a.positions; ++n) add_levels<T>(a, into, n, 0, a.L);
+  }
+}
+
+template <typename T>
+void backward_entries(const RqLookupArgs& a, const int64_t* entries, int64_t count) {
+  acc_t<T>* into = static_cast<acc_t<T>*>(a.grad_codebooks);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t level = entries[i] % a.L;
+    add_levels<T>(a, into, entries[i] / a.L, level, level + 1);
+  }
+}
+
+}  // namespace
+
+const RqLookupKernels rq_lookup_kernels = {
+    {forward<float>, forward<double>, forward<Half>, forward<BFloat16>},
+    {backward<float>, backward<double>, backward<Half>, backward<BFloat16>},
+    {backward_entries<float>, backward_entries<double>, backward_entries<Half>, backward_entries<BFloat16>},
+};
+
+}  // namespace fedpeft::FEDPEFT_ISA
