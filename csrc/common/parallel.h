@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -75,6 +76,22 @@ bool scatter_by_row(int64_t positions, int64_t slots, int64_t rows, int64_t widt
     }
   });
   return true;
+}
+
+// total += partial[0], then partial[1], ...: partial is [blocks, ...], total one block, both contiguous and of
+// the accumulator type.
+inline void add_blocks(const torch::stable::Tensor& partial, const torch::stable::Tensor& total) {
+  const int64_t n = total.numel(), blocks = partial.size(0);
+  const auto add = [&](auto* into, const auto* from) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t i = 0; i < n; ++i) into[i] += from[b * n + i];
+    }
+  };
+  if (total.scalar_type() == torch::headeronly::ScalarType::Double) {
+    add(static_cast<double*>(total.mutable_data_ptr()), static_cast<const double*>(partial.const_data_ptr()));
+  } else {
+    add(static_cast<float*>(total.mutable_data_ptr()), static_cast<const float*>(partial.const_data_ptr()));
+  }
 }
 
 }  // namespace fedpeft

@@ -5,6 +5,11 @@
 
 // Kernels inline everything: an out-of-line copy shared between instruction sets could carry instructions
 // that the processor lacks.
+#if defined(__CUDACC__)
+#define FEDPEFT_HD __host__ __device__
+#else
+#define FEDPEFT_HD
+#endif
 #define FEDPEFT_INLINE inline __attribute__((always_inline))
 
 namespace fedpeft {

@@ -238,6 +238,14 @@ FEDPEFT_INLINE void zero_row(T* row, int64_t n) {
   memset(static_cast<void*>(row), 0, sizeof(T) * size_t(n));
 }
 
+template <typename T>
+FEDPEFT_INLINE void copy_row(T* out, const T* row, int64_t D) {
+  constexpr int64_t N = FEDPEFT_VEC_BYTES / int64_t(sizeof(T));
+  int64_t d = 0;
+  for (; d + N <= D; d += N) memcpy(static_cast<void*>(out + d), row + d, FEDPEFT_VEC_BYTES);
+  for (; d < D; ++d) out[d] = row[d];
+}
+
 // out[d] = base[d] + sum_l weight(l) * row(l)[d] over `count` rows, in order of l, kept in registers for
 // W vectors of columns at a time. `row(l)` returns a pointer, `weight(l)` a factor (ignored unless Weighted).
 template <int W, bool Weighted, typename T, typename Row, typename Weight>

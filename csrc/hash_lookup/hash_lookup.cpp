@@ -1,0 +1,236 @@
+// Binding of hash_lookup and hash_buckets: checks, allocation, dispatch.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "common/check.h"
+#include "common/hash.h"
+#include "common/parallel.h"
+#include "hash_lookup/hash_lookup_cpu.h"
+
+namespace fedpeft {
+namespace {
+
+// Shared SENet weights: partial gradients of blocks of this many positions are added in order.
+constexpr int64_t kBlock = 4096;
+
+void check_hashes(const Tensor& hashes) {
+  check_value(hashes.dim() == 2 && hashes.size(1) == 2 && hashes.size(0) > 0,
+              "hashes: expected shape [H, 2] with H > 0, got ", shape_text(hashes));
+  check_type(hashes.scalar_type() == ScalarType::Long, "hashes: expected int64, got ",
+             torch::headeronly::toString(hashes.scalar_type()));
+}
+
+void check_hash_values(const Tensor& dense_hashes) {
+  const int64_t* values = static_cast<const int64_t*>(dense_hashes.const_data_ptr());
+  for (int64_t i = 0; i < dense_hashes.numel(); ++i) {
+    check_value(uint64_t(values[i]) < kHashPrime, "hashes: expected values from 0 to 2^61 - 2, got ", values[i],
+                " at ", i / 2, ", ", i % 2);
+  }
+}
+
+// Checks the shapes and fills what forward and backward have in common; the tensors keep the data alive.
+struct Inputs {
+  Tensor items, table, hashes;
+  std::optional<Tensor> w1, b1, w2, b2;
+  Layout layout;
+  FirstError bad_item;
+  HashLookupArgs args{};
+
+  Inputs(const Tensor& items_, const Tensor& table_, const Tensor& hashes_, const std::optional<Tensor>& w1_,
+         const std::optional<Tensor>& b1_, const std::optional<Tensor>& w2_, const std::optional<Tensor>& b2_,
+         bool mean)
+      : items(dense(items_)), table(dense(table_)), hashes(dense(hashes_)) {
+    check_hashes(hashes);
+    check_hash_values(hashes);
+    check_value(table.dim() == 2 || table.dim() == 3, "table: expected shape [M, D] or [C, M, D], got ",
+                shape_text(table));
+    const bool per_client = table.dim() == 3;
+    layout = layout_of(items, per_client, table.size(0), "items", "table");
+    args.M = table.size(table.dim() - 2);
+    args.D = table.size(table.dim() - 1);
+    args.H = hashes.size(0);
+    check_value(args.M > 0, "table: expected at least one row, got ", shape_text(table));
+    check_value(w1_.has_value() == b1_.has_value() && w1_.has_value() == w2_.has_value() &&
+                    w1_.has_value() == b2_.has_value(),
+                "senet: expected all of w1, b1, w2, b2 or none");
+    if (w1_.has_value()) {
+      w1 = dense(w1_);
+      b1 = dense(b1_);
+      w2 = dense(w2_);
+      b2 = dense(b2_);
+      check_value(w1->dim() == (per_client ? 3 : 2), "w1: expected shape ",
+                  per_client ? "[C, S, H]" : "[S, H]", ", got ", shape_text(*w1));
+      args.S = w1->size(per_client ? 1 : 0);
+      check_weight(*w1, "w1", {args.S, args.H});
+      check_weight(*b1, "b1", {args.S});
+      check_weight(*w2, "w2", {args.H, args.S});
+      check_weight(*b2, "b2", {args.H});
+      args.w1 = w1->const_data_ptr();
+      args.b1 = b1->const_data_ptr();
+      args.w2 = w2->const_data_ptr();
+      args.b2 = b2->const_data_ptr();
+    }
+    args.items = indices_of(items, "items");
+    args.hashes = static_cast<const int64_t*>(hashes.const_data_ptr());
+    args.table = table.const_data_ptr();
+    args.positions = layout.positions;
+    args.num_items = INT64_MAX;
+    args.per_client = per_client;
+    args.mean = mean;
+    args.bad_item = &bad_item;
+  }
+  Inputs(const Inputs&) = delete;
+
+  void check_weight(const Tensor& t, const char* name, std::vector<int64_t> shape) const {
+    if (layout.per_client) shape.insert(shape.begin(), layout.clients);
+    bool ok = t.dim() == int64_t(shape.size());
+    for (size_t d = 0; ok && d < shape.size(); ++d) ok = t.size(int64_t(d)) == shape[d];
+    std::ostringstream expected;
+    for (size_t d = 0; d < shape.size(); ++d) expected << (d ? ", " : "") << shape[d];
+    check_value(ok, name, ": expected shape [", expected.str(), "], got ", shape_text(t));
+    check_same_dtype(t, table, name, "table");
+    check_same_device(t, table, name, "table");
+  }
+};
+
+Tensor hash_lookup(const Tensor& items, const Tensor& table, const Tensor& hashes,
+                   const std::optional<Tensor>& w1, const std::optional<Tensor>& b1,
+                   const std::optional<Tensor>& w2, const std::optional<Tensor>& b2, bool mean,
+                   const std::optional<Tensor>& base) {
+  Inputs in(items, table, hashes, w1, b1, w2, b2, mean);
+  HashLookupArgs& a = in.args;
+  check_base(base, -1, a.D, table, "table");
+  const std::optional<Tensor> base_ = dense(base);
+  if (base_) {
+    a.base = base_->const_data_ptr();
+    a.num_items = base_->size(0);
+  }
+  Tensor out = torch::stable::new_empty(table, output_shape(items, a.D));
+  a.out = out.mutable_data_ptr();
+  const auto kernel = select_hash_lookup_kernels().forward[int(dtype_of(table, "table"))];
+  parallel_ranges(in.layout.total(), (a.H + 1) * (a.D + 8) + 2 * a.S * a.H, [&](int64_t begin, int64_t end) {
+    std::vector<double> scratch(size_t(a.scratch_size()));
+    kernel(a, begin, end, scratch.data());
+  });
+  raise_bad_index(in.bad_item, a.items, a.num_items, "items");
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
+    const Tensor& grad, const Tensor& items, const Tensor& table, const Tensor& hashes,
+    const std::optional<Tensor>& w1, const std::optional<Tensor>& b1, const std::optional<Tensor>& w2,
+    const std::optional<Tensor>& b2, bool mean) {
+  Inputs in(items, table, hashes, w1, b1, w2, b2, mean);
+  HashLookupArgs& a = in.args;
+  check_grad(grad, items);
+  check_size(grad, grad.dim() - 1, a.D, "grad", "D, the width of table");
+  check_same_dtype(grad, table, "grad", "table");
+  const Tensor grad_ = dense(grad);
+  a.grad = grad_.const_data_ptr();
+
+  const HashLookupKernels& kernels = select_hash_lookup_kernels();
+  const int dtype = int(dtype_of(table, "table"));
+  const ScalarType accumulator = accumulator_type(table), wanted = table.scalar_type();
+  const bool senet = in.w1.has_value(), per_client = in.layout.per_client;
+  const int64_t clients = in.layout.clients, positions = in.layout.positions;
+  const int64_t cost = a.H * (a.D + 8) + 4 * a.S * a.H;
+
+  std::vector<int64_t> shape{a.M, a.D};
+  if (per_client) shape.insert(shape.begin(), clients);
+  Tensor grad_table = per_client ? torch::stable::new_empty(table, shape, accumulator)
+                                 : torch::stable::new_zeros(table, shape, accumulator);
+  Tensor grad_senet = torch::stable::new_zeros(table, {senet ? clients : 0, a.senet_size()}, accumulator);
+  a.grad_table = grad_table.mutable_data_ptr();
+  a.grad_senet = grad_senet.mutable_data_ptr();
+
+  if (per_client || positions <= kBlock) {
+    parallel_ranges(clients, positions * cost + a.M * a.D, [&](int64_t begin, int64_t end) {
+      std::vector<double> scratch(size_t(a.scratch_size()));
+      kernels.backward[dtype](a, begin, end, scratch.data());
+    });
+  } else {
+    Tensor coefficients = torch::stable::new_empty(table, {senet ? positions : 0, a.H, 2}, accumulator);
+    if (senet) {
+      a.coefficients = coefficients.mutable_data_ptr();
+      const int64_t blocks = (positions + kBlock - 1) / kBlock;
+      const Tensor partial = torch::stable::new_empty(table, {blocks, a.senet_size()}, accumulator);
+      char* into = static_cast<char*>(partial.mutable_data_ptr());
+      const int64_t bytes = a.senet_size() * (accumulator == ScalarType::Double ? 8 : 4);
+      parallel_ranges(blocks, kBlock * cost, [&](int64_t begin, int64_t end) {
+        std::vector<double> scratch(size_t(a.scratch_size()));
+        for (int64_t b = begin; b < end; ++b) {
+          kernels.backward_senet[dtype](a, b * kBlock, std::min((b + 1) * kBlock, positions), into + b * bytes,
+                                        scratch.data());
+        }
+      });
+      add_blocks(partial, grad_senet);
+    }
+    const auto row_of = [&](int64_t n, int64_t h) -> int64_t {
+      const int64_t item = a.items[n];
+      if (item < 0) return item == -1 ? -1 : 0;
+      return hash_bucket(uint64_t(a.hashes[2 * h]), uint64_t(a.hashes[2 * h + 1]), uint64_t(item),
+                         uint64_t(a.M));
+    };
+    const auto run = [&](const int64_t* entries, int64_t count) {
+      kernels.backward_entries[dtype](a, entries, count);
+    };
+    if (!scatter_by_row(positions, a.H, a.M, a.D, row_of, run)) {
+      std::vector<int64_t> all(size_t(positions * a.H));
+      for (size_t e = 0; e < all.size(); ++e) all[e] = int64_t(e);
+      run(all.data(), int64_t(all.size()));
+    }
+  }
+  raise_bad_index(in.bad_item, a.items, a.num_items, "items");
+
+  // The packed gradient of the SENet, cut into its four tensors.
+  int64_t offset = 0;
+  const auto cut = [&](const std::optional<Tensor>& like) {
+    if (!like.has_value()) return torch::stable::new_empty(table, {0});
+    const int64_t size = like->numel() / std::max<int64_t>(clients, 1);
+    Tensor part = grad_senet;
+    part = torch::stable::contiguous(torch::stable::narrow(part, 1, offset, size));
+    offset += size;
+    std::vector<int64_t> sizes;
+    for (int64_t d = 0; d < like->dim(); ++d) sizes.push_back(like->size(d));
+    return as_dtype(torch::stable::reshape(part, sizes), wanted);
+  };
+  Tensor grad_w1 = cut(in.w1), grad_b1 = cut(in.b1), grad_w2 = cut(in.w2), grad_b2 = cut(in.b2);
+  return {as_dtype(grad_table, wanted), grad_w1, grad_b1, grad_w2, grad_b2};
+}
+
+Tensor hash_buckets(const Tensor& items, const Tensor& hashes, int64_t table_size) {
+  check_hashes(hashes);
+  check_value(table_size > 0, "table_size: expected at least 1, got ", table_size);
+  const Tensor items_ = dense(items), hashes_ = dense(hashes);
+  check_hash_values(hashes_);
+  const int64_t H = hashes.size(0);
+  Tensor out = torch::stable::new_empty(items, output_shape(items, H), ScalarType::Long);
+  const IndexArray indices = indices_of(items_, "items");
+  const int64_t* pairs = static_cast<const int64_t*>(hashes_.const_data_ptr());
+  int64_t* into = static_cast<int64_t*>(out.mutable_data_ptr());
+  FirstError bad_item;
+  parallel_ranges(items.numel(), 8 * H, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t item = indices[n];
+      if (item < -1) bad_item.report(n);
+      for (int64_t h = 0; h < H; ++h) {
+        into[n * H + h] = item < 0 ? -1
+                                   : hash_bucket(uint64_t(pairs[2 * h]), uint64_t(pairs[2 * h + 1]),
+                                                 uint64_t(item), uint64_t(table_size));
+      }
+    }
+  });
+  raise_bad_index(bad_item, indices, INT64_MAX, "items");
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fedpeft_ext, CPU, m) {
+  m.impl("hash_buckets", TORCH_BOX(&hash_buckets));
+  m.impl("hash_lookup", TORCH_BOX(&hash_lookup));
+  m.impl("hash_lookup_backward", TORCH_BOX(&hash_lookup_backward));
+}
+
+}  // namespace fedpeft

@@ -1,0 +1,253 @@
+// CPU kernels of hash_lookup. Buckets are computed in the kernel; the weighted rows are summed in registers.
+#include "hash_lookup/hash_lookup_cpu.h"
+
+#include <math.h>
+
+#include "common/hash.h"
+#include "common/vec.h"
+
+namespace fedpeft::FEDPEFT_ISA {
+namespace {
+
+constexpr int64_t kAhead = 8;
+
+// One client's SENet and the scratch of one position.
+template <typename T>
+struct SENet {
+  using A = acc_t<T>;
+  const T *w1 = nullptr, *b1 = nullptr, *w2 = nullptr, *b2 = nullptr;
+  int64_t H, S;
+  int64_t* buckets;  // [H]
+  A* squeezed;       // [H]
+  A* hidden;         // [S], after ReLU
+  A* gate;           // [H]
+  A* grad_gate;      // [H], before the sigmoid
+  A* grad_squeezed;  // [H]
+  A* grad_hidden;    // [S], before the ReLU
+
+  FEDPEFT_INLINE SENet(const HashLookupArgs& a, void* scratch) : H(a.H), S(a.S) {
+    buckets = static_cast<int64_t*>(scratch);
+    squeezed = reinterpret_cast<A*>(buckets + H);
+    gate = squeezed + H;
+    grad_gate = gate + H;
+    grad_squeezed = grad_gate + H;
+    hidden = grad_squeezed + H;
+    grad_hidden = hidden + S;
+  }
+
+  FEDPEFT_INLINE void select(const HashLookupArgs& a, int64_t client) {
+    const int64_t c = a.per_client ? client : 0;
+    w1 = static_cast<const T*>(a.w1) + c * S * H;
+    b1 = static_cast<const T*>(a.b1) + c * S;
+    w2 = static_cast<const T*>(a.w2) + c * H * S;
+    b2 = static_cast<const T*>(a.b2) + c * H;
+  }
+
+  FEDPEFT_INLINE void forward(const T* table, int64_t D) {
+    for (int64_t h = 0; h < H; ++h) squeezed[h] = row_sum(table + buckets[h] * D, D) / A(D);
+    for (int64_t s = 0; s < S; ++s) {
+      A sum = to_acc(b1[s]);
+      for (int64_t h = 0; h < H; ++h) sum += to_acc(w1[s * H + h]) * squeezed[h];
+      hidden[s] = sum > A(0) ? sum : A(0);
+    }
+    for (int64_t h = 0; h < H; ++h) {
+      A sum = dot(w2 + h * S, hidden, S) + to_acc(b2[h]);
+      gate[h] = A(1) / (A(1) + exp_of(-sum));
+    }
+  }
+
+  // Adds to the gradients of the weights; leaves those of the gates and the squeezed values.
+  FEDPEFT_INLINE void backward(const T* table, const T* grad, int64_t D, A* into) {
+    A* grad_w1 = into;
+    A* grad_b1 = grad_w1 + S * H;
+    A* grad_w2 = grad_b1 + S;
+    A* grad_b2 = grad_w2 + H * S;
+    for (int64_t s = 0; s < S; ++s) grad_hidden[s] = A(0);
+    for (int64_t h = 0; h < H; ++h) {
+      const A g = dot(table + buckets[h] * D, grad, D) * gate[h] * (A(1) - gate[h]);
+      grad_gate[h] = g;
+      grad_b2[h] += g;
+      add_scaled(grad_w2 + h * S, g, hidden, S);
+      add_scaled(grad_hidden, g, w2 + h * S, S);
+      grad_squeezed[h] = A(0);
+    }
+    for (int64_t s = 0; s < S; ++s) {
+      if (!(hidden[s] > A(0))) continue;
+      const A g = grad_hidden[s];
+      grad_b1[s] += g;
+      for (int64_t h = 0; h < H; ++h) {
+        grad_w1[s * H + h] += g * squeezed[h];
+        grad_squeezed[h] += g * to_acc(w1[s * H + h]);
+      }
+    }
+    for (int64_t h = 0; h < H; ++h) grad_squeezed[h] /= A(D);
+  }
+
+  static FEDPEFT_INLINE float exp_of(float x) { return expf(x); }
+  static FEDPEFT_INLINE double exp_of(double x) { return exp(x); }
+
+  static FEDPEFT_INLINE A row_sum(const T* row, int64_t D) {
+    constexpr int64_t N = kLanes<A>;
+    vec_t<A> sum = {};
+    int64_t d = 0;
+    for (; d + N <= D; d += N) sum += load(row + d);
+    A total = lane_sum<A>(sum);
+    for (; d < D; ++d) total += to_acc(row[d]);
+    return total;
+  }
+};
+
+template <typename A>
+FEDPEFT_INLINE A plain_weight(const HashLookupArgs& a) {
+  return a.mean ? A(1) / A(a.H) : A(1);
+}
+
+FEDPEFT_INLINE void fill_buckets(const HashLookupArgs& a, int64_t item, int64_t* buckets) {
+  for (int64_t h = 0; h < a.H; ++h) {
+    buckets[h] = hash_bucket(uint64_t(a.hashes[2 * h]), uint64_t(a.hashes[2 * h + 1]), uint64_t(item),
+                             uint64_t(a.M));
+  }
+}
+
+template <typename T>
+void forward(const HashLookupArgs& a, int64_t begin, int64_t end, void* scratch) {
+  using A = acc_t<T>;
+  const T* base = static_cast<const T*>(a.base);
+  const int64_t D = a.D;
+  const bool senet = a.w1 != nullptr;
+  const A plain = plain_weight<A>(a);
+  SENet<T> net(a, scratch);
+  int64_t client = a.positions ? begin / a.positions : 0;
+  int64_t next_client = (client + 1) * a.positions;
+  if (senet) net.select(a, client);
+  for (int64_t n = begin; n < end; ++n) {
+    if (n == next_client) {
+      ++client;
+      next_client += a.positions;
+      if (senet) net.select(a, client);
+    }
+    if (base && n + kAhead < end) {
+      const int64_t ahead = a.items[n + kAhead];
+      if (uint64_t(ahead) < uint64_t(a.num_items)) prefetch_row(base, ahead, D);
+    }
+    T* out = static_cast<T*>(a.out) + n * D;
+    const int64_t item = a.items[n];
+    const Position kind = classify(item, a.num_items);
+    if (kind != Position::item) {
+      if (kind == Position::bad) a.bad_item->report(n);
+      zero_row(out, D);
+      continue;
+    }
+    const T* table = static_cast<const T*>(a.table) + (a.per_client ? client * a.M * D : 0);
+    const T* start = base ? base + item * D : nullptr;
+    fill_buckets(a, item, net.buckets);
+    const auto row = [&](int64_t h) { return table + net.buckets[h] * D; };
+    if (senet) {
+      net.forward(table, D);
+      sum_rows<true>(out, start, D, a.H, row, [&](int64_t h) { return net.gate[h]; });
+    } else {
+      sum_rows<true>(out, start, D, a.H, row, [&](int64_t) { return plain; });
+    }
+  }
+}
+
+// into[d] += scale * grad[d] + shift
+template <typename A, typename T>
+FEDPEFT_INLINE void add_scaled_shifted(A* into, A scale, A shift, const T* grad, int64_t D) {
+  constexpr int64_t N = kLanes<A>;
+  int64_t d = 0;
+  for (; d + N <= D; d += N) store(into + d, load(into + d) + (scale * load(grad + d) + shift));
+  for (; d < D; ++d) into[d] += scale * to_acc(grad[d]) + shift;
+}
+
+// False where there is nothing to do.
+FEDPEFT_INLINE bool valid_position(const HashLookupArgs& a, int64_t n) {
+  const Position kind = classify(a.items[n], a.num_items);
+  if (kind == Position::bad) a.bad_item->report(n);
+  return kind == Position::item;
+}
+
+template <typename T>
+void backward(const HashLookupArgs& a, int64_t begin, int64_t end, void* scratch) {
+  using A = acc_t<T>;
+  const int64_t D = a.D;
+  const bool senet = a.w1 != nullptr;
+  const A plain = plain_weight<A>(a);
+  SENet<T> net(a, scratch);
+  for (int64_t c = begin; c < end; ++c) {
+    const T* table = static_cast<const T*>(a.table) + c * a.M * D;
+    A* into = static_cast<A*>(a.grad_table) + c * a.M * D;
+    A* grad_senet = static_cast<A*>(a.grad_senet) + c * a.senet_size();
+    zero_row(into, a.M * D);
+    if (senet) {
+      net.select(a, c);
+      zero_row(grad_senet, a.senet_size());
+    }
+    for (int64_t n = c * a.positions; n < (c + 1) * a.positions; ++n) {
+      if (!valid_position(a, n)) continue;
+      const T* grad = static_cast<const T*>(a.grad) + n * D;
+      fill_buckets(a, a.items[n], net.buckets);
+      if (senet) {
+        net.forward(table, D);
+        net.backward(table, grad, D, grad_senet);
+        for (int64_t h = 0; h < a.H; ++h) {
+          add_scaled_shifted(into + net.buckets[h] * D, net.gate[h], net.grad_squeezed[h], grad, D);
+        }
+      } else {
+        for (int64_t h = 0; h < a.H; ++h) add_scaled(into + net.buckets[h] * D, plain, grad, D);
+      }
+    }
+  }
+}
+
+template <typename T>
+void backward_senet(const HashLookupArgs& a, int64_t begin, int64_t end, void* into, void* scratch) {
+  using A = acc_t<T>;
+  SENet<T> net(a, scratch);
+  net.select(a, 0);
+  zero_row(static_cast<A*>(into), a.senet_size());
+  const T* table = static_cast<const T*>(a.table);
+  for (int64_t n = begin; n < end; ++n) {
+    if (!valid_position(a, n)) continue;
+    fill_buckets(a, a.items[n], net.buckets);
+    net.forward(table, a.D);
+    net.backward(table, static_cast<const T*>(a.grad) + n * a.D, a.D, static_cast<A*>(into));
+    A* coefficients = static_cast<A*>(a.coefficients) + n * a.H * 2;
+    for (int64_t h = 0; h < a.H; ++h) {
+      coefficients[2 * h] = net.gate[h];
+      coefficients[2 * h + 1] = net.grad_squeezed[h];
+    }
+  }
+}
+
+template <typename T>
+void backward_entries(const HashLookupArgs& a, const int64_t* entries, int64_t count) {
+  using A = acc_t<T>;
+  const bool senet = a.w1 != nullptr;
+  const A plain = plain_weight<A>(a);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = entries[i] / a.H, h = entries[i] % a.H;
+    if (!valid_position(a, n)) continue;
+    const int64_t bucket = hash_bucket(uint64_t(a.hashes[2 * h]), uint64_t(a.hashes[2 * h + 1]),
+                                       uint64_t(a.items[n]), uint64_t(a.M));
+    A* into = static_cast<A*>(a.grad_table) + bucket * a.D;
+    const T* grad = static_cast<const T*>(a.grad) + n * a.D;
+    if (senet) {
+      const A* coefficients = static_cast<const A*>(a.coefficients) + entries[i] * 2;
+      add_scaled_shifted(into, coefficients[0], coefficients[1], grad, a.D);
+    } else {
+      add_scaled(into, plain, grad, a.D);
+    }
+  }
+}
+
+}  // namespace
+
+const HashLookupKernels hash_lookup_kernels = {
+    {forward<float>, forward<double>, forward<Half>, forward<BFloat16>},
+    {backward<float>, backward<double>, backward<Half>, backward<BFloat16>},
+    {backward_senet<float>, backward_senet<double>, backward_senet<Half>, backward_senet<BFloat16>},
+    {backward_entries<float>, backward_entries<double>, backward_entries<Half>, backward_entries<BFloat16>},
+};
+
+}  // namespace fedpeft::FEDPEFT_ISA

@@ -1,0 +1,155 @@
+// CPU kernels of lora_lookup. B is transposed once a client into rows of D, so that B a and B^T g are sums of,
+// and products with, contiguous rows.
+#include "lora_lookup/lora_lookup_cpu.h"
+
+#include "common/vec.h"
+
+namespace fedpeft::FEDPEFT_ISA {
+namespace {
+
+constexpr int64_t kAhead = 8;
+
+template <typename T>
+FEDPEFT_INLINE void transpose_B(const LoraLookupArgs& a, int64_t client, acc_t<T>* Bt) {
+  const T* B = static_cast<const T*>(a.B) + (a.per_client ? client * a.D * a.rank : 0);
+  for (int64_t d = 0; d < a.D; ++d) {
+    for (int64_t j = 0; j < a.rank; ++j) Bt[j * a.D + d] = to_acc(B[d * a.rank + j]);
+  }
+}
+
+template <typename T>
+FEDPEFT_INLINE const T* row_of_A(const LoraLookupArgs& a, int64_t client, int64_t row) {
+  return static_cast<const T*>(a.A) + ((a.per_client ? client * a.num_rows : 0) + row) * a.rank;
+}
+
+template <typename T>
+void forward(const LoraLookupArgs& a, int64_t begin, int64_t end, void* scratch) {
+  using A = acc_t<T>;
+  A* Bt = static_cast<A*>(scratch);
+  const T* base = static_cast<const T*>(a.base);
+  const int64_t D = a.D;
+  int64_t client = a.positions ? begin / a.positions : 0;
+  int64_t next_client = (client + 1) * a.positions;
+  bool ready = false;
+  for (int64_t n = begin; n < end; ++n) {
+    if (n == next_client) {
+      ++client;
+      next_client += a.positions;
+      ready = ready && !a.per_client;
+    }
+    if (base && n + kAhead < end) {
+      const int64_t ahead = a.items[n + kAhead];
+      if (uint64_t(ahead) < uint64_t(a.num_items)) prefetch_row(base, ahead, D);
+    }
+    T* out = static_cast<T*>(a.out) + n * D;
+    const int64_t item = a.items[n];
+    const Position kind = classify(item, a.num_items);
+    if (kind != Position::item) {
+      if (kind == Position::bad) a.bad_item->report(n);
+      // The backward sees rows alone, so padding must be marked there too.
+      if (a.separate_rows && a.rows[n] != -1) a.bad_row->report(n);
+      zero_row(out, D);
+      continue;
+    }
+    int64_t row = item;
+    if (a.separate_rows) {
+      row = a.rows[n];
+      if (uint64_t(row) >= uint64_t(a.num_rows)) [[unlikely]] {
+        a.bad_row->report(n);
+        zero_row(out, D);
+        continue;
+      }
+    }
+    if (!ready) {
+      transpose_B<T>(a, client, Bt);
+      ready = true;
+    }
+    const T* factors = row_of_A<T>(a, client, row);
+    sum_rows<true>(
+        out, base ? base + item * D : static_cast<const T*>(nullptr), D, a.rank,
+        [&](int64_t j) { return static_cast<const A*>(Bt) + j * D; },
+        [&](int64_t j) { return to_acc(factors[j]); });
+  }
+}
+
+// Gradient of A's row: B^T g.
+template <typename T>
+FEDPEFT_INLINE void add_to_A(const LoraLookupArgs& a, const acc_t<T>* Bt, const T* grad, acc_t<T>* into) {
+  for (int64_t j = 0; j < a.rank; ++j) into[j] += dot(Bt + j * a.D, grad, a.D);
+}
+
+// -1: nothing to do at this position.
+FEDPEFT_INLINE int64_t checked_row(const LoraLookupArgs& a, int64_t n) {
+  const int64_t row = a.rows[n];
+  const Position kind = classify(row, a.num_rows);
+  if (kind == Position::bad) a.bad_row->report(n);
+  return kind == Position::item ? row : -1;
+}
+
+template <typename T>
+FEDPEFT_INLINE void store_B(const LoraLookupArgs& a, const acc_t<T>* grad_Bt, acc_t<T>* into) {
+  for (int64_t d = 0; d < a.D; ++d) {
+    for (int64_t j = 0; j < a.rank; ++j) into[d * a.rank + j] = grad_Bt[j * a.D + d];
+  }
+}
+
+template <typename T>
+void backward(const LoraLookupArgs& a, int64_t begin, int64_t end, void* scratch) {
+  using A = acc_t<T>;
+  A* Bt = static_cast<A*>(scratch);
+  A* grad_Bt = Bt + a.rank * a.D;
+  for (int64_t c = begin; c < end; ++c) {
+    A* grad_A = static_cast<A*>(a.grad_A) + c * a.num_rows * a.rank;
+    zero_row(grad_A, a.num_rows * a.rank);
+    zero_row(grad_Bt, a.rank * a.D);
+    transpose_B<T>(a, c, Bt);
+    for (int64_t n = c * a.positions; n < (c + 1) * a.positions; ++n) {
+      const int64_t row = checked_row(a, n);
+      if (row < 0) continue;
+      const T* grad = static_cast<const T*>(a.grad) + n * a.D;
+      const T* factors = row_of_A<T>(a, c, row);
+      add_to_A(a, Bt, grad, grad_A + row * a.rank);
+      for (int64_t j = 0; j < a.rank; ++j) add_scaled(grad_Bt + j * a.D, to_acc(factors[j]), grad, a.D);
+    }
+    store_B<T>(a, grad_Bt, static_cast<A*>(a.grad_B) + c * a.D * a.rank);
+  }
+}
+
+template <typename T>
+void backward_entries(const LoraLookupArgs& a, const int64_t* positions, int64_t count, void* scratch) {
+  using A = acc_t<T>;
+  A* Bt = static_cast<A*>(scratch);
+  transpose_B<T>(a, 0, Bt);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = checked_row(a, positions[i]);
+    if (row < 0) continue;
+    const T* grad = static_cast<const T*>(a.grad) + positions[i] * a.D;
+    add_to_A(a, Bt, grad, static_cast<A*>(a.grad_A) + row * a.rank);
+  }
+}
+
+template <typename T>
+void backward_B(const LoraLookupArgs& a, int64_t begin, int64_t end, void* into, void* scratch) {
+  using A = acc_t<T>;
+  A* grad_Bt = static_cast<A*>(scratch);
+  zero_row(grad_Bt, a.rank * a.D);
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t row = checked_row(a, n);
+    if (row < 0) continue;
+    const T* grad = static_cast<const T*>(a.grad) + n * a.D;
+    const T* factors = row_of_A<T>(a, 0, row);
+    for (int64_t j = 0; j < a.rank; ++j) add_scaled(grad_Bt + j * a.D, to_acc(factors[j]), grad, a.D);
+  }
+  store_B<T>(a, grad_Bt, static_cast<A*>(into));
+}
+
+}  // namespace
+
+const LoraLookupKernels lora_lookup_kernels = {
+    {forward<float>, forward<double>, forward<Half>, forward<BFloat16>},
+    {backward<float>, backward<double>, backward<Half>, backward<BFloat16>},
+    {backward_entries<float>, backward_entries<double>, backward_entries<Half>, backward_entries<BFloat16>},
+    {backward_B<float>, backward_B<double>, backward_B<Half>, backward_B<BFloat16>},
+};
+
+}  // namespace fedpeft::FEDPEFT_ISA
