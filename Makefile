@@ -1,0 +1,86 @@
+# Everything a newcomer, a developer and CI need, in one private environment (.venv).
+#
+#   make demo     build, train five embeddings on ML-100K, print and draw the comparison
+#   make test     the default test suite             make lint     ruff, mypy, clang-format
+#   make build    the extension alone                make format   rewrite the sources in the project's style
+#   make bench    kernel and training benchmarks     make clean    remove what was built (not .venv, not runs)
+#
+# Variables: PYTHON (default python3, 3.11 or newer), WERROR=1 (compiler warnings are errors), ROUNDS and OUT of the demo.
+# Every step is done once and again only when what it depends on changes.
+
+PYTHON ?= python3
+ROUNDS ?= 120
+OUT ?= runs/demo
+DATASET := ml-100k
+EMBEDDINGS := full,c-rq,p-lora,p-hash,p-rq
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+READY := $(VENV)/.ready
+BUILT := $(VENV)/.built$(if $(WERROR),-werror)
+NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+FORMATTED := $(filter csrc/%,$(NATIVE))
+say = @printf '\033[1m==>\033[0m %s\n' "$(1)"
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all lint format build bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(BUILT)
+	$(call say,Training and comparing $(EMBEDDINGS) on $(DATASET): $(ROUNDS) rounds each)
+	@$(BIN)/fedpeft compare --dataset $(DATASET) --embeddings $(EMBEDDINGS) --rounds $(ROUNDS) --out $(OUT) --overwrite
+
+test: $(BUILT)
+	$(call say,Running the tests)
+	@$(BIN)/python -m pytest -q
+
+test-all: $(BUILT)
+	$(call say,Running all tests including the slow ones)
+	@$(BIN)/python -m pytest -q -m ''
+
+lint: $(READY)
+	$(call say,Checking style and types)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+format: $(READY)
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+	@$(BIN)/clang-format -i $(FORMATTED)
+
+build: $(BUILT)
+
+bench: $(BUILT)
+	$(call say,Running the benchmarks)
+	@$(BIN)/python -m pytest benchmarks -q --benchmark-only
+
+clean:
+	rm -rf build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache fedpeft_ext/*.so $(VENV)/.built*
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(READY): requirements-dev.txt
+	$(call say,Making the environment in $(VENV) with $(PYTHON))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed for the pinned tools; name one with make PYTHON=..." >&2; exit 1; }
+	@command -v $(CXX) >/dev/null || { echo "A C++20 compiler is needed; on Debian: apt-get install g++" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || \
+	  { echo "Python's headers are needed; on Debian: apt-get install python3-dev" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "Python's venv is needed; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(call say,Installing torch and the tools pinned in requirements-dev.txt)
+	@$(PIP) -r requirements-dev.txt
+	$(call say,Installing the recbole wheel for the ML-100K data in it (not its dependencies))
+	@$(PIP) --no-deps recbole==1.2.1
+	@touch $@
+
+$(BUILT): $(READY) $(NATIVE)
+	$(call say,Compiling the extension and installing it in place$(if $(WERROR), with warnings as errors))
+	@$(PIP) --no-build-isolation --no-deps $(if $(WERROR),-C cmake.define.FEDPEFT_WERROR=ON) -e .
+	@rm -f $(VENV)/.built*
+	@touch $@
