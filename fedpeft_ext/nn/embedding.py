@@ -1,0 +1,223 @@
+"""`ItemEmbedding`: what all embedding modules share: the frozen base, padding, `Items`, bytes, and merging.
+
+A module's vector of item i is e_i + c_i (Yuan et al., "Plug-and-Play Parameter-Efficient Tuning of Embeddings
+for Federated Recommendation", AAAI 2026): the *full* embedding e_i, here `base`, is frozen, and the
+*compressed* part c_i is all that is trained and sent.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from fedpeft_ext import ops
+from fedpeft_ext.nn.items import Items
+
+
+class ItemEmbedding(nn.Module, ABC):
+    """Base class of the embedding modules; used like `torch.nn.Embedding`.
+
+    `forward` maps integer ids of any shape to vectors of that shape + [embedding_dim]. Ids of -1, and of
+    `padding_idx`, give zeros and no gradient.
+
+    Args:
+        num_embeddings: number of items I.
+        embedding_dim: width D.
+        padding_idx: item that stands for padding, or None. As in `nn.Embedding` a negative one counts from
+            the end.
+        base: full embeddings [I, D] that the compressed part is added to, or None. Copied.
+        freeze_base: keep `base` as a buffer, out of reach of optimizers and of `requires_grad_`; False makes
+            it a parameter, which is then trained and sent as well.
+        device, dtype: of the parameters; those of `base` where None, else torch's defaults.
+
+    A subclass implements `_lookup`, `reset_parameters` and `_options`, and lists its item-indexed parameters
+    in `_row_parameters`.
+
+    Raises:
+        TypeError: `base` or ids of a wrong type. ValueError: a size or shape that does not fit.
+    """
+
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+    base: Tensor | None
+    _row_parameters: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        base: Tensor | None = None,
+        freeze_base: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        require_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        if padding_idx is not None:
+            if not -num_embeddings <= padding_idx < num_embeddings:
+                raise ValueError(
+                    f"padding_idx: expected an item in [-{num_embeddings}, {num_embeddings}), "
+                    f"got {padding_idx}"
+                )
+            padding_idx %= num_embeddings
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        if base is None:
+            self.register_buffer("base", None)
+        else:
+            require_table("base", base, (num_embeddings, embedding_dim))
+            # A copy: a base that shared storage with a live parameter would move with it.
+            base = base.detach().to(device=device, dtype=dtype, copy=True)
+            if freeze_base:
+                self.register_buffer("base", base)
+            else:
+                self.register_parameter("base", nn.Parameter(base))
+
+    @classmethod
+    def from_pretrained(
+        cls, embeddings: Tensor, freeze: bool = True, padding_idx: int | None = None, **options: Any
+    ) -> Self:
+        """Plug a new compressed part into pre-trained full embeddings [I, D], which become the `base`.
+
+        Args:
+            embeddings: floating [I, D]; copied.
+            freeze: keep them frozen, as a buffer; False trains them too, as a parameter.
+            padding_idx: as in the constructor.
+            **options: of the constructor.
+        """
+        require_table("embeddings", embeddings)
+        num_embeddings, embedding_dim = embeddings.shape
+        options = {"padding_idx": padding_idx, "base": embeddings, "freeze_base": freeze, **options}
+        return cls(num_embeddings, embedding_dim, **options)
+
+    @abstractmethod
+    def _lookup(self, items: Items, base: Tensor | None) -> Tensor:
+        """Compressed vectors of `items` plus, where given, the rows of `base` at `items.ids`; zeros at -1."""
+
+    @abstractmethod
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the compressed part anew, as at construction; the base stays as it is."""
+
+    def _options(self) -> str:
+        return ""
+
+    def forward(self, items: Tensor | Items) -> Tensor:
+        """Vectors of `items`.
+
+        Args:
+            items: ids (int32 or int64, any shape), or `Items(ids, rows)`: then the parameters in
+                `row_parameters` are read at `rows`, as a caller needs that passes only the touched rows
+                through `torch.func.functional_call`. Parameters passed that way may also carry a leading
+                client dimension C, with items [C, P].
+
+        Returns:
+            [*items.shape, embedding_dim], zero at -1 and at `padding_idx`.
+        """
+        items = self._masked(items if isinstance(items, Items) else Items(items))
+        base = self.base
+        if base is None or "base" not in self._parameters:
+            return self._lookup(items, base)
+        # A trained base is one more table indexed by item: a client holds only the rows it touches.
+        return self._lookup(items, None) + ops.client_embedding(row_index(items), base)
+
+    def _masked(self, items: Items) -> Items:
+        for name, index in zip(Items._fields, items, strict=True):
+            if index is None and name == "rows":
+                continue
+            if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
+                got = str(index.dtype) if isinstance(index, Tensor) else type(index).__name__
+                raise TypeError(f"items.{name}: expected an int32 or int64 tensor, got {got}")
+        if self.padding_idx is None:
+            return items
+        padding = items.ids == self.padding_idx
+        rows = None if items.rows is None else items.rows.masked_fill(padding, -1)
+        return Items(items.ids.masked_fill(padding, -1), rows)
+
+    @property
+    def row_parameters(self) -> tuple[str, ...]:
+        """Names of the parameters whose first dimension is the item: those that `Items.rows` indexes."""
+        return (("base",) if "base" in self._parameters else ()) + self._row_parameters
+
+    def compressed_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained and sent, by name: every parameter that requires a gradient."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def bytes_per_round(self) -> int:
+        """Bytes of one transfer of `compressed_parameters`, one way."""
+        return sum(p.numel() * p.element_size() for p in self.compressed_parameters().values())
+
+    @torch.no_grad()
+    def full_embedding(self, chunk_size: int = 65536) -> Tensor:
+        """The final table [I, D], base plus compressed part, detached; `chunk_size` items at a time."""
+        require_positive(chunk_size=chunk_size)
+        device = next(self.parameters()).device
+        ids = torch.arange(self.num_embeddings, device=device)
+        return torch.cat([self(chunk) for chunk in torch.split(ids, chunk_size)])
+
+    def merge(self) -> nn.Embedding:
+        """A plain `nn.Embedding` of the final vectors, for deployment without this package."""
+        return nn.Embedding(
+            self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=self.full_embedding()
+        )
+
+    def _table(self) -> Tensor:
+        """The final table [I, D] with gradients: what `weight` is to `nn.Embedding`."""
+        table: Tensor = self(torch.arange(self.num_embeddings, device=next(self.parameters()).device))
+        return table
+
+    def extra_repr(self) -> str:
+        text = f"{self.num_embeddings}, {self.embedding_dim}{self._options()}"
+        if self.padding_idx is not None:
+            text += f", padding_idx={self.padding_idx}"
+        if self.base is not None:
+            text += f", base={'trained' if 'base' in self._parameters else 'frozen'}"
+        return text
+
+
+def row_index(items: Items) -> Tensor:
+    """What indexes an item-indexed parameter: the rows where given, else the ids."""
+    return items.ids if items.rows is None else items.rows
+
+
+def require_positive(**sizes: int) -> None:
+    """Raise unless each named size is an integer of at least 1."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+
+
+def require_table(name: str, table: Tensor, shape: tuple[int, int] | None = None) -> None:
+    """Raise unless `table` is a floating tensor [I, D], of the given shape where one is given."""
+    if not isinstance(table, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(table).__name__}")
+    if not table.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {table.dtype}")
+    if table.dim() != 2 or (shape is not None and tuple(table.shape) != shape):
+        expected = "[I, D]" if shape is None else list(shape)
+        raise ValueError(f"{name}: expected shape {expected}, got {list(table.shape)}")
+
+
+def new_parameter(
+    *shape: int, base: Tensor | None, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Parameter:
+    """An uninitialised parameter, on the device and of the dtype of `base` where none are named."""
+    if base is not None:
+        device, dtype = base.device, base.dtype
+    return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+
+def require_std(init_std: float) -> float:
+    """Raise unless `init_std` is a finite standard deviation of at least 0."""
+    if not 0.0 <= init_std < float("inf"):
+        raise ValueError(f"init_std: expected a finite number of at least 0, got {init_std}")
+    return float(init_std)
