@@ -216,6 +216,26 @@ def new_parameter(
     return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
 
+@torch.no_grad()
+def draw_normal(parameter: Tensor, std: float, generator: torch.Generator | None) -> None:
+    """Fill with normal draws; a generator of another device gives the values that it gives there."""
+    if generator is None or generator.device == parameter.device:
+        nn.init.normal_(parameter, std=std, generator=generator)
+    else:
+        there = torch.empty_like(parameter, device=generator.device)
+        parameter.copy_(nn.init.normal_(there, std=std, generator=generator))
+
+
+@torch.no_grad()
+def draw_uniform(parameter: Tensor, bound: float, generator: torch.Generator | None) -> None:
+    """Fill with uniform draws from [-bound, bound]; as `draw_normal` for a generator of another device."""
+    if generator is None or generator.device == parameter.device:
+        nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    else:
+        there = torch.empty_like(parameter, device=generator.device)
+        parameter.copy_(nn.init.uniform_(there, -bound, bound, generator=generator))
+
+
 def require_std(init_std: float) -> float:
     """Raise unless `init_std` is a finite standard deviation of at least 0."""
     if not 0.0 <= init_std < float("inf"):

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fedpeft_ext import ops
-from fedpeft_ext.nn.embedding import ItemEmbedding, new_parameter, require_std, require_table, row_index
+from fedpeft_ext.nn.embedding import (
+    ItemEmbedding,
+    draw_normal,
+    new_parameter,
+    require_std,
+    require_table,
+    row_index,
+)
 from fedpeft_ext.nn.items import Items
 
 
@@ -85,7 +92,7 @@ class FullEmbedding(ItemEmbedding):
         if self._parameter_name == "delta":
             nn.init.zeros_(table)
             return
-        nn.init.normal_(table, std=self.init_std, generator=generator)
+        draw_normal(table, self.init_std, generator)
         if self.padding_idx is not None:
             table[self.padding_idx].zero_()
 

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft_ext import ops
-from fedpeft_ext.nn.embedding import ItemEmbedding, new_parameter, require_positive, require_std
+from fedpeft_ext.nn.embedding import (
+    ItemEmbedding,
+    draw_normal,
+    draw_uniform,
+    new_parameter,
+    require_positive,
+    require_std,
+)
 from fedpeft_ext.nn.items import Items
 
 
@@ -98,12 +105,12 @@ class HashEmbedding(ItemEmbedding):
         return ops.hash_lookup(items.ids, self.table, self.hashes, senet=senet, reduce=self.reduce, base=base)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        nn.init.normal_(self.table, std=self.init_std, generator=generator)
+        draw_normal(self.table, self.init_std, generator)
         if self.senet:
             for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):
                 bound = 1.0 / math.sqrt(weight.shape[1])
-                nn.init.uniform_(weight, -bound, bound, generator=generator)
-                nn.init.uniform_(bias, -bound, bound, generator=generator)
+                draw_uniform(weight, bound, generator)
+                draw_uniform(bias, bound, generator)
 
     @property
     def weight(self) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft_ext import ops
-from fedpeft_ext.nn.embedding import ItemEmbedding, new_parameter, require_positive, require_std
+from fedpeft_ext.nn.embedding import ItemEmbedding, draw_normal, new_parameter, require_positive, require_std
 from fedpeft_ext.nn.items import Items
 
 
@@ -64,7 +64,7 @@ class LoRAEmbedding(ItemEmbedding):
         return ops.lora_lookup(items.ids, self.A, self.B, base=base, rows=items.rows)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        nn.init.normal_(self.A, std=self.init_std, generator=generator)
+        draw_normal(self.A, self.init_std, generator)
         nn.init.zeros_(self.B)
 
     @property

