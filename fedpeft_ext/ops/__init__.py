@@ -1,0 +1,38 @@
+"""The functional API: one file an op family, each op with its checks, fake, autograd, vmap rule and
+plain-PyTorch twin.
+
+The compiled ops are `torch.ops.fedpeft_ext.<name>`; the functions here check their arguments before they call
+them. Every op works under autograd (twice), torch.func (vmap, grad, vjp, at any nesting), torch.compile and
+autocast.
+"""
+
+from .aggregate import accumulate_updates_, touched_rows
+from .client_embedding import client_embedding
+from .dot_scores import dot_scores
+from .hash_lookup import SENetWeights, hash_buckets, hash_lookup, make_hashes
+from .lora_lookup import lora_lookup
+from .losses import bce_loss, bpr_loss
+from .optim import client_adam_, client_sgd_
+from .rq_encode import rq_encode
+from .rq_lookup import rq_lookup
+from .sampling import client_dropout, sample_negatives
+
+__all__ = [
+    "SENetWeights",
+    "accumulate_updates_",
+    "bce_loss",
+    "bpr_loss",
+    "client_adam_",
+    "client_dropout",
+    "client_embedding",
+    "client_sgd_",
+    "dot_scores",
+    "hash_buckets",
+    "hash_lookup",
+    "lora_lookup",
+    "make_hashes",
+    "rq_encode",
+    "rq_lookup",
+    "sample_negatives",
+    "touched_rows",
+]

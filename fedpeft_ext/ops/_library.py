@@ -1,0 +1,233 @@
+"""Glue between the compiled ops and PyTorch: fakes, autograd, vmap and autocast, each registered in one line
+an op.
+
+`torch.library.register_autograd` builds an ordinary autograd.Function, which refuses to run inside
+torch.func.grad; `register_autograd` below differs from it only in that it also works there, at any nesting of
+vmap and grad, and in that forward-mode differentiation raises where it would otherwise be lost without a
+word.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
+
+NAMESPACE = "fedpeft_ext"
+_torch_library: Any = torch.library  # untyped in torch
+LIBRARY = _torch_library.Library(NAMESPACE, "FRAGMENT")
+_FORWARD_AD: Any = _forward_ad
+
+Dims = tuple[int | None, ...]
+
+
+def raw_op(name: str) -> Any:
+    """The overload `torch.ops.fedpeft_ext.<name>.default`: skips overload resolution at each call."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return cast(
+        Callable[[Callable[..., Any]], Callable[..., Any]],
+        torch.library.register_fake(f"{NAMESPACE}::{name}", lib=LIBRARY),
+    )
+
+
+# Autograd ---------------------------------------------------------------------------------------------------
+
+
+def _refuse_forward_mode(name: str, args: tuple[Any, ...]) -> None:
+    for x in args:
+        if isinstance(x, Tensor) and _FORWARD_AD.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{name}: forward-mode differentiation is not supported; "
+                "use reverse mode (backward, torch.func.grad, vjp)"
+            )
+
+
+def register_autograd(
+    name: str,
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> None:
+    """Registers `backward(ctx, *grads)`, which returns one gradient (or None) for each argument of the op."""
+    op = raw_op(name)
+
+    def below(keyset: Any, args: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        *inputs, keyset = args
+        output = below(keyset, tuple(inputs))
+        setup_context(ctx, tuple(inputs), output)
+        return output
+
+    def backward_and_keyset(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*backward(ctx, *grads), None)
+
+    function = type(
+        f"fedpeft_ext_{name}",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward_and_keyset)},
+    )
+    # Function.apply would hand over to functorch, but this kernel already runs at one level of functorch's
+    # stack.
+    apply_here: Any = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if _FORWARD_AD._current_level >= 0:
+            _refuse_forward_mode(name, args)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return below(keyset, args)
+        if not torch._C._are_functorch_transforms_active():
+            return apply_here(*args, keyset)
+        from torch._functorch.utils import enable_single_level_autograd_function
+
+        with enable_single_level_autograd_function():
+            return apply_here(*args, keyset)
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def register_in_place(name: str, *mutated: int) -> None:
+    """For an op that writes into the arguments at `mutated`: not differentiable (as torch's optimizers it
+    runs under no_grad), seen by autograd's version counters, refused by vmap."""
+    op = raw_op(name)
+
+    def autograd_kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            raise RuntimeError(f"{name} is not differentiable: call it under torch.no_grad()")
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def version_kernel(keyset: Any, *args: Any) -> Any:
+        for i in mutated:
+            if args[i] is not None:
+                torch.autograd.graph.increment_version(args[i])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    def vmap_rule(size: int, in_dims: Dims, *args: Any) -> Any:
+        raise NotImplementedError(
+            f"{name} writes in place and has no vmap rule: call it outside vmap on stacked tensors [C, ...]"
+        )
+
+    LIBRARY.impl(name, autograd_kernel, "Autograd", with_keyset=True)
+    LIBRARY.impl(name, version_kernel, "ADInplaceOrView", with_keyset=True)
+    register_vmap(name)(vmap_rule)
+
+
+# vmap -------------------------------------------------------------------------------------------------------
+
+
+def register_vmap(name: str) -> Callable[[Callable[..., Any]], None]:
+    """Registers `rule(size, in_dims, *args) -> (output, out_dims)`."""
+
+    def register(rule: Callable[..., Any]) -> None:
+        def with_info(info: Any, in_dims: Any, *args: Any) -> Any:
+            return rule(info.batch_size, in_dims, *args)
+
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", with_info, lib=LIBRARY)
+
+    return register
+
+
+def to_front(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """The vmapped dimension first; a tensor without one is expanded (no copy)."""
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def loop_over(op: Any, size: int, in_dims: Dims, args: Sequence[Any]) -> tuple[Any, Any]:
+    """One call a sample: the rule for arguments that the kernels cannot batch (codes and hashes)."""
+    if size == 0:
+        raise ValueError("vmap over codes or hashes: expected at least one sample, got 0")
+    outputs = [
+        op(*(x if d is None else x.select(d, i) for x, d in zip(args, in_dims, strict=True)))
+        for i in range(size)
+    ]
+    if isinstance(outputs[0], Tensor):
+        return torch.stack(outputs), 0
+    return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * len(outputs[0])
+
+
+class LookupBatch:
+    """How a vmapped lookup becomes one call of the op.
+
+    | parameters | the op's parameters | items become        |
+    |------------|---------------------|---------------------|
+    | batched    | shared              | [B, P] (per client) |
+    | batched    | per client [C, ...] | [B * C, P]          |
+    | same for all | shared            | [B, *]              |
+    | same for all | per client        | [C, B * P]          |
+    """
+
+    def __init__(self, size: int, per_client: bool, batched: bool) -> None:
+        self.size, self.per_client, self.batched = size, per_client, batched
+        self.shape: tuple[int, ...] = ()  # [B, *items.shape], known after the first positions()
+
+    def positions(self, x: Tensor, dim: int | None, trailing: int = 0) -> Tensor:
+        """Items, rows (trailing = 0) or the gradient of the output (trailing = 1)."""
+        x = to_front(x, dim, self.size)
+        tail = tuple(x.shape[x.dim() - trailing :])
+        self.shape = tuple(x.shape[: x.dim() - trailing])
+        if self.batched:
+            return (
+                x.flatten(0, 1) if self.per_client else x.reshape(self.size, math.prod(self.shape[1:]), *tail)
+            )
+        if self.per_client:
+            _, clients, positions = self.shape
+            return x.transpose(0, 1).reshape(clients, self.size * positions, *tail)
+        return x
+
+    def parameter(self, x: Tensor, dim: int | None) -> Tensor:
+        if not self.batched:
+            return x
+        x = to_front(x, dim, self.size)
+        return x.flatten(0, 1) if self.per_client else x
+
+    def output(self, out: Tensor) -> tuple[Tensor, int]:
+        """The lookup's output, [*items.shape, D] for each sample."""
+        if self.per_client and not self.batched:
+            _, clients, positions = self.shape
+            return out.reshape(clients, self.size, positions, out.size(-1)), 1
+        return out.reshape(*self.shape, out.size(-1)), 0
+
+    def parameter_output(self, out: Tensor) -> tuple[Tensor, int]:
+        """A gradient in the shape of the parameter, for each sample."""
+        return (out.reshape(self.size, self.shape[1], *out.shape[1:]) if self.per_client else out), 0
+
+
+def add_batched_base(
+    out: tuple[Tensor, int], size: int, items: Tensor, items_dim: int | None, base: Tensor, base_dim: int
+) -> tuple[Tensor, int]:
+    """Adds base rows where vmap runs over base itself, which the lookups read as one table for all."""
+    batch = LookupBatch(size, per_client=False, batched=True)
+    rows = raw_op("client_embedding")(batch.positions(items, items_dim), batch.parameter(base, base_dim))
+    return out[0].movedim(out[1], 0) + batch.output(rows)[0], 0
+
+
+# Autocast ---------------------------------------------------------------------------------------------------
+
+
+def promoted(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Under autocast, operands of different float dtypes in their widest one; otherwise as they came.
+
+    Unlike matmul, a lookup gains nothing from lower precision, so autocast never lowers it (as nn.Embedding).
+    """
+    first = tensors[0]
+    for t in tensors:
+        if isinstance(t, Tensor) and isinstance(first, Tensor) and t.dtype != first.dtype:
+            break
+    else:
+        return tensors
+    present = [t for t in tensors if isinstance(t, Tensor)]
+    if not torch.is_autocast_enabled(first.device.type) or not all(t.is_floating_point() for t in present):
+        return tensors
+    widest = reduce(torch.promote_types, (t.dtype for t in present))
+    return tuple(t.to(widest) if isinstance(t, Tensor) else t for t in tensors)

@@ -1,0 +1,59 @@
+"""Pieces shared by the plain-PyTorch twins of the ops."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def values_available(t: Tensor) -> bool:
+    """Whether looking at values is allowed: eager, on the CPU, outside torch.func transforms and tracing."""
+    return (
+        t.device.type == "cpu"
+        and type(t) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
+
+
+def check_index_values(index: Tensor, size: int | None, name: str, padding: bool = True) -> None:
+    """Raises IndexError unless every value is -1 (where padding is allowed) or in [0, size)."""
+    if not values_available(index):
+        return
+    bad = index < (-1 if padding else 0)
+    if size is not None:
+        bad |= index >= size
+    if bool(bad.any()):
+        position = int(bad.flatten().nonzero()[0])
+        value = int(index.flatten()[position])
+        low = "-1 (padding) or 0" if padding else "0"
+        limit = "more" if size is None else str(size - 1)
+        raise IndexError(
+            f"{name}: index {value} at position {position} is out of range: expected {low} to {limit}"
+        )
+
+
+def nonempty(table: Tensor, dim: int) -> Tensor:
+    """A table without rows gets one of zeros, so that padding has something to read."""
+    if table.size(dim) > 0:
+        return table
+    shape = list(table.shape)
+    shape[dim] = 1
+    return table.new_zeros(shape)
+
+
+def pad_to_zero(out: Tensor, items: Tensor) -> Tensor:
+    """Zero where items is -1; masked, not multiplied, so that a NaN does not leak."""
+    return out.masked_fill((items < 0).unsqueeze(-1), 0)
+
+
+def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """table [N, D] at rows [*], or table [C, N, D] at rows [C, P]; zero at -1."""
+    table = nonempty(table, -2)
+    index = rows.clamp(min=0).long()
+    if table.dim() == 3:
+        clients, size, width = table.shape
+        index = index + size * torch.arange(clients, device=rows.device).unsqueeze(1)
+        table = table.reshape(clients * size, width)
+    return pad_to_zero(F.embedding(index, table), rows)

@@ -1,0 +1,39 @@
+"""The plain-PyTorch twin of every op under the op's own name: readable, slow, on any device; the yardstick of
+the tests."""
+
+from .ops.aggregate import accumulate_updates_reference_ as accumulate_updates_
+from .ops.aggregate import touched_rows_reference as touched_rows
+from .ops.client_embedding import client_embedding_reference as client_embedding
+from .ops.dot_scores import dot_scores_reference as dot_scores
+from .ops.hash_lookup import SENetWeights, make_hashes
+from .ops.hash_lookup import hash_buckets_reference as hash_buckets
+from .ops.hash_lookup import hash_lookup_reference as hash_lookup
+from .ops.lora_lookup import lora_lookup_reference as lora_lookup
+from .ops.losses import bce_loss_reference as bce_loss
+from .ops.losses import bpr_loss_reference as bpr_loss
+from .ops.optim import client_adam_reference_ as client_adam_
+from .ops.optim import client_sgd_reference_ as client_sgd_
+from .ops.rq_encode import rq_encode_reference as rq_encode
+from .ops.rq_lookup import rq_lookup_reference as rq_lookup
+from .ops.sampling import client_dropout_reference as client_dropout
+from .ops.sampling import sample_negatives_reference as sample_negatives
+
+__all__ = [
+    "SENetWeights",
+    "accumulate_updates_",
+    "bce_loss",
+    "bpr_loss",
+    "client_adam_",
+    "client_dropout",
+    "client_embedding",
+    "client_sgd_",
+    "dot_scores",
+    "hash_buckets",
+    "hash_lookup",
+    "lora_lookup",
+    "make_hashes",
+    "rq_encode",
+    "rq_lookup",
+    "sample_negatives",
+    "touched_rows",
+]
