@@ -64,7 +64,13 @@ def register_autograd(
 
     def forward(ctx: Any, *args: Any) -> Any:
         *inputs, keyset = args
-        output = below(keyset, tuple(inputs))
+        if torch._C._are_functorch_transforms_active():
+            # Outer levels of functorch's stack run inside this call and record gradients of their own, which
+            # the no_grad of an autograd.Function's forward must not switch off.
+            with torch.enable_grad():
+                output = below(keyset, tuple(inputs))
+        else:
+            output = below(keyset, tuple(inputs))
         setup_context(ctx, tuple(inputs), output)
         return output
 
@@ -76,8 +82,7 @@ def register_autograd(
         (torch.autograd.Function,),
         {"forward": staticmethod(forward), "backward": staticmethod(backward_and_keyset)},
     )
-    # Function.apply would hand over to functorch, but this kernel already runs at one level of functorch's
-    # stack.
+    # Function.apply would hand over to functorch, but this kernel already runs at one level of its stack.
     apply_here: Any = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def kernel(keyset: Any, *args: Any) -> Any:
@@ -227,7 +232,9 @@ def promoted(*tensors: Tensor | None) -> tuple[Any, ...]:
     else:
         return tensors
     present = [t for t in tensors if isinstance(t, Tensor)]
-    if not torch.is_autocast_enabled(first.device.type) or not all(t.is_floating_point() for t in present):
+    device = first.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not autocast or not all(t.is_floating_point() for t in present):
         return tensors
     widest = reduce(torch.promote_types, (t.dtype for t in present))
     return tuple(t.to(widest) if isinstance(t, Tensor) else t for t in tensors)

@@ -34,13 +34,9 @@ def check_index_values(index: Tensor, size: int | None, name: str, padding: bool
         )
 
 
-def nonempty(table: Tensor, dim: int) -> Tensor:
-    """A table without rows gets one of zeros, so that padding has something to read."""
-    if table.size(dim) > 0:
-        return table
-    shape = list(table.shape)
-    shape[dim] = 1
-    return table.new_zeros(shape)
+def nonempty(table: Tensor) -> Tensor:
+    """A table [*, N, D] without rows gets one of zeros, so that padding has something to read."""
+    return table if table.size(-2) > 0 else F.pad(table, (0, 0, 0, 1))
 
 
 def pad_to_zero(out: Tensor, items: Tensor) -> Tensor:
@@ -50,10 +46,26 @@ def pad_to_zero(out: Tensor, items: Tensor) -> Tensor:
 
 def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
     """table [N, D] at rows [*], or table [C, N, D] at rows [C, P]; zero at -1."""
-    table = nonempty(table, -2)
+    table = nonempty(table)
     index = rows.clamp(min=0).long()
     if table.dim() == 3:
         clients, size, width = table.shape
         index = index + size * torch.arange(clients, device=rows.device).unsqueeze(1)
         table = table.reshape(clients * size, width)
     return pad_to_zero(F.embedding(index, table), rows)
+
+
+def philox_words(seed: int, round: int, client: Tensor, position: Tensor, stream: int) -> Tensor:
+    """`philox.words` on tensors: int64 [*broadcast of client and position, 4].
+
+    Products wrap around 2^64, which leaves their bits right.
+    """
+    low = 2**32 - 1
+    c1, c0 = torch.broadcast_tensors(client.long(), position.long())
+    c2, c3 = torch.full_like(c0, round), torch.full_like(c0, stream)
+    k0, k1 = seed & low, seed >> 32
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32) & low ^ c1 ^ k0, p1 & low, (p0 >> 32) & low ^ c3 ^ k1, p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return torch.stack([c0, c1, c2, c3], dim=-1)

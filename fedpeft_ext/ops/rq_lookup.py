@@ -105,9 +105,9 @@ def rq_lookup_reference(
     codebooks, base = promoted(codebooks, base)
     _check(items, codes, codebooks, base)
     check_index_values(items, codes.size(0), "items")
-    picked = nonempty(codes, 0)[items.clamp(min=0).long()].long()  # [*items.shape, L]
+    picked = nonempty(codes)[items.clamp(min=0).long()].long()  # [*items.shape, L]
     check_index_values(picked[items >= 0], codebooks.size(-2), "codes", padding=False)
-    codebooks = nonempty(codebooks, -2)
+    codebooks = nonempty(codebooks)
     *clients, levels, size, _ = codebooks.shape
     index = picked + size * torch.arange(levels, device=items.device)
     if clients:

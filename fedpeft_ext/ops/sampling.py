@@ -12,7 +12,7 @@ from torch import Tensor
 from . import philox
 from ._checks import check_device, check_dim, check_draw, check_float, check_index, check_range, check_shape
 from ._library import Dims, loop_over, raw_op, register_autograd, register_fake, register_vmap, to_front
-from ._plain import check_index_values
+from ._plain import check_index_values, philox_words
 
 _NEGATIVES = raw_op("sample_negatives")
 _DROPOUT = raw_op("client_dropout")
@@ -210,15 +210,15 @@ def client_dropout(
 def client_dropout_reference(
     x: Tensor, clients: Tensor, p: float, seed: int, round: int, epoch: int = 0, layer: int = 0
 ) -> Tensor:
-    """`client_dropout` with its mask from NumPy."""
+    """`client_dropout` in plain PyTorch."""
     _check_dropout(x, clients, p, seed, round, epoch, layer)
     check_index_values(clients, 2**32, "clients", padding=False)
     size = math.prod(x.shape[1:])
-    ids, block = clients.cpu().numpy().astype(np.int64)[:, None], np.arange(-(-size // 4))
-    words = philox.words(seed, round, ids, block, philox.Purpose.DROPOUT, layer, epoch)
-    kept = words.reshape(x.size(0), 4 * len(block))[:, :size] >= np.uint64(math.floor(p * 2**32))
-    mask = torch.from_numpy(kept).to(x.device).reshape(x.shape)
-    return torch.where(mask, x * (1 / (1 - p) if p < 1 else 0.0), 0)
+    block = torch.arange(-(-size // 4), device=x.device)
+    stream = philox.Purpose.DROPOUT << 24 | layer << 16 | epoch
+    words = philox_words(seed, round, clients.unsqueeze(1), block, stream).flatten(1)[:, :size]
+    kept = (words >= math.floor(p * 2**32)).reshape(x.shape)
+    return torch.where(kept, x * (1 / (1 - p) if p < 1 else 0.0), 0)
 
 
 @register_fake("client_dropout")
