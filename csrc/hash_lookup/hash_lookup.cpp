@@ -189,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
     if (!like.has_value()) return torch::stable::new_empty(table, {0});
     const int64_t size = like->numel() / std::max<int64_t>(clients, 1);
     Tensor part = grad_senet;
-    part = torch::stable::contiguous(torch::stable::narrow(part, 1, offset, size));
+    part = torch::stable::clone(torch::stable::narrow(part, 1, offset, size));  // outputs share no storage
     offset += size;
     std::vector<int64_t> sizes;
     for (int64_t d = 0; d < like->dim(); ++d) sizes.push_back(like->size(d));

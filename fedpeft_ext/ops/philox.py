@@ -58,7 +58,7 @@ def philox4x32(counter: npt.ArrayLike, key: npt.ArrayLike) -> UInt32:
 
 def _checked(value: IntLike, bits: int, name: str) -> UInt64:
     array = np.asarray(value)
-    if array.dtype.kind not in "iu":
+    if array.dtype.kind not in "iu" and not isinstance(value, int):  # NumPy has no dtype for an int past 2^64
         raise TypeError(f"{name}: expected integers, got {array.dtype}")
     if array.size and (int(array.min()) < 0 or int(array.max()) >= 1 << bits):
         raise ValueError(

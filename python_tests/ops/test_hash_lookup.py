@@ -102,7 +102,7 @@ def test_large_shared_backward_is_the_same_for_any_threads(target: Any) -> None:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-# Hashing --------------------------------------------------------------------------------------------------------------
+# Hashing ----------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=100)
@@ -176,9 +176,24 @@ GOOD = {
 }
 BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("float items", {"items": torch.zeros(2, 3)}, TypeError, "items: expected int32 or int64"),
-    ("int32 hashes", {"hashes": torch.ones(2, 2, dtype=torch.int32)}, TypeError, "hashes: expected torch.int64"),
-    ("flat hashes", {"hashes": torch.ones(2, dtype=torch.int64)}, ValueError, "hashes: expected shape .H, 2."),
-    ("no hashes", {"hashes": torch.ones(0, 2, dtype=torch.int64)}, ValueError, "hashes: expected shape .H, 2."),
+    (
+        "int32 hashes",
+        {"hashes": torch.ones(2, 2, dtype=torch.int32)},
+        TypeError,
+        "hashes: expected torch.int64",
+    ),
+    (
+        "flat hashes",
+        {"hashes": torch.ones(2, dtype=torch.int64)},
+        ValueError,
+        "hashes: expected shape .H, 2.",
+    ),
+    (
+        "no hashes",
+        {"hashes": torch.ones(0, 2, dtype=torch.int64)},
+        ValueError,
+        "hashes: expected shape .H, 2.",
+    ),
     ("empty table", {"table": torch.zeros(2, 0, 5)}, ValueError, "table: expected at least one row"),
     ("flat table", {"table": torch.zeros(5)}, ValueError, "table: expected shape"),
     ("integer table", {"table": torch.zeros(2, 4, 5).int()}, TypeError, "table: expected float32"),
@@ -196,7 +211,9 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("change", "error", "message"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str, target: Any) -> None:
-    def call(space: Any, items: Any, table: Any, hashes: Any, w1: Any, b1: Any, w2: Any, b2: Any, base: Any) -> Any:
+    def call(
+        space: Any, items: Any, table: Any, hashes: Any, w1: Any, b1: Any, w2: Any, b2: Any, base: Any
+    ) -> Any:
         return space.hash_lookup(items, table, hashes, space.SENetWeights(w1, b1, w2, b2), "mean", base)
 
     call(target.ops, **GOOD)

@@ -109,7 +109,12 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("integer A", {"A": torch.zeros(2, 4, 3).int()}, TypeError, "A: expected float32"),
     ("flat A", {"A": torch.zeros(3)}, ValueError, "A: expected shape"),
     ("shared B", {"B": torch.zeros(5, 3)}, ValueError, "B: expected shape .C, D, r."),
-    ("rank 0", {"A": torch.zeros(2, 4, 0), "B": torch.zeros(2, 5, 0)}, ValueError, "A: expected a rank of at least 1"),
+    (
+        "rank 0",
+        {"A": torch.zeros(2, 4, 0), "B": torch.zeros(2, 5, 0)},
+        ValueError,
+        "A: expected a rank of at least 1",
+    ),
     ("rank", {"B": torch.zeros(2, 5, 4)}, ValueError, "B: expected size 3 .r, the rank of A"),
     ("clients of B", {"B": torch.zeros(3, 5, 3)}, ValueError, "B: expected size 2 .C"),
     ("dtype of B", {"B": torch.zeros(2, 5, 3).double()}, TypeError, "B: expected the dtype of A"),

@@ -73,7 +73,9 @@ def test_any_shape(target: Any, **shape: Any) -> None:
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3, 2), (0, 3)])
 def test_shared_codebooks_take_items_of_any_shape(shape: tuple[int, ...], target: Any) -> None:
     case = make_case(1, 1, 6, 2, 3, 5, per_client=False)
-    items = torch.arange(max(1, torch.Size(shape).numel()))[: torch.Size(shape).numel()].reshape(shape) % 7 - 1
+    items = (
+        torch.arange(max(1, torch.Size(shape).numel()))[: torch.Size(shape).numel()].reshape(shape) % 7 - 1
+    )
     case = Case(case.name, case.run, (items, *case.tensors[1:])).to(target.device)
     assert_equals_twin(case, target.ops, torch.float64)
 
@@ -130,14 +132,34 @@ def test_vmap_over_codebooks_is_one_call(target: Any) -> None:
 
 
 BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
-    ("float items", {"items": torch.zeros(2, 3)}, TypeError, "items: expected int32 or int64, got torch.float32"),
+    (
+        "float items",
+        {"items": torch.zeros(2, 3)},
+        TypeError,
+        "items: expected int32 or int64, got torch.float32",
+    ),
     ("list of items", {"items": [[0]]}, TypeError, "items: expected a Tensor, got list"),
     ("int8 codes", {"codes": torch.zeros(4, 2, dtype=torch.int8)}, TypeError, "codes: expected uint8"),
-    ("flat codes", {"codes": torch.zeros(4, dtype=torch.uint8)}, ValueError, "codes: expected shape .I, L., got .4."),
+    (
+        "flat codes",
+        {"codes": torch.zeros(4, dtype=torch.uint8)},
+        ValueError,
+        "codes: expected shape .I, L., got .4.",
+    ),
     ("levels", {"codes": torch.zeros(4, 3, dtype=torch.uint8)}, ValueError, "codes: expected size 2 .L"),
-    ("integer codebooks", {"codebooks": torch.zeros(2, 2, 3, 5, dtype=torch.int64)}, TypeError, "codebooks: expected"),
+    (
+        "integer codebooks",
+        {"codebooks": torch.zeros(2, 2, 3, 5, dtype=torch.int64)},
+        TypeError,
+        "codebooks: expected",
+    ),
     ("flat codebooks", {"codebooks": torch.zeros(3, 5)}, ValueError, "codebooks: expected shape"),
-    ("clients", {"items": torch.zeros(3, 3, dtype=torch.int64)}, ValueError, "items: expected shape .C, P. with C = 2"),
+    (
+        "clients",
+        {"items": torch.zeros(3, 3, dtype=torch.int64)},
+        ValueError,
+        "items: expected shape .C, P. with C = 2",
+    ),
     ("flat items", {"items": torch.zeros(3, dtype=torch.int64)}, ValueError, "items: expected shape .C, P."),
     ("base items", {"base": torch.zeros(5, 5)}, ValueError, "base: expected size 4"),
     ("base width", {"base": torch.zeros(4, 6)}, ValueError, "base: expected size 5"),

@@ -1,0 +1,117 @@
+"""PyTorch's own checks of the registrations, the completeness of the surface, and the documented examples."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fedpeft_ext
+from fedpeft_ext import ops, reference
+
+g = torch.Generator().manual_seed(0)
+
+
+def floats(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=g, requires_grad=True)
+
+
+ITEMS = torch.tensor([[0, 3, -1], [2, 2, 1]])
+CODES = torch.tensor([[0, 1], [1, 1], [2, 0], [1, 2]], dtype=torch.uint8)
+HASHES = torch.tensor([[3, 1], [5, 2]])
+NONE4 = (None,) * 4
+SENET = (floats(3, 2), floats(3), floats(2, 3), floats(2))
+CALLS: list[tuple[str, tuple[Any, ...]]] = [
+    ("rq_lookup", (ITEMS, CODES, floats(2, 2, 3, 5), floats(4, 5))),
+    ("rq_lookup", (ITEMS, CODES, floats(2, 3, 5), None)),
+    ("rq_lookup_backward", (floats(2, 3, 5), ITEMS, CODES, 3, True)),
+    ("rq_lookup_backward", (floats(2, 3, 5), ITEMS, CODES, 3, False)),
+    ("hash_buckets", (ITEMS, HASHES, 7)),
+    ("hash_lookup", (ITEMS, floats(2, 6, 5), HASHES, *NONE4, True, floats(4, 5))),
+    ("hash_lookup", (ITEMS, floats(6, 5), HASHES, *SENET, False, None)),
+    ("hash_lookup_backward", (floats(2, 3, 5), ITEMS, floats(2, 6, 5), HASHES, *NONE4, True)),
+    ("hash_lookup_backward", (floats(2, 3, 5), ITEMS, floats(6, 5), HASHES, *SENET, False)),
+    ("lora_lookup", (ITEMS, floats(2, 4, 2), floats(2, 5, 2), floats(4, 5), None)),
+    ("lora_lookup", (ITEMS, floats(2, 4, 2), floats(2, 5, 2), floats(9, 5), ITEMS)),
+    ("lora_lookup_backward", (floats(2, 3, 5), ITEMS, floats(4, 2), floats(5, 2))),
+    ("client_embedding", (ITEMS, floats(2, 4, 5))),
+    ("client_embedding_backward", (floats(2, 3, 5), ITEMS, 4, True)),
+    ("dot_scores", (floats(2, 3, 5), floats(2, 5))),
+    ("dot_scores_backward", (floats(2, 3), floats(2, 3, 5), floats(2, 5))),
+    ("bpr_loss", (floats(2, 3), floats(2, 3), ITEMS)),
+    ("bpr_loss_backward", (floats(2), floats(2, 3), floats(2, 3), ITEMS)),
+    ("bce_loss", (floats(2, 3), floats(2, 3), ITEMS)),
+    ("bce_loss_backward", (floats(2), floats(2, 3), floats(2, 3), ITEMS)),
+    ("client_dropout", (floats(2, 3), torch.tensor([1, 2]), 0.5, 1, 2, 3, 4)),
+    (
+        "sample_negatives",
+        (ITEMS, torch.tensor([0, 1]), torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]), 4, 2, 1, 0),
+    ),
+    ("touched_rows", (ITEMS,)),
+    ("rq_encode", (torch.randn(4, 5), torch.randn(2, 3, 5))),
+    (
+        "client_adam_",
+        (*(torch.ones(2, 3) for _ in range(4)), torch.tensor([1, 2]), 0.1, 0.9, 0.99, 1e-8, 0.1),
+    ),
+    ("client_sgd_", (torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3), 0.1, 0.9, 0.1)),
+    ("client_sgd_", (torch.ones(2, 3), torch.ones(2, 3), None, 0.1, 0.0, 0.1)),
+    (
+        "accumulate_updates_",
+        (torch.ones(4, 5), torch.ones(2, 3, 5), torch.ones(2, dtype=torch.float64), ITEMS),
+    ),
+    (
+        "accumulate_updates_",
+        (torch.ones(5).double(), torch.ones(2, 5), torch.ones(2, dtype=torch.float64), None),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), CALLS, ids=[f"{i}-{c[0]}" for i, c in enumerate(CALLS)])
+def test_opcheck(name: str, arguments: tuple[Any, ...], target: Any) -> None:
+    placed = tuple(
+        a.detach().to(target.device).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+        for a in arguments
+    )
+    result = torch.library.opcheck(getattr(torch.ops.fedpeft_ext, name).default, placed)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_every_op_is_checked() -> None:
+    defined = {
+        s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("fedpeft_ext::")
+    }
+    assert defined == {name for name, _ in CALLS}
+
+
+def test_every_op_has_a_public_function_and_a_twin() -> None:
+    assert set(ops.__all__) == set(reference.__all__)
+    public = {name for name, _ in CALLS if not name.endswith("_backward")}
+    assert public <= set(ops.__all__)
+    for name in ops.__all__:
+        assert getattr(ops, name).__doc__
+        assert getattr(fedpeft_ext, name) is getattr(ops, name)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "aggregate",
+        "client_embedding",
+        "dot_scores",
+        "hash_lookup",
+        "lora_lookup",
+        "losses",
+        "optim",
+        "rq_encode",
+        "rq_lookup",
+        "sampling",
+    ],
+)
+def test_documented_examples(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"fedpeft_ext.ops.{module}"))
+    assert result.failed == 0
+    assert result.attempted > 0
