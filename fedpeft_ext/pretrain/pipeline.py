@@ -117,7 +117,7 @@ def pretrain(
 
 
 @dataclass(frozen=True)
-class _TextFeatures:
+class CachedFeatures:
     """Features as a cache entry."""
 
     features: Features
@@ -126,7 +126,7 @@ class _TextFeatures:
         return {"features": torch.from_numpy(self.features)}, {}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> _TextFeatures:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> CachedFeatures:
         return cls(tensors["features"].numpy())
 
 
@@ -145,7 +145,7 @@ def _item_features(
         else {"method": "sentence-transformers", "model": config.text_model}
     )
     made = cached(
-        folder, _TextFeatures, texts, options, lambda: _TextFeatures(text_features(texts, **options))
+        folder, CachedFeatures, texts, options, lambda: CachedFeatures(text_features(texts, **options))
     )
     return made.features, sum(not text.strip() for text in texts)
 
