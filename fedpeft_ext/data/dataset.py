@@ -1,0 +1,270 @@
+"""`Dataset`: the interactions of every user, split leave-one-out, and what evaluation draws from them.
+
+Users and items are numbered 0 .. num_users - 1 and 0 .. num_items - 1; their external ids are kept beside.
+Interactions lie in CSR form: the training items of user u are `indices[indptr[u]:indptr[u + 1]]`, oldest
+first.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fedpeft_ext.ops import philox
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+# Draws held at a time by `candidates`: about 8 MB an array, so that the ten rounds of Philox stay in cache.
+_CHUNK_DRAWS = 1 << 18
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Interactions split leave-one-out: training items, at most one validation and one test item a user.
+
+    Attributes:
+        name: what to call it in logs and tables.
+        num_users, num_items: U and I.
+        indptr: int64 [U + 1], CSR row offsets into `indices`.
+        indices: int64 [nnz], each user's training items, distinct, oldest first.
+        test_items: int64 [U], the item held out for testing; -1: the user has none.
+        valid_items: int64 [U], the item held out for validation; -1: none.
+        user_ids, item_ids: external ids, by index.
+        item_text: text of each item ("" where there is none), or None if the data set has no text.
+        report: what loading counted (rows read, duplicates dropped, users without a test item, ...).
+
+    Raises ValueError or TypeError if the parts do not fit together, or if a held-out item is also a training
+    item.
+    """
+
+    name: str
+    num_users: int
+    num_items: int
+    indptr: IntArray
+    indices: IntArray
+    test_items: IntArray
+    valid_items: IntArray
+    user_ids: list[str]
+    item_ids: list[str]
+    item_text: list[str] | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.num_users < 1 or self.num_items < 1:
+            raise ValueError(
+                f"a data set needs at least one user and one item, got num_users={self.num_users}, "
+                f"num_items={self.num_items}"
+            )
+        if len(self.indices.shape) != 1:
+            raise ValueError(f"indices: expected one dimension, got shape {self.indices.shape}")
+        shapes = {"indptr": self.num_users + 1, "test_items": self.num_users, "valid_items": self.num_users}
+        for name in ("indptr", "indices", "test_items", "valid_items"):
+            array = getattr(self, name)
+            if array.dtype != np.int64:
+                raise TypeError(f"{name}: expected int64, got {array.dtype}")
+            if name in shapes and array.shape != (shapes[name],):
+                raise ValueError(f"{name}: expected shape ({shapes[name]},), got {array.shape}")
+        for name, ids, count in (
+            ("user_ids", self.user_ids, self.num_users),
+            ("item_ids", self.item_ids, self.num_items),
+            ("item_text", self.item_text, self.num_items),
+        ):
+            if ids is not None and len(ids) != count:
+                raise ValueError(f"{name}: expected {count} entries, got {len(ids)}")
+        counts = np.diff(self.indptr)
+        if self.indptr[0] != 0 or self.indptr[-1] != len(self.indices) or (counts < 0).any():
+            raise ValueError(
+                f"indptr: expected offsets rising from 0 to {len(self.indices)} (the length of indices)"
+            )
+        for name, array, low in (
+            ("indices", self.indices, 0),
+            ("test_items", self.test_items, -1),
+            ("valid_items", self.valid_items, -1),
+        ):
+            if len(array) and (array.min() < low or array.max() >= self.num_items):
+                raise IndexError(
+                    f"{name}: expected items in [{low}, {self.num_items}), got {array.min()} to {array.max()}"
+                )
+        for name, held in (("test_items", self.test_items), ("valid_items", self.valid_items)):
+            leaks = np.flatnonzero(self.indices == np.repeat(held, counts))
+            if len(leaks):
+                user = int(np.searchsorted(self.indptr, leaks[0], side="right")) - 1
+                raise ValueError(
+                    f"{name}: item {held[user]} of user {user} is also one of the user's training items"
+                )
+        same = np.flatnonzero((self.test_items >= 0) & (self.test_items == self.valid_items))
+        if len(same):
+            raise ValueError(f"valid_items: user {same[0]} has the test item as validation item")
+
+    @property
+    def num_interactions(self) -> int:
+        """All interactions: training, validation and test."""
+        held = np.count_nonzero(self.test_items >= 0) + np.count_nonzero(self.valid_items >= 0)
+        return len(self.indices) + int(held)
+
+    def positives(self) -> tuple[IntArray, IntArray]:
+        """Training interactions as CSR with each user's items ascending: (indptr int64 [U + 1], indices int64
+        [nnz]).
+
+        This is the form that `sample_negatives` takes. Computed once. Raises ValueError if a user has an item
+        twice.
+        """
+        return self.indptr, self._positives
+
+    def met_csr(self) -> tuple[IntArray, IntArray]:
+        """Everything that each user met (training, validation, test): (indptr, indices), as `positives`."""
+        return self._met
+
+    def met(self, user: int) -> IntArray:
+        """The items that `user` met (training, validation, test), ascending, int64."""
+        user = operator.index(user)
+        if not 0 <= user < self.num_users:
+            raise IndexError(f"user: expected 0 to {self.num_users - 1}, got {user}")
+        indptr, indices = self._met
+        return indices[indptr[user] : indptr[user + 1]]
+
+    def candidates(
+        self,
+        users: Sequence[int] | npt.NDArray[np.integer[Any]],
+        num_negatives: int = 100,
+        seed: int = 0,
+        *,
+        target: Literal["test", "valid"] = "test",
+    ) -> IntArray:
+        """The held-out item of each user beside items that the user never met, for sampled ranking metrics.
+
+        Column 0 is the test (or validation) item. The other columns are a uniformly drawn set of
+        `num_negatives` distinct items among those that the user met neither in training nor as validation or
+        test item. A row is a pure function of the data set, seed and user, whichever users are asked
+        together. Floyd's algorithm (Bentley and Floyd, CACM 30(9), 1987) on the ranks of the unmet items,
+        with one Philox block a draw: any subset is equally likely, the order is not.
+
+        Args:
+            users: integers [N], users that have a held-out item.
+            num_negatives: items beside the held-out one, at least 0.
+            seed: any integer in [0, 2^64).
+            target: "test" or "valid": which held-out item is column 0.
+
+        Returns:
+            int64 [N, 1 + num_negatives].
+
+        Raises:
+            IndexError: a user out of range.
+            ValueError: a user without held-out item, or with fewer than `num_negatives` unmet items.
+        """
+        given = np.asarray(users)
+        if given.ndim != 1:
+            raise ValueError(f"users: expected shape [N], got {list(given.shape)}")
+        if given.dtype.kind not in "iu" and given.size:
+            raise TypeError(f"users: expected integers, got {given.dtype}")
+        if isinstance(num_negatives, bool) or operator.index(num_negatives) < 0:
+            raise ValueError(f"num_negatives: expected an integer of at least 0, got {num_negatives!r}")
+        if not 0 <= operator.index(seed) < 1 << 64:
+            raise ValueError(f"seed: expected 0 to 2^64 - 1, got {seed}")
+        if target not in ("test", "valid"):
+            raise ValueError(f"target: expected 'test' or 'valid', got {target!r}")
+        outside = np.flatnonzero((given < 0) | (given >= self.num_users))
+        if len(outside):
+            raise IndexError(f"users: expected 0 to {self.num_users - 1}, got {given[outside[0]]}")
+        return self._candidates(given.astype(np.int64), num_negatives, seed, target)
+
+    def _candidates(self, users: IntArray, num_negatives: int, seed: int, target: str) -> IntArray:
+        out = np.empty((len(users), 1 + num_negatives), np.int64)
+        out[:, 0] = (self.test_items if target == "test" else self.valid_items)[users]
+        missing = np.flatnonzero(out[:, 0] < 0)
+        if len(missing):
+            user = users[missing[0]]
+            raise ValueError(f"users: user {user} ({self.user_ids[user]!r}) has no {target} item")
+        if num_negatives == 0:
+            return out
+        indptr, _ = self._met
+        unmet = self.num_items - (indptr[users + 1] - indptr[users])
+        few = np.flatnonzero(unmet < num_negatives)
+        if len(few):
+            user = users[few[0]]
+            raise ValueError(
+                f"num_negatives: user {user} ({self.user_ids[user]!r}) has {unmet[few[0]]} items never met, "
+                f"fewer than num_negatives={num_negatives}"
+            )
+        step = max(1, _CHUNK_DRAWS // num_negatives)
+        for start in range(0, len(users), step):
+            part = slice(start, start + step)
+            ranks = _distinct_ranks(users[part], unmet[part], num_negatives, seed)
+            out[part, 1:] = self._unmet_items(users[part], ranks)
+        return out
+
+    def _unmet_items(self, users: IntArray, ranks: IntArray) -> IntArray:
+        """The items at `ranks` [N, n] among the ascending items that each user never met: int64 [N, n]."""
+        # In a user's ascending met items m_0 < m_1 < ..., the item of rank k lies behind every m_j with m_j -
+        # j <= k. These keys never fall within a user; shifted by user they ascend over all users, and one
+        # binary search serves all.
+        indptr, _ = self._met
+        stride = self.num_items + 1
+        below = np.searchsorted(self._met_keys, (users * stride)[:, None] + ranks, side="right")
+        return ranks + (below - indptr[users, None])
+
+    @cached_property
+    def _positives(self) -> IntArray:
+        keys = np.repeat(np.arange(self.num_users) * self.num_items, np.diff(self.indptr))
+        base = keys.copy()
+        keys += self.indices
+        keys.sort()
+        twice = np.flatnonzero(keys[1:] == keys[:-1])
+        if len(twice):
+            user, item = divmod(int(keys[twice[0]]), self.num_items)
+            raise ValueError(f"indices: user {user} has item {item} twice")
+        keys -= base
+        return keys
+
+    @cached_property
+    def _met(self) -> tuple[IntArray, IntArray]:
+        held = [
+            (users, items[users])
+            for items in (self.valid_items, self.test_items)
+            for users in [np.flatnonzero(items >= 0)]
+        ]
+        counts = np.diff(self.indptr)
+        for users, _ in held:
+            counts[users] += 1
+        indptr = np.zeros(self.num_users + 1, np.int64)
+        np.cumsum(counts, out=indptr[1:])
+        trained = np.repeat(np.arange(self.num_users) * self.num_items, np.diff(self.indptr))
+        trained += self.indices
+        keys = np.concatenate([trained] + [users * self.num_items + items for users, items in held])
+        keys.sort()
+        keys -= np.repeat(np.arange(self.num_users) * self.num_items, counts)
+        return indptr, keys
+
+    @cached_property
+    def _met_keys(self) -> IntArray:
+        indptr, indices = self._met
+        counts = np.diff(indptr)
+        # position j within the user, and the user's shift
+        keys = indices - np.arange(len(indices))
+        keys += np.repeat(indptr[:-1] + np.arange(self.num_users) * (self.num_items + 1), counts)
+        return keys
+
+
+def popularity_scores(dataset: Dataset) -> FloatArray:
+    """Training interactions of each item, float64 [I]: the popularity baseline, for any user."""
+    return np.bincount(dataset.indices, minlength=dataset.num_items).astype(np.float64)
+
+
+def _distinct_ranks(users: IntArray, population: IntArray, count: int, seed: int) -> IntArray:
+    """`count` distinct ranks in [0, population[n]) for each user, int64 [N, count]: Floyd's algorithm."""
+    position = np.arange(count, dtype=np.int64)
+    # draw i is uniform over the first population - count + i + 1 ranks
+    last = (population - count) + position[:, None]
+    draws = philox.integers(last + 1, seed, 0, users, position[:, None], philox.Purpose.EVALUATION_CANDIDATES)
+    ranks = np.empty((count, len(users)), np.int64)
+    for i in range(count):
+        taken = (ranks[:i] == draws[i]).any(axis=0)
+        ranks[i] = np.where(taken, last[i], draws[i])
+    return ranks.T

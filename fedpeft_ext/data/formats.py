@@ -1,0 +1,358 @@
+"""The file formats that `read_dataset` knows: which files of a folder to read, and which columns mean what.
+
+RecBole atomic files (`name.inter`, `name.item`, `name.user`; tab-separated, header `name:type`), the files of
+MovieLens (`ratings.dat` and `movies.dat` of ml-1m, `u.data` and `u.item` of ml-100k, `ratings.csv` and
+`movies.csv` of ml-latest), and any CSV/TSV table with a user and an item column.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from .tables import Table, read_table
+
+# Usual names of each column, in lower case without '_', '-' and blanks, the preferred first.
+_COLUMN_NAMES: Mapping[str, tuple[str, ...]] = {
+    "user": ("userid", "user", "uid", "reviewerid", "customerid", "clientid", "sessionid"),
+    "item": (
+        *(
+            "itemid",
+            "item",
+            "iid",
+            "movieid",
+            "movie",
+            "parentasin",
+            "asin",
+            "productid",
+            "product",
+            "trackid",
+            "songid",
+        ),
+        *("artistid", "bookid", "isbn", "businessid", "newsid", "videoid", "gameid", "appid"),
+    ),
+    "rating": ("rating", "ratings", "score", "stars", "overall"),
+    "timestamp": ("timestamp", "time", "ts", "unixtimestamp", "unixreviewtime", "unixtime"),
+}
+_ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
+_ML100K_GENRES = (
+    *(
+        "unknown",
+        "Action",
+        "Adventure",
+        "Animation",
+        "Children's",
+        "Comedy",
+        "Crime",
+        "Documentary",
+        "Drama",
+        "Fantasy",
+    ),
+    *("Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
+)
+# Tables that lie beside the interactions in a folder of CSV files and are none.
+_SIDE_TABLES = ("movies", "items", "users", "tags", "links", "genome-scores", "genome-tags")
+_TABLE_SUFFIXES = (".csv", ".tsv")
+
+
+@dataclass(frozen=True)
+class ColumnOptions:
+    """The user's word on a CSV/TSV file: columns by name or 0-based position, None: by its usual name."""
+
+    user: str | int | None = None
+    item: str | int | None = None
+    rating: str | int | None = None
+    timestamp: str | int | None = None
+    separator: str | None = None
+    header: bool = True
+    encoding: str | None = None
+    item_file: Path | None = None
+
+    def encodings(self, *default: str) -> tuple[str, ...]:
+        return default if self.encoding is None else (self.encoding,)
+
+
+@dataclass(frozen=True)
+class ItemTable:
+    """What a file says of items: their ids (distinct) and the text of each."""
+
+    path: Path
+    ids: list[str]
+    text: list[str]
+    text_columns: list[str]
+    duplicates: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """An interactions table with the columns found in it, and the tables beside it."""
+
+    format: str
+    table: Table
+    user: str
+    item: str
+    rating: str | None
+    timestamp: str | None
+    items: ItemTable | None
+    users_described: int | None = None
+
+
+def open_source(path: Path, options: ColumnOptions, *, with_items: bool) -> Source:
+    """Find and read the interactions at `path`, a file or a folder; `with_items`: and the items' text."""
+    file = _interactions_file(path) if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if file.suffix == ".inter":
+        return _atomic(file, options, with_items)
+    if file.suffix == ".dat":
+        return _movielens_dat(file, options, with_items)
+    if file.name == "u.data":
+        return _movielens_100k(file, options, with_items)
+    return _delimited(file, options, with_items)
+
+
+def _interactions_file(folder: Path) -> Path:
+    atomic = sorted(folder.glob("*.inter"))
+    named = [file for file in atomic if file.stem == folder.name]
+    if named or len(atomic) == 1:
+        return (named or atomic)[0]
+    if atomic:
+        raise ValueError(f"{folder}: several .inter files ({_names(atomic)}); give the path of one")
+    for name in (
+        "ratings.dat",
+        "u.data",
+        "ratings.csv",
+        "ratings.tsv",
+        "interactions.csv",
+        "interactions.tsv",
+    ):
+        if (folder / name).is_file():
+            return folder / name
+    tables = [
+        file
+        for suffix in _TABLE_SUFFIXES
+        for file in sorted(folder.glob(f"*{suffix}"))
+        if file.stem not in _SIDE_TABLES
+    ]
+    if len(tables) == 1:
+        return tables[0]
+    if tables:
+        raise ValueError(f"{folder}: several tables ({_names(tables)}); give the path of one")
+    raise FileNotFoundError(
+        f"{folder}: no interactions found (expected NAME.inter, ratings.dat, u.data, "
+        "ratings.csv, or one .csv or .tsv file)"
+    )
+
+
+def _names(files: Iterable[Path]) -> str:
+    return ", ".join(file.name for file in files)
+
+
+# ---------------------------------------------------------------------------------------------- RecBole
+# atomic files
+
+
+def _atomic(file: Path, options: ColumnOptions, with_items: bool) -> Source:
+    table, _ = _atomic_table(file, options)
+    item_file = options.item_file or file.with_suffix(".item")
+    items = None
+    if with_items and (options.item_file is not None or item_file.is_file()):
+        side, types = _atomic_table(item_file, options)
+        wanted = [
+            name for name, kind in types.items() if kind in ("token", "token_seq") and _may_be_text(name)
+        ]
+        items = _item_table(side, _find(side, "item", None), wanted)
+    users = file.with_suffix(".user")
+    described = None
+    if users.is_file():
+        side, _ = _atomic_table(users, options)
+        described = side.ids(_find(side, "user", None)).n_unique()
+    return _source("RecBole atomic files", table, options, items, described)
+
+
+def _atomic_table(file: Path, options: ColumnOptions) -> tuple[Table, dict[str, str]]:
+    table = read_table(file, "\t", encodings=options.encodings("utf-8"))
+    types = {}
+    for column in table.columns:
+        name, colon, kind = column.rpartition(":")
+        if not colon or not name or kind not in _ATOMIC_TYPES:
+            raise ValueError(
+                f"{file}, line 1: expected tab-separated `name:type` with a type of "
+                f"{', '.join(_ATOMIC_TYPES)}, got {column!r}"
+            )
+        types[name] = kind
+    if len(types) < len(table.columns):
+        raise ValueError(f"{file}, line 1: two columns have the same name")
+    return table.rename({column: column.rpartition(":")[0] for column in table.columns}), types
+
+
+# -------------------------------------------------------------------------------------------------------
+# MovieLens
+
+
+def _movielens_dat(file: Path, options: ColumnOptions, with_items: bool) -> Source:
+    table = read_table(
+        file,
+        "::",
+        header=False,
+        names=["user", "item", "rating", "timestamp"],
+        encodings=options.encodings("utf-8"),
+    )
+    item_file = options.item_file or file.with_name("movies.dat")
+    items = None
+    if with_items and (options.item_file is not None or item_file.is_file()):
+        # GroupLens wrote its older titles in Latin-1.
+        names = ["item", "title", "genres"]
+        encodings = options.encodings("utf-8", "latin-1")
+        items = _item_table(
+            read_table(item_file, "::", header=False, names=names, encodings=encodings), "item", names[1:]
+        )
+    return _source("MovieLens .dat", table, options, items)
+
+
+def _movielens_100k(file: Path, options: ColumnOptions, with_items: bool) -> Source:
+    table = read_table(
+        file,
+        "\t",
+        header=False,
+        names=["user", "item", "rating", "timestamp"],
+        encodings=options.encodings("utf-8"),
+    )
+    item_file = options.item_file or file.with_name("u.item")
+    items = None
+    if with_items and (options.item_file is not None or item_file.is_file()):
+        names = ["item", "title", "release_date", "video_release_date", "imdb_url", *_ML100K_GENRES]
+        encodings = options.encodings("utf-8", "latin-1")
+        side = read_table(item_file, "|", header=False, names=names, encodings=encodings)
+        # The genres are flags: their names are the text.
+        flags = [pl.when(pl.col(genre) == "1").then(pl.lit(genre)) for genre in _ML100K_GENRES[1:]]
+        genres = pl.concat_str(flags, separator=" ", ignore_nulls=True).alias("genres")
+        items = _item_table(side.with_columns(genres), "item", ["title", "genres"])
+    return _source("MovieLens u.data", table, options, items)
+
+
+# --------------------------------------------------------------------------------------------------------
+# CSV, TSV
+
+
+def _delimited(file: Path, options: ColumnOptions, with_items: bool) -> Source:
+    table = _delimited_table(file, options.separator, options.header, options)
+    item_file = options.item_file
+    if item_file is None:
+        beside = [
+            file.with_name(f"{stem}{suffix}") for stem in ("movies", "items") for suffix in _TABLE_SUFFIXES
+        ]
+        item_file = next((other for other in beside if other.is_file() and other != file), None)
+    items = None
+    if with_items and item_file is not None:
+        side = _delimited_table(item_file, None, True, options)
+        item = options.item if isinstance(options.item, str) and options.item in side.columns else None
+        key = _find(side, "item", item)
+        items = _item_table(
+            side, key, [c for c in side.columns if c != key and _may_be_text(c) and _has_words(side, c)]
+        )
+    return _source("delimited table", table, options, items)
+
+
+def _delimited_table(file: Path, separator: str | None, header: bool, options: ColumnOptions) -> Table:
+    separator = separator or ("," if file.suffix == ".csv" else "\t")
+    return read_table(
+        file, separator, quoted=len(separator) == 1, header=header, encodings=options.encodings("utf-8")
+    )
+
+
+def _has_words(table: Table, column: str) -> bool:
+    """Whether a column without declared type is text: not all numbers, unless they are years."""
+    if "year" in column.lower():
+        return True
+    values = table.frame[column].drop_nulls()
+    return values.str.strip_chars().cast(pl.Float64, strict=False).null_count() > 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# columns
+
+
+def _source(
+    form: str,
+    table: Table,
+    options: ColumnOptions,
+    items: ItemTable | None,
+    users_described: int | None = None,
+) -> Source:
+    return Source(
+        format=form,
+        table=table,
+        user=_find(table, "user", options.user),
+        item=_find(table, "item", options.item),
+        rating=_find_optional(table, "rating", options.rating),
+        timestamp=_find_optional(table, "timestamp", options.timestamp),
+        items=items,
+        users_described=users_described,
+    )
+
+
+def _find(table: Table, role: str, given: str | int | None) -> str:
+    """The column with the user's or item's id."""
+    column = _find_optional(table, role, given)
+    if column is None and not table.header:
+        column = _find_optional(table, role, {"user": 0, "item": 1}[role])
+    if column is None:
+        raise ValueError(
+            f"{table.path}: no {role} column among {', '.join(map(repr, table.columns))} "
+            f"(expected {role}_id or another usual name); "
+            f"give it as {role}_column, or header=False if the first line is a row"
+        )
+    return column
+
+
+def _find_optional(table: Table, role: str, given: str | int | None) -> str | None:
+    columns = table.columns
+    if isinstance(given, int):
+        if not 0 <= given < len(columns):
+            raise ValueError(f"{role}_column: {table.path} has columns 0 to {len(columns) - 1}, got {given}")
+        return columns[given]
+    if given is not None:
+        if given not in columns:
+            near = difflib.get_close_matches(given, columns, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"{role}_column: {table.path} has no column {given!r} "
+                f"(it has {', '.join(map(repr, columns))}){hint}"
+            )
+        return given
+    plain = {re.sub(r"[\s_-]", "", column.lower()): column for column in reversed(columns)}
+    return next((plain[name] for name in _COLUMN_NAMES[role] if name in plain), None)
+
+
+# ------------------------------------------------------------------------------------------------------- item
+# text
+
+
+def _may_be_text(column: str) -> bool:
+    """Whether a column's name lets it be text: not an id and not an address."""
+    name = column.lower()
+    return not (name.endswith("id") or any(part in name for part in ("url", "image", "link")))
+
+
+def _item_table(table: Table, key: str, columns: list[str]) -> ItemTable:
+    parts = []
+    for name in columns:
+        text = pl.col(name).fill_null("").str.strip_chars()
+        # Lists written as Python literals, and cut off, as in the Amazon data: ['a', 'b'
+        listed = text.str.replace_all(r"""['"]+\s*,\s*['"]+""", " ").str.strip_chars("[]'\" ")
+        text = pl.when(text.str.contains(r"""^\[['"]""")).then(listed).otherwise(text)
+        parts.append(text.replace("(no genres listed)", "").str.replace_all("|", " ", literal=True))
+    joined = pl.concat_str(parts, separator=" ") if parts else pl.lit("")
+    rows = pl.DataFrame({"item": table.ids(key)}).hstack(
+        table.frame.with_columns(text=joined.str.replace_all(r"\s+", " ").str.strip_chars()).select("text")
+    )
+    first = rows.unique("item", keep="first", maintain_order=True)
+    return ItemTable(
+        table.path, first["item"].to_list(), first["text"].to_list(), columns, len(rows) - len(first)
+    )

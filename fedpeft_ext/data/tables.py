@@ -1,0 +1,194 @@
+"""Delimited text files as polars tables of strings, refused with file and line where they are malformed.
+
+polars reads the file; only when something looks wrong does a slow line-by-line pass find the first bad line
+and name it. Every column is a string here: whoever uses a column says what it must hold (`Table.ids`,
+`Table.numbers`).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+import polars as pl
+
+# Stands for a separator of several characters ("::"), which polars does not take.
+_UNIT_SEPARATOR = "\x1f"
+_ROW = "\x1frow"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a file; the column `_ROW` of `frame` is each row's place in it, for error messages."""
+
+    path: Path
+    frame: pl.DataFrame
+    text: str
+    separator: str
+    quoted: bool
+    header: bool
+
+    @property
+    def columns(self) -> list[str]:
+        return [name for name in self.frame.columns if name != _ROW]
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def rename(self, names: Mapping[str, str]) -> Table:
+        return replace(self, frame=self.frame.rename(dict(names)))
+
+    def with_columns(self, *columns: pl.Expr) -> Table:
+        return replace(self, frame=self.frame.with_columns(*columns))
+
+    def fail(self, row: int, column: str, problem: str) -> NoReturn:
+        """Raise ValueError for `column` in the `row`-th row of the frame."""
+        wanted = int(self.frame[_ROW][row])
+        for index, (line, _) in enumerate(_records(self.path, self.text, self.separator, self.quoted)):
+            if index == wanted + self.header:
+                raise ValueError(f"{self.path}, line {line}, column {column!r}: {problem}")
+        raise AssertionError(f"{self.path} has no row {row}")
+
+    def ids(self, column: str) -> pl.Series:
+        """The column as ids: strings without surrounding blanks, none empty."""
+        values = self.frame[column].str.strip_chars()
+        bad = (values.fill_null("") == "").arg_true()
+        if len(bad):
+            self.fail(bad[0], column, "expected an id, got nothing")
+        return values
+
+    def numbers(self, column: str) -> pl.Series:
+        """The column as finite numbers: Int64 where all are whole (nanoseconds stay exact), else Float64."""
+        text = self.frame[column].str.strip_chars()
+        whole = text.cast(pl.Int64, strict=False)
+        if whole.null_count() == 0:
+            return whole
+        values = text.cast(pl.Float64, strict=False)
+        bad = (~values.is_finite()).fill_null(True).arg_true()
+        if len(bad):
+            got = text[bad[0]]
+            self.fail(bad[0], column, f"expected a number, got {'nothing' if not got else repr(got)}")
+        return values
+
+
+def read_table(
+    path: Path,
+    separator: str,
+    *,
+    quoted: bool = False,
+    header: bool = True,
+    names: Sequence[str] | None = None,
+    encodings: Sequence[str] = ("utf-8",),
+) -> Table:
+    """Read a delimited text file; blank lines are skipped.
+
+    Args:
+        path: the file.
+        separator: what lies between fields; may have several characters if `quoted` is false.
+        quoted: fields may stand in double quotes (RFC 4180).
+        header: the first line names the columns. Without it they are `names`, or "0", "1", ...
+        names: the columns' names, where the file does not give them.
+        encodings: tried in order; the first one's error is reported.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not in the encoding, empty, rows of differing width, two columns of one name.
+    """
+    text = _decode(path, encodings)
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    delimiter = separator
+    content = text
+    if len(separator) > 1:
+        if _UNIT_SEPARATOR in text:
+            raise ValueError(
+                f"{path}: contains the control character U+001F, which cannot be in a text table"
+            )
+        content, delimiter = text.replace(separator, _UNIT_SEPARATOR), _UNIT_SEPARATOR
+    first = next(_records(path, text, separator, quoted))[1]
+    if not first:
+        raise ValueError(
+            f"{path}, line 1: expected {'the names of the columns' if header else 'a row'}, got a blank line"
+        )
+    columns = list(names) if names is not None else first if header else [str(i) for i in range(len(first))]
+    columns = [name.strip() for name in columns]
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path}: two columns are named {twice[0]!r}")
+    try:
+        frame = pl.read_csv(
+            content.encode(),
+            has_header=False,
+            skip_rows=0,
+            separator=delimiter,
+            quote_char='"' if quoted else None,
+            schema=dict.fromkeys(columns, pl.String),
+        )
+    except pl.exceptions.PolarsError as error:
+        _check_widths(path, text, separator, quoted, len(columns))
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: cannot be read as a table separated by {separator!r}: {reason}") from error
+    frame = frame.with_row_index(_ROW)
+    if header:
+        frame = frame.slice(1).with_columns(pl.col(_ROW) - 1)
+    # A row with too few fields comes back with nulls at its end, a blank line as nulls alone.
+    if frame[columns[-1]].null_count():
+        _check_widths(path, text, separator, quoted, len(columns))
+        frame = frame.filter(~pl.all_horizontal(pl.col(name).is_null() for name in columns))
+    return Table(path, frame, text, separator, quoted, header)
+
+
+def _decode(path: Path, encodings: Sequence[str]) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    first: UnicodeDecodeError | None = None
+    for encoding in encodings:
+        try:
+            return raw.decode(encoding)
+        except UnicodeDecodeError as error:
+            first = first or error
+        except LookupError as error:
+            raise ValueError(f"encoding: {encoding!r} is not known to Python") from error
+    assert first is not None
+    line = raw.count(b"\n", 0, first.start) + 1
+    raise ValueError(
+        f"{path}, line {line}: not {first.encoding} (byte {raw[first.start]:#04x}); give the file's "
+        "encoding, such as encoding='latin-1'"
+    ) from first
+
+
+def _records(path: Path, text: str, separator: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:
+    """(line number, fields) of each record, blank lines included (as no fields)."""
+    if not quoted:
+        for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
+            line = line.rstrip("\r\n")
+            yield number, line.split(separator) if line else []
+        return
+    # The limit is one of the csv module as a whole; descriptions of products exceed its default of 128 KB.
+    limit = csv.field_size_limit(len(text) + 1)
+    line_number = 1
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        for fields in reader:
+            yield line_number, fields
+            line_number = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {line_number}: wrong use of quotes ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _check_widths(path: Path, text: str, separator: str, quoted: bool, width: int) -> None:
+    """Raise for the first record that does not have `width` fields, or has nothing in any of them."""
+    for line, fields in _records(path, text, separator, quoted):
+        if fields and len(fields) != width:
+            raise ValueError(
+                f"{path}, line {line}: expected {width} fields separated by {separator!r}, got {len(fields)}"
+            )
+        if fields and not any(fields):
+            raise ValueError(f"{path}, line {line}: every field is empty")
