@@ -1,16 +1,19 @@
 """Where the ops under test run.
 
 A test takes the ops from its target and puts its tensors on the target's device, so that it runs on every
-device that there is, and another implementation of the ops joins by becoming a target.
+device that there is: the CPU, the CUDA kernels on the CPU (csrc/emulator), and CUDA. Another implementation of the
+ops joins by becoming a target.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from emulated import EMULATED, emulated_kernels
 
 from fedpeft_ext import ops
 
@@ -24,12 +27,18 @@ class Target:
     ops: Any
 
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+TARGETS = ["cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-@pytest.fixture(params=DEVICES, scope="session")
-def target(request: pytest.FixtureRequest) -> Target:
-    return Target(request.param, torch.device(request.param), ops)
+@pytest.fixture(params=TARGETS, scope="session")
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    if request.param != "emulated":
+        yield Target(request.param, torch.device(request.param), ops)
+        return
+    if not EMULATED:
+        pytest.skip("fedpeft_ext._emulator is not built (CMake option FEDPEFT_EMULATOR)")
+    with emulated_kernels():
+        yield Target("emulated", torch.device("cpu"), ops)
 
 
 @pytest.fixture(scope="session")

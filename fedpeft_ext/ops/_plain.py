@@ -61,7 +61,7 @@ def philox_words(seed: int, round: int, client: Tensor, position: Tensor, stream
     Products wrap around 2^64, which leaves their bits right.
     """
     low = 2**32 - 1
-    c1, c0 = torch.broadcast_tensors(client.long(), position.long())
+    c0, c1 = position.long(), client.long()
     c2, c3 = torch.full_like(c0, round), torch.full_like(c0, stream)
     k0, k1 = seed & low, seed >> 32
     for _ in range(10):

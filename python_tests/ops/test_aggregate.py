@@ -93,7 +93,7 @@ def close(actual: Tensor, expected: Tensor, clients: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(
     clients=st.integers(0, 5),
     shape=st.lists(st.integers(0, 9), max_size=3),
@@ -117,7 +117,7 @@ def test_dense_updates(
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(
     clients=st.integers(0, 5),
     num_items=st.integers(1, 12),

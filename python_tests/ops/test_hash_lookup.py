@@ -82,7 +82,8 @@ def test_reductions_and_index_types(reduce: str, index: torch.dtype, target: Any
     seed=st.integers(0, 5),
 )
 def test_any_shape(target: Any, **shape: Any) -> None:
-    assert_equals_twin(make_case(**shape).to(target.device), target.ops, torch.float64)
+    # One bucket may take every position: gradients of the SENet are sums of 68 products of rows 70 wide.
+    assert_equals_twin(make_case(**shape).to(target.device), target.ops, torch.float64, terms=512)
 
 
 def test_large_shared_backward_is_the_same_for_any_threads(target: Any) -> None:
