@@ -1,11 +1,12 @@
 // The whole op surface: schemas only. Implementations register themselves in <op>/<op>.cpp.
-#include <torch/csrc/stable/library.h>
+#include "common/dispatch.h"
 
-STABLE_TORCH_LIBRARY(fedpeft_ext, m) {
+STABLE_TORCH_LIBRARY(FEDPEFT_LIBRARY, m) {
   // Lookups: items [*] or [C, P] -> items.shape + [D]; -1 is padding.
   m.def("rq_lookup(Tensor items, Tensor codes, Tensor codebooks, Tensor? base) -> Tensor");
   m.def(
-      "rq_lookup_backward(Tensor grad, Tensor items, Tensor codes, SymInt codebook_size, bool per_client) "
+      "rq_lookup_backward(Tensor grad, Tensor items, Tensor codes, SymInt codebook_size, bool "
+      "per_client) "
       "-> Tensor");
   m.def("hash_buckets(Tensor items, Tensor hashes, SymInt table_size) -> Tensor");
   m.def(
@@ -17,37 +18,46 @@ STABLE_TORCH_LIBRARY(fedpeft_ext, m) {
   m.def("lora_lookup(Tensor items, Tensor A, Tensor B, Tensor? base, Tensor? rows) -> Tensor");
   m.def("lora_lookup_backward(Tensor grad, Tensor rows, Tensor A, Tensor B) -> (Tensor, Tensor)");
   m.def("client_embedding(Tensor rows, Tensor weight) -> Tensor");
-  m.def("client_embedding_backward(Tensor grad, Tensor rows, SymInt num_rows, bool per_client) -> Tensor");
+  m.def(
+      "client_embedding_backward(Tensor grad, Tensor rows, SymInt num_rows, bool per_client) -> "
+      "Tensor");
 
   // Scores and losses of padded clients: [(C,) P, D], [(C,) P].
   m.def("dot_scores(Tensor vectors, Tensor user) -> Tensor");
   m.def("dot_scores_backward(Tensor grad, Tensor vectors, Tensor user) -> (Tensor, Tensor)");
   m.def("bpr_loss(Tensor positive, Tensor negative, Tensor items) -> Tensor");
   m.def(
-      "bpr_loss_backward(Tensor grad, Tensor positive, Tensor negative, Tensor items) -> (Tensor, Tensor)");
+      "bpr_loss_backward(Tensor grad, Tensor positive, Tensor negative, Tensor items) -> (Tensor, "
+      "Tensor)");
   m.def("bce_loss(Tensor positive, Tensor negative, Tensor items) -> Tensor");
   m.def(
-      "bce_loss_backward(Tensor grad, Tensor positive, Tensor negative, Tensor items) -> (Tensor, Tensor)");
+      "bce_loss_backward(Tensor grad, Tensor positive, Tensor negative, Tensor items) -> (Tensor, "
+      "Tensor)");
 
   // Optimizer steps over stacked per-client parameters [C, ...].
   m.def(
-      "client_adam_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor steps, "
+      "client_adam_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+      "Tensor steps, "
       "float lr, float beta1, float beta2, float eps, float l2) -> ()");
   m.def(
-      "client_sgd_(Tensor(a!) param, Tensor grad, Tensor(b!)? momentum_buffer, float lr, float momentum, "
+      "client_sgd_(Tensor(a!) param, Tensor grad, Tensor(b!)? momentum_buffer, float lr, float "
+      "momentum, "
       "float l2) -> ()");
 
   // Counter-based draws: functions of (seed, round, client, position) alone.
   m.def(
-      "sample_negatives(Tensor items, Tensor clients, Tensor indptr, Tensor indices, int num_items, "
+      "sample_negatives(Tensor items, Tensor clients, Tensor indptr, Tensor indices, int "
+      "num_items, "
       "int epochs, int seed, int round) -> Tensor");
   m.def(
-      "client_dropout(Tensor x, Tensor clients, float p, int seed, int round, int epoch, int layer) "
+      "client_dropout(Tensor x, Tensor clients, float p, int seed, int round, int epoch, int "
+      "layer) "
       "-> Tensor");
 
   // Between clients and the server.
   m.def("touched_rows(Tensor items) -> (Tensor, Tensor)");
-  m.def("accumulate_updates_(Tensor(a!) total, Tensor updates, Tensor weights, Tensor? rows) -> ()");
+  m.def(
+      "accumulate_updates_(Tensor(a!) total, Tensor updates, Tensor weights, Tensor? rows) -> ()");
 
   m.def("rq_encode(Tensor x, Tensor codebooks) -> Tensor");
 }

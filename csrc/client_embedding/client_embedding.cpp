@@ -1,17 +1,16 @@
 // Binding of client_embedding: checks, allocation, dispatch.
 #include "client_embedding/client_embedding_cpu.h"
-
-#include <torch/csrc/stable/library.h>
-
+#include "client_embedding/client_embedding_cuda.h"
 #include "common/check.h"
+#include "common/dispatch.h"
 #include "common/parallel.h"
 
 namespace fedpeft {
 namespace {
 
 Tensor client_embedding(const Tensor& rows, const Tensor& weight) {
-  check_value(weight.dim() == 2 || weight.dim() == 3, "weight: expected shape [R, D] or [C, R, D], got ",
-              shape_text(weight));
+  check_value(weight.dim() == 2 || weight.dim() == 3,
+              "weight: expected shape [R, D] or [C, R, D], got ", shape_text(weight));
   const bool per_client = weight.dim() == 3;
   const Layout layout = layout_of(rows, per_client, weight.size(0), "rows", "weight");
   const int64_t D = weight.size(weight.dim() - 1);
@@ -28,16 +27,25 @@ Tensor client_embedding(const Tensor& rows, const Tensor& weight) {
   a.D = D;
   a.per_client = per_client;
   a.bad_row = &bad_row;
-  const auto kernel = select_client_embedding_kernels().forward[int(dtype_of(weight, "weight"))];
-  parallel_ranges(layout.total(), D, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-  raise_bad_index(bad_row, a.rows, a.num_rows, "rows");
+  const DType dtype = dtype_of(weight, "weight");
+  run_on(
+      weight,
+      [&](auto) {
+        const auto kernel = select_client_embedding_kernels().forward[int(dtype)];
+        parallel_ranges(layout.total(), D,
+                        [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+        raise_bad_index(bad_row, a.rows, a.num_rows, "rows");
+      },
+      [&](auto stream) { gpu::client_embedding(a, dtype, layout.clients, stream); });
   return out;
 }
 
-Tensor client_embedding_backward(const Tensor& grad, const Tensor& rows, int64_t num_rows, bool per_client) {
+Tensor client_embedding_backward(const Tensor& grad, const Tensor& rows, int64_t num_rows,
+                                 bool per_client) {
   check_grad(grad, rows);
   check_value(num_rows >= 0, "num_rows: expected at least 0, got ", num_rows);
-  check_value(!per_client || rows.dim() == 2, "rows: expected shape [C, P], got ", shape_text(rows));
+  check_value(!per_client || rows.dim() == 2, "rows: expected shape [C, P], got ",
+              shape_text(rows));
   const Layout layout = layout_of(rows, per_client, per_client ? rows.size(0) : 1, "rows", "grad");
   const int64_t D = grad.size(grad.dim() - 1);
   std::vector<int64_t> shape{num_rows, D};
@@ -53,31 +61,49 @@ Tensor client_embedding_backward(const Tensor& grad, const Tensor& rows, int64_t
   a.D = D;
   a.per_client = per_client;
   a.bad_row = &bad_row;
-  const ClientEmbeddingKernels& kernels = select_client_embedding_kernels();
-  const int dtype = int(dtype_of(grad, "grad"));
-  const bool shared = !per_client;
-  Tensor out = shared ? torch::stable::new_zeros(grad, shape, accumulator_type(grad))
-                      : torch::stable::new_empty(grad, shape, accumulator_type(grad));
-  a.grad_weight = out.mutable_data_ptr();
-
-  const auto row_of = [&](int64_t n, int64_t) -> int64_t {
-    const int64_t row = a.rows[n];
-    return classify(row, num_rows) == Position::bad ? 0 : row;
-  };
-  const auto run = [&](const int64_t* positions, int64_t count) {
-    kernels.backward_entries[dtype](a, positions, count);
-  };
-  if (!shared || !scatter_by_row(layout.positions, 1, num_rows, D, row_of, run)) {
-    parallel_ranges(layout.clients, (layout.positions + num_rows) * D,
-                    [&](int64_t begin, int64_t end) { kernels.backward[dtype](a, begin, end); });
-  }
-  raise_bad_index(bad_row, a.rows, num_rows, "rows");
-  return as_dtype(out, grad.scalar_type());
+  const DType dtype = dtype_of(grad, "grad");
+  const ScalarType accumulator = accumulator_type(grad);
+  Tensor out;
+  run_on(
+      grad,
+      [&](auto) {
+        const ClientEmbeddingKernels& kernels = select_client_embedding_kernels();
+        Tensor sum = per_client ? torch::stable::new_empty(grad, shape, accumulator)
+                                : torch::stable::new_zeros(grad, shape, accumulator);
+        a.grad_weight = sum.mutable_data_ptr();
+        const auto row_of = [&](int64_t n, int64_t) -> int64_t {
+          const int64_t row = a.rows[n];
+          return classify(row, num_rows) == Position::bad ? 0 : row;
+        };
+        const auto run = [&](const int64_t* positions, int64_t count) {
+          kernels.backward_entries[int(dtype)](a, positions, count);
+        };
+        if (per_client || !scatter_by_row(layout.positions, 1, num_rows, D, row_of, run)) {
+          parallel_ranges(
+              layout.clients, (layout.positions + num_rows) * D,
+              [&](int64_t begin, int64_t end) { kernels.backward[int(dtype)](a, begin, end); });
+        }
+        raise_bad_index(bad_row, a.rows, num_rows, "rows");
+        out = as_dtype(sum, grad.scalar_type());
+      },
+      [&](auto stream) {
+        out = torch::stable::new_empty(grad, shape);
+        scatter(
+            gpu::plan_scatter(gpu::client_embedding_shape(a, layout.clients)), out, accumulator,
+            [&](const gpu::ScatterPlan& plan, void* keys) {
+              gpu::client_embedding_keys(a, plan, keys, stream);
+            },
+            [&](const gpu::ScatterPlan& plan, const gpu::SortedEntries& sorted) {
+              gpu::client_embedding_backward(a, dtype, plan, sorted, out.mutable_data_ptr(),
+                                             stream);
+            });
+      });
+  return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fedpeft_ext, CPU, m) {
+FEDPEFT_IMPL(m) {
   m.impl("client_embedding", TORCH_BOX(&client_embedding));
   m.impl("client_embedding_backward", TORCH_BOX(&client_embedding_backward));
 }

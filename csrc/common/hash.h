@@ -9,8 +9,9 @@ namespace fedpeft {
 
 constexpr uint64_t kHashPrime = (uint64_t{1} << 61) - 1;
 
-// a and b below p; x of any size. Mod a Mersenne prime is a fold of the high bits onto the low ones.
-FEDPEFT_HD FEDPEFT_INLINE int64_t hash_bucket(uint64_t a, uint64_t b, uint64_t x, uint64_t buckets) {
+// (a x + b) mod p for a and b below p and x of any size. Mod a Mersenne prime is a fold of the high bits onto the low
+// ones.
+FEDPEFT_HD FEDPEFT_INLINE uint64_t hash_value(uint64_t a, uint64_t b, uint64_t x) {
   uint64_t folded = (x & kHashPrime) + (x >> 61);
   if (folded >= kHashPrime) folded -= kHashPrime;
 #if defined(__CUDA_ARCH__)
@@ -24,7 +25,11 @@ FEDPEFT_HD FEDPEFT_INLINE int64_t hash_bucket(uint64_t a, uint64_t b, uint64_t x
   if (sum >= kHashPrime) sum -= kHashPrime;
   sum += b;
   if (sum >= kHashPrime) sum -= kHashPrime;
-  return int64_t(sum % buckets);
+  return sum;
+}
+
+FEDPEFT_HD FEDPEFT_INLINE int64_t hash_bucket(uint64_t a, uint64_t b, uint64_t x, uint64_t buckets) {
+  return int64_t(hash_value(a, b, x) % buckets);
 }
 
 }  // namespace fedpeft

@@ -30,7 +30,10 @@ struct IndexArray {
   const void* data = nullptr;
   int bytes = 8;
 
-  FEDPEFT_INLINE int64_t operator[](int64_t i) const {
+  FEDPEFT_INLINE void prefetch(int64_t i) const {
+    __builtin_prefetch(static_cast<const char*>(data) + i * bytes);
+  }
+  FEDPEFT_HD FEDPEFT_INLINE int64_t operator[](int64_t i) const {
     switch (bytes) {
       case 8:
         return static_cast<const int64_t*>(data)[i];
@@ -59,7 +62,7 @@ struct FirstError {
 
 // A check on an index: -1 is padding, anything else must lie in [0, size).
 enum class Position { item, padding, bad };
-FEDPEFT_INLINE Position classify(int64_t index, int64_t size) {
+FEDPEFT_HD FEDPEFT_INLINE Position classify(int64_t index, int64_t size) {
   if (uint64_t(index) < uint64_t(size)) return Position::item;
   return index == -1 ? Position::padding : Position::bad;
 }

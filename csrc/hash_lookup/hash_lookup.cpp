@@ -1,12 +1,12 @@
 // Binding of hash_lookup and hash_buckets: checks, allocation, dispatch.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "common/check.h"
+#include "common/dispatch.h"
 #include "common/hash.h"
 #include "common/parallel.h"
 #include "hash_lookup/hash_lookup_cpu.h"
+#include "hash_lookup/hash_lookup_cuda.h"
 
 namespace fedpeft {
 namespace {
@@ -22,14 +22,17 @@ void check_hashes(const Tensor& hashes) {
 }
 
 void check_hash_values(const Tensor& dense_hashes) {
+  if (!host_readable(dense_hashes)) return;
   const int64_t* values = static_cast<const int64_t*>(dense_hashes.const_data_ptr());
   for (int64_t i = 0; i < dense_hashes.numel(); ++i) {
-    check_value(uint64_t(values[i]) < kHashPrime, "hashes: expected values from 0 to 2^61 - 2, got ", values[i],
-                " at ", i / 2, ", ", i % 2);
+    check_value(uint64_t(values[i]) < kHashPrime,
+                "hashes: expected values from 0 to 2^61 - 2, got ", values[i], " at ", i / 2, ", ",
+                i % 2);
   }
 }
 
-// Checks the shapes and fills what forward and backward have in common; the tensors keep the data alive.
+// Checks the shapes and fills what forward and backward have in common; the tensors keep the data
+// alive.
 struct Inputs {
   Tensor items, table, hashes;
   std::optional<Tensor> w1, b1, w2, b2;
@@ -37,14 +40,14 @@ struct Inputs {
   FirstError bad_item;
   HashLookupArgs args{};
 
-  Inputs(const Tensor& items_, const Tensor& table_, const Tensor& hashes_, const std::optional<Tensor>& w1_,
-         const std::optional<Tensor>& b1_, const std::optional<Tensor>& w2_, const std::optional<Tensor>& b2_,
-         bool mean)
+  Inputs(const Tensor& items_, const Tensor& table_, const Tensor& hashes_,
+         const std::optional<Tensor>& w1_, const std::optional<Tensor>& b1_,
+         const std::optional<Tensor>& w2_, const std::optional<Tensor>& b2_, bool mean)
       : items(dense(items_)), table(dense(table_)), hashes(dense(hashes_)) {
     check_hashes(hashes);
     check_hash_values(hashes);
-    check_value(table.dim() == 2 || table.dim() == 3, "table: expected shape [M, D] or [C, M, D], got ",
-                shape_text(table));
+    check_value(table.dim() == 2 || table.dim() == 3,
+                "table: expected shape [M, D] or [C, M, D], got ", shape_text(table));
     const bool per_client = table.dim() == 3;
     layout = layout_of(items, per_client, table.size(0), "items", "table");
     args.M = table.size(table.dim() - 2);
@@ -108,19 +111,26 @@ Tensor hash_lookup(const Tensor& items, const Tensor& table, const Tensor& hashe
   }
   Tensor out = torch::stable::new_empty(table, output_shape(items, a.D));
   a.out = out.mutable_data_ptr();
-  const auto kernel = select_hash_lookup_kernels().forward[int(dtype_of(table, "table"))];
-  parallel_ranges(in.layout.total(), (a.H + 1) * (a.D + 8) + 2 * a.S * a.H, [&](int64_t begin, int64_t end) {
-    std::vector<double> scratch(size_t(a.scratch_size()));
-    kernel(a, begin, end, scratch.data());
-  });
-  raise_bad_index(in.bad_item, a.items, a.num_items, "items");
+  const DType dtype = dtype_of(table, "table");
+  run_on(
+      table,
+      [&](auto) {
+        const auto kernel = select_hash_lookup_kernels().forward[int(dtype)];
+        parallel_ranges(in.layout.total(), (a.H + 1) * (a.D + 8) + 2 * a.S * a.H,
+                        [&](int64_t begin, int64_t end) {
+                          std::vector<double> scratch(size_t(a.scratch_size()));
+                          kernel(a, begin, end, scratch.data());
+                        });
+        raise_bad_index(in.bad_item, a.items, a.num_items, "items");
+      },
+      [&](auto stream) { gpu::hash_lookup(a, dtype, in.layout.clients, stream); });
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
     const Tensor& grad, const Tensor& items, const Tensor& table, const Tensor& hashes,
-    const std::optional<Tensor>& w1, const std::optional<Tensor>& b1, const std::optional<Tensor>& w2,
-    const std::optional<Tensor>& b2, bool mean) {
+    const std::optional<Tensor>& w1, const std::optional<Tensor>& b1,
+    const std::optional<Tensor>& w2, const std::optional<Tensor>& b2, bool mean) {
   Inputs in(items, table, hashes, w1, b1, w2, b2, mean);
   HashLookupArgs& a = in.args;
   check_grad(grad, items);
@@ -129,8 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
   const Tensor grad_ = dense(grad);
   a.grad = grad_.const_data_ptr();
 
-  const HashLookupKernels& kernels = select_hash_lookup_kernels();
-  const int dtype = int(dtype_of(table, "table"));
+  const DType dtype = dtype_of(table, "table");
   const ScalarType accumulator = accumulator_type(table), wanted = table.scalar_type();
   const bool senet = in.w1.has_value(), per_client = in.layout.per_client;
   const int64_t clients = in.layout.clients, positions = in.layout.positions;
@@ -138,50 +147,87 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
 
   std::vector<int64_t> shape{a.M, a.D};
   if (per_client) shape.insert(shape.begin(), clients);
-  Tensor grad_table = per_client ? torch::stable::new_empty(table, shape, accumulator)
-                                 : torch::stable::new_zeros(table, shape, accumulator);
-  Tensor grad_senet = torch::stable::new_zeros(table, {senet ? clients : 0, a.senet_size()}, accumulator);
-  a.grad_table = grad_table.mutable_data_ptr();
-  a.grad_senet = grad_senet.mutable_data_ptr();
+  Tensor grad_table, grad_senet;
+  run_on(
+      table,
+      [&](auto) {
+        const HashLookupKernels& kernels = select_hash_lookup_kernels();
+        grad_table = per_client ? torch::stable::new_empty(table, shape, accumulator)
+                                : torch::stable::new_zeros(table, shape, accumulator);
+        grad_senet =
+            torch::stable::new_zeros(table, {senet ? clients : 0, a.senet_size()}, accumulator);
+        a.grad_table = grad_table.mutable_data_ptr();
+        a.grad_senet = grad_senet.mutable_data_ptr();
 
-  if (per_client || positions <= kBlock) {
-    parallel_ranges(clients, positions * cost + a.M * a.D, [&](int64_t begin, int64_t end) {
-      std::vector<double> scratch(size_t(a.scratch_size()));
-      kernels.backward[dtype](a, begin, end, scratch.data());
-    });
-  } else {
-    Tensor coefficients = torch::stable::new_empty(table, {senet ? positions : 0, a.H, 2}, accumulator);
-    if (senet) {
-      a.coefficients = coefficients.mutable_data_ptr();
-      const int64_t blocks = (positions + kBlock - 1) / kBlock;
-      const Tensor partial = torch::stable::new_empty(table, {blocks, a.senet_size()}, accumulator);
-      char* into = static_cast<char*>(partial.mutable_data_ptr());
-      const int64_t bytes = a.senet_size() * (accumulator == ScalarType::Double ? 8 : 4);
-      parallel_ranges(blocks, kBlock * cost, [&](int64_t begin, int64_t end) {
-        std::vector<double> scratch(size_t(a.scratch_size()));
-        for (int64_t b = begin; b < end; ++b) {
-          kernels.backward_senet[dtype](a, b * kBlock, std::min((b + 1) * kBlock, positions), into + b * bytes,
-                                        scratch.data());
+        if (per_client || positions <= kBlock) {
+          parallel_ranges(clients, positions * cost + a.M * a.D, [&](int64_t begin, int64_t end) {
+            std::vector<double> scratch(size_t(a.scratch_size()));
+            kernels.backward[int(dtype)](a, begin, end, scratch.data());
+          });
+        } else {
+          Tensor coefficients =
+              torch::stable::new_empty(table, {senet ? positions : 0, a.H, 2}, accumulator);
+          if (senet) {
+            a.coefficients = coefficients.mutable_data_ptr();
+            const int64_t blocks = (positions + kBlock - 1) / kBlock;
+            const Tensor partial =
+                torch::stable::new_empty(table, {blocks, a.senet_size()}, accumulator);
+            char* into = static_cast<char*>(partial.mutable_data_ptr());
+            const int64_t bytes = a.senet_size() * (accumulator == ScalarType::Double ? 8 : 4);
+            parallel_ranges(blocks, kBlock * cost, [&](int64_t begin, int64_t end) {
+              std::vector<double> scratch(size_t(a.scratch_size()));
+              for (int64_t b = begin; b < end; ++b) {
+                kernels.backward_senet[int(dtype)](a, b * kBlock,
+                                                   std::min((b + 1) * kBlock, positions),
+                                                   into + b * bytes, scratch.data());
+              }
+            });
+            add_blocks(partial, grad_senet);
+          }
+          const auto row_of = [&](int64_t n, int64_t h) -> int64_t {
+            const int64_t item = a.items[n];
+            if (item < 0) return item == -1 ? -1 : 0;
+            return hash_bucket(uint64_t(a.hashes[2 * h]), uint64_t(a.hashes[2 * h + 1]),
+                               uint64_t(item), uint64_t(a.M));
+          };
+          const auto run = [&](const int64_t* entries, int64_t count) {
+            kernels.backward_entries[int(dtype)](a, entries, count);
+          };
+          if (!scatter_by_row(positions, a.H, a.M, a.D, row_of, run)) {
+            std::vector<int64_t> all(size_t(positions * a.H));
+            for (size_t e = 0; e < all.size(); ++e) all[e] = int64_t(e);
+            run(all.data(), int64_t(all.size()));
+          }
         }
+        raise_bad_index(in.bad_item, a.items, a.num_items, "items");
+        grad_table = as_dtype(grad_table, wanted);
+      },
+      [&](auto stream) {
+        Tensor coefficients =
+            torch::stable::new_empty(table, {senet ? clients * positions : 0, a.H, 2}, accumulator);
+        grad_senet = torch::stable::new_empty(table, {senet ? clients : 0, a.senet_size()});
+        if (senet) {
+          a.coefficients = coefficients.mutable_data_ptr();
+          Tensor activations = torch::stable::new_empty(
+              table, {clients * positions, gpu::hash_activations(a)}, accumulator);
+          gpu::hash_lookup_activations(a, dtype, clients, activations.mutable_data_ptr(), stream);
+          const gpu::PositionSum sum = gpu::hash_lookup_shape_senet(a, clients);
+          Tensor partial = torch::stable::new_empty(table, {sum.partial_size()}, accumulator);
+          gpu::hash_lookup_backward_senet(a, dtype, sum, activations.const_data_ptr(),
+                                          partial.mutable_data_ptr(), grad_senet.mutable_data_ptr(),
+                                          stream);
+        }
+        grad_table = torch::stable::new_empty(table, shape);
+        scatter(
+            gpu::plan_scatter(gpu::hash_lookup_shape(a, clients)), grad_table, accumulator,
+            [&](const gpu::ScatterPlan& plan, void* keys) {
+              gpu::hash_lookup_keys(a, plan, keys, stream);
+            },
+            [&](const gpu::ScatterPlan& plan, const gpu::SortedEntries& sorted) {
+              gpu::hash_lookup_backward(a, dtype, plan, sorted, grad_table.mutable_data_ptr(),
+                                        stream);
+            });
       });
-      add_blocks(partial, grad_senet);
-    }
-    const auto row_of = [&](int64_t n, int64_t h) -> int64_t {
-      const int64_t item = a.items[n];
-      if (item < 0) return item == -1 ? -1 : 0;
-      return hash_bucket(uint64_t(a.hashes[2 * h]), uint64_t(a.hashes[2 * h + 1]), uint64_t(item),
-                         uint64_t(a.M));
-    };
-    const auto run = [&](const int64_t* entries, int64_t count) {
-      kernels.backward_entries[dtype](a, entries, count);
-    };
-    if (!scatter_by_row(positions, a.H, a.M, a.D, row_of, run)) {
-      std::vector<int64_t> all(size_t(positions * a.H));
-      for (size_t e = 0; e < all.size(); ++e) all[e] = int64_t(e);
-      run(all.data(), int64_t(all.size()));
-    }
-  }
-  raise_bad_index(in.bad_item, a.items, a.num_items, "items");
 
   // The packed gradient of the SENet, cut into its four tensors.
   int64_t offset = 0;
@@ -189,14 +235,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
     if (!like.has_value()) return torch::stable::new_empty(table, {0});
     const int64_t size = like->numel() / std::max<int64_t>(clients, 1);
     Tensor part = grad_senet;
-    part = torch::stable::clone(torch::stable::narrow(part, 1, offset, size));  // outputs share no storage
+    part = torch::stable::clone(
+        torch::stable::narrow(part, 1, offset, size));  // outputs share no storage
     offset += size;
     std::vector<int64_t> sizes;
     for (int64_t d = 0; d < like->dim(); ++d) sizes.push_back(like->size(d));
     return as_dtype(torch::stable::reshape(part, sizes), wanted);
   };
   Tensor grad_w1 = cut(in.w1), grad_b1 = cut(in.b1), grad_w2 = cut(in.w2), grad_b2 = cut(in.b2);
-  return {as_dtype(grad_table, wanted), grad_w1, grad_b1, grad_w2, grad_b2};
+  return {grad_table, grad_w1, grad_b1, grad_w2, grad_b2};
 }
 
 Tensor hash_buckets(const Tensor& items, const Tensor& hashes, int64_t table_size) {
@@ -209,25 +256,33 @@ Tensor hash_buckets(const Tensor& items, const Tensor& hashes, int64_t table_siz
   const IndexArray indices = indices_of(items_, "items");
   const int64_t* pairs = static_cast<const int64_t*>(hashes_.const_data_ptr());
   int64_t* into = static_cast<int64_t*>(out.mutable_data_ptr());
-  FirstError bad_item;
-  parallel_ranges(items.numel(), 8 * H, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t item = indices[n];
-      if (item < -1) bad_item.report(n);
-      for (int64_t h = 0; h < H; ++h) {
-        into[n * H + h] = item < 0 ? -1
-                                   : hash_bucket(uint64_t(pairs[2 * h]), uint64_t(pairs[2 * h + 1]),
-                                                 uint64_t(item), uint64_t(table_size));
-      }
-    }
-  });
-  raise_bad_index(bad_item, indices, INT64_MAX, "items");
+  run_on(
+      items,
+      [&](auto) {
+        FirstError bad_item;
+        parallel_ranges(items.numel(), 8 * H, [&](int64_t begin, int64_t end) {
+          for (int64_t n = begin; n < end; ++n) {
+            const int64_t item = indices[n];
+            if (item < -1) bad_item.report(n);
+            for (int64_t h = 0; h < H; ++h) {
+              into[n * H + h] =
+                  item < 0 ? -1
+                           : hash_bucket(uint64_t(pairs[2 * h]), uint64_t(pairs[2 * h + 1]),
+                                         uint64_t(item), uint64_t(table_size));
+            }
+          }
+        });
+        raise_bad_index(bad_item, indices, INT64_MAX, "items");
+      },
+      [&](auto stream) {
+        gpu::hash_buckets(indices, pairs, into, items.numel(), H, table_size, stream);
+      });
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fedpeft_ext, CPU, m) {
+FEDPEFT_IMPL(m) {
   m.impl("hash_buckets", TORCH_BOX(&hash_buckets));
   m.impl("hash_lookup", TORCH_BOX(&hash_lookup));
   m.impl("hash_lookup_backward", TORCH_BOX(&hash_lookup_backward));

@@ -1,17 +1,17 @@
 // Binding of lora_lookup: checks, allocation, dispatch.
-#include "lora_lookup/lora_lookup_cpu.h"
-
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "common/check.h"
+#include "common/dispatch.h"
 #include "common/parallel.h"
+#include "lora_lookup/lora_lookup_cpu.h"
+#include "lora_lookup/lora_lookup_cuda.h"
 
 namespace fedpeft {
 namespace {
 
-// Shared B: partial gradients of blocks of this many positions are added in order, whatever the threads.
+// Shared B: partial gradients of blocks of this many positions are added in order, whatever the
+// threads.
 constexpr int64_t kBlock = 4096;
 
 struct Factors {
@@ -20,9 +20,10 @@ struct Factors {
 };
 
 Factors factors_of(const Tensor& A, const Tensor& B) {
-  check_value(A.dim() == 2 || A.dim() == 3, "A: expected shape [R, r] or [C, R, r], got ", shape_text(A));
-  check_value(B.dim() == A.dim(), "B: expected shape ", A.dim() == 3 ? "[C, D, r]" : "[D, r]", ", got ",
-              shape_text(B));
+  check_value(A.dim() == 2 || A.dim() == 3, "A: expected shape [R, r] or [C, R, r], got ",
+              shape_text(A));
+  check_value(B.dim() == A.dim(), "B: expected shape ", A.dim() == 3 ? "[C, D, r]" : "[D, r]",
+              ", got ", shape_text(B));
   const int64_t d = A.dim() - 2;
   check_size(B, d + 1, A.size(d + 1), "B", "r, the rank of A");
   if (d == 1) check_size(B, 0, A.size(0), "B", "C, the clients of A");
@@ -31,15 +32,16 @@ Factors factors_of(const Tensor& A, const Tensor& B) {
   return {d == 1, d == 1 ? A.size(0) : 1, A.size(d), A.size(d + 1), B.size(d)};
 }
 
-Tensor lora_lookup(const Tensor& items, const Tensor& A, const Tensor& B, const std::optional<Tensor>& base,
-                   const std::optional<Tensor>& rows) {
+Tensor lora_lookup(const Tensor& items, const Tensor& A, const Tensor& B,
+                   const std::optional<Tensor>& base, const std::optional<Tensor>& rows) {
   const Factors f = factors_of(A, B);
   const Layout layout = layout_of(items, f.per_client, f.clients, "items", "A");
   const bool separate = rows.has_value();
   check_base(base, separate ? -1 : f.rows, f.D, A, "A");
   if (separate) {
     check_value(rows->dim() == items.dim() && shape_text(*rows) == shape_text(items),
-                "rows: expected the shape of items ", shape_text(items), ", got ", shape_text(*rows));
+                "rows: expected the shape of items ", shape_text(items), ", got ",
+                shape_text(*rows));
   }
 
   const Tensor items_ = dense(items), A_ = dense(A), B_ = dense(B);
@@ -63,22 +65,29 @@ Tensor lora_lookup(const Tensor& items, const Tensor& A, const Tensor& B, const 
   a.separate_rows = separate;
   a.bad_item = &bad_item;
   a.bad_row = &bad_row;
-  const auto kernel = select_lora_lookup_kernels().forward[int(dtype_of(A, "A"))];
-  parallel_ranges(layout.total(), (f.rank + 1) * f.D, [&](int64_t begin, int64_t end) {
-    std::vector<double> scratch(size_t(f.rank * f.D));
-    kernel(a, begin, end, scratch.data());
-  });
-  raise_bad_index(bad_item, a.items, a.num_items, "items");
-  if (bad_row.any()) {
-    throw std::out_of_range(text("rows: index ", a.rows[bad_row.position], " at position ", bad_row.position,
-                                 " is out of range: expected 0 to ", f.rows - 1,
-                                 " where items holds an item and -1 where items is -1"));
-  }
+  const DType dtype = dtype_of(A, "A");
+  run_on(
+      A,
+      [&](auto) {
+        const auto kernel = select_lora_lookup_kernels().forward[int(dtype)];
+        parallel_ranges(layout.total(), (f.rank + 1) * f.D, [&](int64_t begin, int64_t end) {
+          std::vector<double> scratch(size_t(f.rank * f.D));
+          kernel(a, begin, end, scratch.data());
+        });
+        raise_bad_index(bad_item, a.items, a.num_items, "items");
+        if (bad_row.any()) {
+          throw std::out_of_range(text("rows: index ", a.rows[bad_row.position], " at position ",
+                                       bad_row.position, " is out of range: expected 0 to ",
+                                       f.rows - 1,
+                                       " where items holds an item and -1 where items is -1"));
+        }
+      },
+      [&](auto stream) { gpu::lora_lookup(a, dtype, layout.clients, stream); });
   return out;
 }
 
-std::tuple<Tensor, Tensor> lora_lookup_backward(const Tensor& grad, const Tensor& rows, const Tensor& A,
-                                                const Tensor& B) {
+std::tuple<Tensor, Tensor> lora_lookup_backward(const Tensor& grad, const Tensor& rows,
+                                                const Tensor& A, const Tensor& B) {
   const Factors f = factors_of(A, B);
   check_grad(grad, rows);
   check_size(grad, grad.dim() - 1, f.D, "grad", "D, the width of B");
@@ -98,61 +107,85 @@ std::tuple<Tensor, Tensor> lora_lookup_backward(const Tensor& grad, const Tensor
   a.D = f.D;
   a.per_client = f.per_client;
   a.bad_row = &bad_row;
-  const LoraLookupKernels& kernels = select_lora_lookup_kernels();
-  const int dtype = int(dtype_of(A, "A"));
+  const DType dtype = dtype_of(A, "A");
   const ScalarType accumulator = accumulator_type(A);
-  const size_t scratch_size = size_t(2 * f.rank * f.D);
-
   std::vector<int64_t> shape_A{f.rows, f.rank}, shape_B{f.D, f.rank};
   if (f.per_client) {
     shape_A.insert(shape_A.begin(), f.clients);
     shape_B.insert(shape_B.begin(), f.clients);
   }
-  Tensor grad_A = f.per_client ? torch::stable::new_empty(A, shape_A, accumulator)
-                               : torch::stable::new_zeros(A, shape_A, accumulator);
-  Tensor grad_B = torch::stable::new_zeros(B, shape_B, accumulator);
-  a.grad_A = grad_A.mutable_data_ptr();
-  a.grad_B = grad_B.mutable_data_ptr();
+  Tensor grad_A, grad_B;
+  run_on(
+      A,
+      [&](auto) {
+        const LoraLookupKernels& kernels = select_lora_lookup_kernels();
+        const size_t scratch_size = size_t(2 * f.rank * f.D);
+        grad_A = f.per_client ? torch::stable::new_empty(A, shape_A, accumulator)
+                              : torch::stable::new_zeros(A, shape_A, accumulator);
+        grad_B = torch::stable::new_zeros(B, shape_B, accumulator);
+        a.grad_A = grad_A.mutable_data_ptr();
+        a.grad_B = grad_B.mutable_data_ptr();
 
-  if (f.per_client || layout.positions <= kBlock) {
-    parallel_ranges(layout.clients, (layout.positions + f.rows + 1) * f.rank * f.D,
-                    [&](int64_t begin, int64_t end) {
-                      std::vector<double> scratch(scratch_size);
-                      kernels.backward[dtype](a, begin, end, scratch.data());
-                    });
-  } else {
-    const auto row_of = [&](int64_t n, int64_t) -> int64_t {
-      return classify(a.rows[n], f.rows) == Position::bad ? 0 : a.rows[n];
-    };
-    const auto run = [&](const int64_t* positions, int64_t count) {
-      std::vector<double> scratch(scratch_size);
-      kernels.backward_entries[dtype](a, positions, count, scratch.data());
-    };
-    if (!scatter_by_row(layout.positions, 1, f.rows, f.rank * f.D, row_of, run)) {
-      std::vector<int64_t> all(size_t(layout.positions));
-      for (size_t n = 0; n < all.size(); ++n) all[n] = int64_t(n);
-      run(all.data(), layout.positions);
-    }
-    const int64_t blocks = (layout.positions + kBlock - 1) / kBlock;
-    const Tensor partial = torch::stable::new_empty(B, {blocks, f.D, f.rank}, accumulator);
-    char* into = static_cast<char*>(partial.mutable_data_ptr());
-    const int64_t bytes = f.D * f.rank * (accumulator == ScalarType::Double ? 8 : 4);
-    parallel_ranges(blocks, kBlock * f.rank * f.D, [&](int64_t begin, int64_t end) {
-      std::vector<double> scratch(scratch_size);
-      for (int64_t b = begin; b < end; ++b) {
-        kernels.backward_B[dtype](a, b * kBlock, std::min((b + 1) * kBlock, layout.positions),
-                                  into + b * bytes, scratch.data());
-      }
-    });
-    add_blocks(partial, grad_B);
-  }
-  raise_bad_index(bad_row, a.rows, f.rows, "rows");
-  return {as_dtype(grad_A, A.scalar_type()), as_dtype(grad_B, B.scalar_type())};
+        if (f.per_client || layout.positions <= kBlock) {
+          parallel_ranges(layout.clients, (layout.positions + f.rows + 1) * f.rank * f.D,
+                          [&](int64_t begin, int64_t end) {
+                            std::vector<double> scratch(scratch_size);
+                            kernels.backward[int(dtype)](a, begin, end, scratch.data());
+                          });
+        } else {
+          const auto row_of = [&](int64_t n, int64_t) -> int64_t {
+            return classify(a.rows[n], f.rows) == Position::bad ? 0 : a.rows[n];
+          };
+          const auto run = [&](const int64_t* positions, int64_t count) {
+            std::vector<double> scratch(scratch_size);
+            kernels.backward_entries[int(dtype)](a, positions, count, scratch.data());
+          };
+          if (!scatter_by_row(layout.positions, 1, f.rows, f.rank * f.D, row_of, run)) {
+            std::vector<int64_t> all(size_t(layout.positions));
+            for (size_t n = 0; n < all.size(); ++n) all[n] = int64_t(n);
+            run(all.data(), layout.positions);
+          }
+          const int64_t blocks = (layout.positions + kBlock - 1) / kBlock;
+          const Tensor partial = torch::stable::new_empty(B, {blocks, f.D, f.rank}, accumulator);
+          char* into = static_cast<char*>(partial.mutable_data_ptr());
+          const int64_t bytes = f.D * f.rank * (accumulator == ScalarType::Double ? 8 : 4);
+          parallel_ranges(blocks, kBlock * f.rank * f.D, [&](int64_t begin, int64_t end) {
+            std::vector<double> scratch(scratch_size);
+            for (int64_t b = begin; b < end; ++b) {
+              kernels.backward_B[int(dtype)](a, b * kBlock,
+                                             std::min((b + 1) * kBlock, layout.positions),
+                                             into + b * bytes, scratch.data());
+            }
+          });
+          add_blocks(partial, grad_B);
+        }
+        raise_bad_index(bad_row, a.rows, f.rows, "rows");
+        grad_A = as_dtype(grad_A, A.scalar_type());
+        grad_B = as_dtype(grad_B, A.scalar_type());
+      },
+      [&](auto stream) {
+        grad_A = torch::stable::new_empty(A, shape_A);
+        scatter(
+            gpu::plan_scatter(gpu::lora_lookup_shape_A(a, layout.clients)), grad_A, accumulator,
+            [&](const gpu::ScatterPlan& plan, void* keys) {
+              gpu::lora_lookup_keys(a, plan, keys, stream);
+            },
+            [&](const gpu::ScatterPlan& plan, const gpu::SortedEntries& sorted) {
+              gpu::lora_lookup_backward_A(a, dtype, plan, sorted, grad_A.mutable_data_ptr(),
+                                          stream);
+            });
+        grad_B = torch::stable::new_empty(B, shape_B);
+        const gpu::PositionSum sum = gpu::lora_lookup_shape_B(a, layout.clients);
+        Tensor partial = torch::stable::new_empty(B, {sum.partial_size()}, accumulator);
+        gpu::lora_lookup_backward_B(a, dtype, sum, partial.mutable_data_ptr(),
+                                    grad_B.mutable_data_ptr(), stream);
+      });
+  return {grad_A, grad_B};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fedpeft_ext, CPU, m) {
+FEDPEFT_IMPL(m) {
   m.impl("lora_lookup", TORCH_BOX(&lora_lookup));
   m.impl("lora_lookup_backward", TORCH_BOX(&lora_lookup_backward));
 }

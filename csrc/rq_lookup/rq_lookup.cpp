@@ -1,9 +1,9 @@
 // Binding of rq_lookup: checks, allocation, dispatch.
-#include <torch/csrc/stable/library.h>
-
 #include "common/check.h"
+#include "common/dispatch.h"
 #include "common/parallel.h"
 #include "rq_lookup/rq_lookup_cpu.h"
+#include "rq_lookup/rq_lookup_cuda.h"
 
 namespace fedpeft {
 namespace {
@@ -12,8 +12,8 @@ void raise_errors(const RqLookupArgs& a) {
   raise_bad_index(*a.bad_item, a.items, a.num_items, "items");
   if (a.bad_code->any()) {
     const int64_t at = a.bad_code->position;
-    throw std::out_of_range(text("codes: code ", a.codes[at], " of item ", at / a.L, " at level ", at % a.L,
-                                 " is out of range: expected 0 to ", a.K - 1));
+    throw std::out_of_range(text("codes: code ", a.codes[at], " of item ", at / a.L, " at level ",
+                                 at % a.L, " is out of range: expected 0 to ", a.K - 1));
   }
 }
 
@@ -25,7 +25,8 @@ Tensor rq_lookup(const Tensor& items, const Tensor& codes, const Tensor& codeboo
   const bool per_client = codebooks.dim() == 4;
   const Layout layout = layout_of(items, per_client, codebooks.size(0), "items", "codebooks");
   const int64_t first = per_client ? 1 : 0;
-  const int64_t L = codebooks.size(first), K = codebooks.size(first + 1), D = codebooks.size(first + 2);
+  const int64_t L = codebooks.size(first), K = codebooks.size(first + 1),
+                D = codebooks.size(first + 2);
   check_size(codes, 1, L, "codes", "L, the levels of codebooks");
   check_base(base, codes.size(0), D, codebooks, "codebooks");
 
@@ -47,19 +48,28 @@ Tensor rq_lookup(const Tensor& items, const Tensor& codes, const Tensor& codeboo
   a.per_client = per_client;
   a.bad_item = &bad_item;
   a.bad_code = &bad_code;
-  const auto kernel = select_rq_lookup_kernels().forward[int(dtype_of(codebooks, "codebooks"))];
-  parallel_ranges(layout.total(), (L + 1) * D, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-  raise_errors(a);
+  const DType dtype = dtype_of(codebooks, "codebooks");
+  run_on(
+      codebooks,
+      [&](auto) {
+        const auto kernel = select_rq_lookup_kernels().forward[int(dtype)];
+        parallel_ranges(layout.total(), (L + 1) * D,
+                        [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+        raise_errors(a);
+      },
+      [&](auto stream) { gpu::rq_lookup(a, dtype, layout.clients, stream); });
   return out;
 }
 
-Tensor rq_lookup_backward(const Tensor& grad, const Tensor& items, const Tensor& codes, int64_t codebook_size,
-                          bool per_client) {
+Tensor rq_lookup_backward(const Tensor& grad, const Tensor& items, const Tensor& codes,
+                          int64_t codebook_size, bool per_client) {
   check_dim(codes, 2, "codes", "[I, L]");
   check_grad(grad, items);
   check_value(codebook_size >= 0, "codebook_size: expected at least 0, got ", codebook_size);
-  check_value(!per_client || items.dim() == 2, "items: expected shape [C, P], got ", shape_text(items));
-  const Layout layout = layout_of(items, per_client, per_client ? items.size(0) : 1, "items", "grad");
+  check_value(!per_client || items.dim() == 2, "items: expected shape [C, P], got ",
+              shape_text(items));
+  const Layout layout =
+      layout_of(items, per_client, per_client ? items.size(0) : 1, "items", "grad");
   const int64_t L = codes.size(1), K = codebook_size, D = grad.size(grad.dim() - 1);
   std::vector<int64_t> shape{L, K, D};
   if (per_client) shape.insert(shape.begin(), layout.clients);
@@ -78,39 +88,54 @@ Tensor rq_lookup_backward(const Tensor& grad, const Tensor& items, const Tensor&
   a.per_client = per_client;
   a.bad_item = &bad_item;
   a.bad_code = &bad_code;
-  const RqLookupKernels& kernels = select_rq_lookup_kernels();
-  const int dtype = int(dtype_of(grad, "grad"));
+  const DType dtype = dtype_of(grad, "grad");
   const ScalarType accumulator = accumulator_type(grad);
-
-  if (!per_client) {
-    Tensor out = torch::stable::new_zeros(grad, shape, accumulator);
-    a.grad_codebooks = out.mutable_data_ptr();
-    const auto row_of = [&](int64_t n, int64_t level) -> int64_t {
-      const int64_t item = a.items[n];
-      if (classify(item, a.num_items) != Position::item) return item == -1 ? -1 : 0;
-      const int64_t code = a.codes[item * L + level];
-      return level * K + (uint64_t(code) < uint64_t(K) ? code : 0);
-    };
-    const bool done = K > 0 && scatter_by_row(layout.positions, L, L * K, D, row_of,
-                                              [&](const int64_t* entries, int64_t count) {
-                                                kernels.backward_entries[dtype](a, entries, count);
-                                              });
-    if (!done) kernels.backward[dtype](a, 0, 1);
-    raise_errors(a);
-    return as_dtype(out, grad.scalar_type());
-  }
-  Tensor out = torch::stable::new_empty(grad, shape, accumulator);
-  a.grad_codebooks = out.mutable_data_ptr();
-  parallel_ranges(layout.clients, (layout.positions + K) * L * D, [&](int64_t begin, int64_t end) {
-    kernels.backward[dtype](a, begin, end);
-  });
-  raise_errors(a);
-  return as_dtype(out, grad.scalar_type());
+  Tensor out;
+  run_on(
+      grad,
+      [&](auto) {
+        const RqLookupKernels& kernels = select_rq_lookup_kernels();
+        Tensor sum = per_client ? torch::stable::new_empty(grad, shape, accumulator)
+                                : torch::stable::new_zeros(grad, shape, accumulator);
+        a.grad_codebooks = sum.mutable_data_ptr();
+        if (per_client) {
+          parallel_ranges(
+              layout.clients, (layout.positions + K) * L * D,
+              [&](int64_t begin, int64_t end) { kernels.backward[int(dtype)](a, begin, end); });
+        } else {
+          const auto row_of = [&](int64_t n, int64_t level) -> int64_t {
+            const int64_t item = a.items[n];
+            if (classify(item, a.num_items) != Position::item) return item == -1 ? -1 : 0;
+            const int64_t code = a.codes[item * L + level];
+            return level * K + (uint64_t(code) < uint64_t(K) ? code : 0);
+          };
+          const bool done =
+              K > 0 && scatter_by_row(layout.positions, L, L * K, D, row_of,
+                                      [&](const int64_t* entries, int64_t count) {
+                                        kernels.backward_entries[int(dtype)](a, entries, count);
+                                      });
+          if (!done) kernels.backward[int(dtype)](a, 0, 1);
+        }
+        raise_errors(a);
+        out = as_dtype(sum, grad.scalar_type());
+      },
+      [&](auto stream) {
+        out = torch::stable::new_empty(grad, shape);
+        scatter(
+            gpu::plan_scatter(gpu::rq_lookup_shape(a, layout.clients)), out, accumulator,
+            [&](const gpu::ScatterPlan& plan, void* keys) {
+              gpu::rq_lookup_keys(a, plan, keys, stream);
+            },
+            [&](const gpu::ScatterPlan& plan, const gpu::SortedEntries& sorted) {
+              gpu::rq_lookup_backward(a, dtype, plan, sorted, out.mutable_data_ptr(), stream);
+            });
+      });
+  return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fedpeft_ext, CPU, m) {
+FEDPEFT_IMPL(m) {
   m.impl("rq_lookup", TORCH_BOX(&rq_lookup));
   m.impl("rq_lookup_backward", TORCH_BOX(&rq_lookup_backward));
 }

@@ -1,0 +1,224 @@
+// Device helpers of the .cu files: element types, 16-byte vectors, groups of lanes, 64-bit index
+// arithmetic.
+#pragma once
+
+#include "common/launch.h"
+
+namespace fedpeft::gpu {
+
+#define FEDPEFT_DEVICE __device__ __forceinline__
+
+template <typename T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+template <typename T>
+using acc_t = typename Accumulator<T>::type;
+
+FEDPEFT_DEVICE float to_acc(float x) { return x; }
+FEDPEFT_DEVICE double to_acc(double x) { return x; }
+FEDPEFT_DEVICE float to_acc(Half x) {
+#if defined(__CUDACC__)
+  return __half2float(__ushort_as_half(x.bits));
+#else
+  return float(std::bit_cast<_Float16>(x.bits));
+#endif
+}
+FEDPEFT_DEVICE float to_acc(BFloat16 x) {
+#if defined(__CUDACC__)
+  return __uint_as_float(uint32_t(x.bits) << 16);
+#else
+  return std::bit_cast<float>(uint32_t(x.bits) << 16);
+#endif
+}
+
+template <typename T>
+FEDPEFT_DEVICE T from_acc(acc_t<T> x) {
+  return x;
+}
+template <>
+FEDPEFT_DEVICE Half from_acc<Half>(float x) {
+#if defined(__CUDACC__)
+  return {__half_as_ushort(__float2half_rn(x))};
+#else
+  return {std::bit_cast<uint16_t>(_Float16(x))};
+#endif
+}
+template <>
+FEDPEFT_DEVICE BFloat16 from_acc<BFloat16>(float x) {
+#if defined(__CUDACC__)
+  const uint32_t bits = __float_as_uint(x);
+#else
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+#endif
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return {uint16_t(x != x ? 0x7fc0u : rounded)};
+}
+
+// V consecutive elements; sizeof(Pack) is 16 bytes where V is kWide<T>.
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T at[V];
+};
+
+template <typename T>
+constexpr int kWide = 16 / int(sizeof(T));
+
+template <typename T, int V>
+FEDPEFT_DEVICE void check_aligned([[maybe_unused]] const T* p) {
+#if !defined(__CUDACC__)
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(Pack<T, V>))
+    throw emulator::Fault("misaligned vector access");
+#endif
+}
+
+template <int V, typename T>
+FEDPEFT_DEVICE Pack<T, V> load_pack(const T* p) {
+  check_aligned<T, V>(p);
+  if constexpr (V == 1) {
+    return {{*p}};
+  } else {
+#if defined(__CUDACC__)
+    Pack<T, V> pack;
+    if constexpr (sizeof(pack) == 16) {
+      *reinterpret_cast<uint4*>(&pack) = *reinterpret_cast<const uint4*>(p);
+    } else {
+      pack = *reinterpret_cast<const Pack<T, V>*>(p);
+    }
+    return pack;
+#else
+    Pack<T, V> pack;
+    std::memcpy(&pack, p, sizeof(pack));
+    return pack;
+#endif
+  }
+}
+
+template <int V, typename T>
+FEDPEFT_DEVICE void store_pack(T* p, const Pack<T, V>& pack) {
+  check_aligned<T, V>(p);
+  if constexpr (V == 1) {
+    *p = pack.at[0];
+  } else {
+#if defined(__CUDACC__)
+    if constexpr (sizeof(pack) == 16) {
+      *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(&pack);
+    } else {
+      *reinterpret_cast<Pack<T, V>*>(p) = pack;
+    }
+#else
+    std::memcpy(static_cast<void*>(p), &pack, sizeof(pack));
+#endif
+  }
+}
+
+// Registers of the accumulator type for V columns.
+template <typename A, int V>
+struct Sum {
+  A at[V];
+
+  FEDPEFT_DEVICE void clear() {
+#pragma unroll
+    for (int v = 0; v < V; ++v) at[v] = A(0);
+  }
+  template <typename T>
+  FEDPEFT_DEVICE void set(const T* p) {
+    const Pack<T, V> pack = load_pack<V>(p);
+#pragma unroll
+    for (int v = 0; v < V; ++v) at[v] = to_acc(pack.at[v]);
+  }
+  FEDPEFT_DEVICE void add(const Sum& other) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) at[v] += other.at[v];
+  }
+  template <typename T>
+  FEDPEFT_DEVICE void add(const T* p) {
+    const Pack<T, V> pack = load_pack<V>(p);
+#pragma unroll
+    for (int v = 0; v < V; ++v) at[v] += to_acc(pack.at[v]);
+  }
+  template <typename T>
+  FEDPEFT_DEVICE void add_scaled(A scale, const T* p) {
+    const Pack<T, V> pack = load_pack<V>(p);
+#pragma unroll
+    for (int v = 0; v < V; ++v) at[v] += scale * to_acc(pack.at[v]);
+  }
+  template <typename T>
+  FEDPEFT_DEVICE void store(T* p) const {
+    Pack<T, V> pack;
+#pragma unroll
+    for (int v = 0; v < V; ++v) pack.at[v] = from_acc<T>(at[v]);
+    store_pack<V>(p, pack);
+  }
+  // To `first` unless it is null, else to `second`.
+  template <typename T>
+  FEDPEFT_DEVICE void store_either(A* first, T* second) const {
+    if (first) {
+      store(first);
+    } else {
+      store(second);
+    }
+  }
+};
+
+template <int V, typename T>
+FEDPEFT_DEVICE void store_zeros(T* p) {
+  Sum<acc_t<T>, V> zero;
+  zero.clear();
+  zero.store(p);
+}
+
+// n / d; 32-bit where that is enough, several times as fast.
+FEDPEFT_DEVICE int64_t divide(int64_t n, int64_t d) {
+  if (((uint64_t(n) | uint64_t(d)) >> 32) == 0) return int64_t(uint32_t(n) / uint32_t(d));
+  return n / d;
+}
+
+// Sum over the `width` lanes (a power of two) of each group, the same in every lane and in a fixed
+// order.
+template <typename A>
+FEDPEFT_DEVICE A group_sum(A x, int width) {
+  for (int bits = width / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(kFullMask, x, bits);
+  return x;
+}
+
+// Lanes that share a row of `columns` items: a power of two up to a warp.
+__host__ __device__ inline int lanes_for(int64_t columns) {
+  int lanes = 1;
+  while (lanes < kWarp && lanes < columns) lanes *= 2;
+  return lanes;
+}
+
+inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Calls f(zero of the element type) for a dtype, and f(integral constant) for the vector width.
+template <typename F>
+void with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(float{});
+    case DType::f64:
+      return f(double{});
+    case DType::f16:
+      return f(Half{});
+    case DType::bf16:
+      return f(BFloat16{});
+  }
+}
+
+// Calls f with the number of elements an access may take: 16 bytes' worth where rows of D elements
+// of every given array start at multiples of 16 bytes, else 1.
+template <typename T, typename F, typename... Arrays>
+void with_width(int64_t D, const F& f, const Arrays*... arrays) {
+  if (D % kWide<T> == 0 && (aligned16(arrays) && ...)) {
+    f(std::integral_constant<int, kWide<T>>{});
+  } else {
+    f(std::integral_constant<int, 1>{});
+  }
+}
+
+}  // namespace fedpeft::gpu

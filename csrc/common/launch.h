@@ -1,0 +1,117 @@
+// Kernel launches, for .cu files alone: by nvcc on a GPU, by g++ in the emulator (csrc/emulator).
+// Device code that differs between the two is here.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#else
+#include <bit>
+
+#include "emulator/emulator.h"
+#endif
+
+#include "common/gpu.h"
+#include "common/types.h"
+
+#if defined(__CUDACC__)
+#define FEDPEFT_SHARED(Type, name, count) __shared__ Type name[count]
+// 32-byte aligned shared memory of the size given at the launch.
+#define FEDPEFT_DYNAMIC_SHARED(name) extern __shared__ __align__(32) unsigned char name[]
+#else
+#define FEDPEFT_SHARED(Type, name, count) \
+  static const char name##_key = 0;       \
+  Type* const name = static_cast<Type*>(  \
+      ::fedpeft::emulator::static_shared(&name##_key, sizeof(Type) * size_t(count)))
+#define FEDPEFT_DYNAMIC_SHARED(name) \
+  unsigned char* const name = static_cast<unsigned char*>(::fedpeft::emulator::dynamic_shared())
+#endif
+
+namespace fedpeft::gpu {
+
+constexpr int64_t kMaxGrid = 0x7fffffff;  // grid.x; kernels loop where there is more work
+constexpr int kWarp = 32;
+constexpr unsigned kFullMask = 0xffffffffu;
+
+inline unsigned grid_for(int64_t work) { return unsigned(work < kMaxGrid ? work : kMaxGrid); }
+
+#if defined(__CUDACC__)
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
+}
+
+struct Limits {
+  int64_t shared_bytes;  // of a block, after opting in
+  int64_t multiprocessors;
+};
+
+inline Limits limits() {
+  int device = 0, shared = 0, multiprocessors = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "shared memory limit");
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "multiprocessors");
+  return {shared, multiprocessors};
+}
+
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), int64_t grid, unsigned block, int64_t shared, Stream stream,
+            Args&&... args) {
+  if (grid <= 0) return;
+  if (shared > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
+          "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
+  }
+  kernel<<<grid_for(grid), block, size_t(shared), static_cast<cudaStream_t>(stream.handle)>>>(
+      static_cast<Params>(args)...);
+  check(cudaGetLastError(), "launch");
+}
+
+#else
+
+struct Limits {
+  int64_t shared_bytes;
+  int64_t multiprocessors;
+};
+
+inline Limits limits() { return {int64_t(emulator::shared_limit()), 4}; }
+
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), int64_t grid, unsigned block, int64_t shared, Stream,
+            Args&&... args) {
+  if (grid <= 0) return;
+  const std::tuple<Params...> values(static_cast<Params>(args)...);
+  emulator::run({grid_for(grid)}, {block}, size_t(shared), [&] { std::apply(kernel, values); });
+}
+
+#endif
+
+// Index `index` at `position` of argument `name` is outside [0, size): a device-side assertion, as
+// in torch's embedding.
+#if defined(__CUDACC__)
+// Defined once here, since <cassert> is empty under NDEBUG.
+extern "C" __device__ void __assertfail(const char* message, const char* file, unsigned line,
+                                        const char* function, size_t char_size)
+    __attribute__((noreturn));
+#define FEDPEFT_BAD_VALUE(message) __assertfail(message, __FILE__, __LINE__, __func__, sizeof(char))
+#define FEDPEFT_BAD_INDEX(name, index, position, size) \
+  __assertfail(name ": index out of range", __FILE__, __LINE__, __func__, sizeof(char))
+#else
+#define FEDPEFT_BAD_VALUE(message) throw std::invalid_argument(message)
+#define FEDPEFT_BAD_INDEX(name, index, position, size)                                       \
+  throw std::out_of_range(                                                                   \
+      name ": index " + std::to_string(index) + " at position " + std::to_string(position) + \
+      " is out of range: expected -1 (padding) or 0 to " + std::to_string((size) - 1))
+#endif
+
+}  // namespace fedpeft::gpu

@@ -1,0 +1,219 @@
+// Kernels behind common/scatter.h. A Source names an op's entries:
+//   int64_t row(int64_t n, int64_t slot): row in the client's table that position n (of all
+//   clients) reads, -1: none Sum<acc, V> value<V>(int64_t n, int64_t slot, int64_t column): what
+//   the entry adds to V columns of that row
+#pragma once
+
+#include "common/device.cuh"
+#include "common/scatter.h"
+
+namespace fedpeft::gpu {
+
+// The threads that work on one client: a warp of its own or the whole block.
+FEDPEFT_DEVICE void team_sync(int team) {
+  if (team == kWarp) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
+// Links `count` entries, first + i * step, in ascending order: next[e] holds the row of entry e (or
+// -1) and gets the entry that follows it in its row (or -1); head[row] becomes the first. Called by
+// one warp.
+FEDPEFT_DEVICE void link_entries(int* head, int* next, int count, int first, int step) {
+  const int lane = int(threadIdx.x) % kWarp;
+  for (int chunk = (count - 1) / kWarp * kWarp; chunk >= 0; chunk -= kWarp) {
+    const int entry = first + (chunk + lane) * step;
+    const int row = chunk + lane < count ? next[entry] : -1;
+    const unsigned same = __match_any_sync(kFullMask, row);
+    const unsigned later = lane == kWarp - 1 ? 0u : same & (kFullMask << (lane + 1));
+    int following = -1;
+    if (row >= 0) following = later ? first + (chunk + __ffs(later) - 1) * step : head[row];
+    __syncwarp();
+    if (row >= 0) {
+      next[entry] = following;
+      if (__ffs(same) - 1 == lane) head[row] = entry;
+    }
+    __syncwarp();
+  }
+}
+
+template <typename Source, typename T, int V>
+FEDPEFT_DEVICE void scatter_lists_team(const Source& source, T* out, const ScatterPlan& plan,
+                                       int64_t task, int thread, int* head) {
+  const int64_t client = divide(task, plan.splits);
+  const int64_t begin = (task - client * plan.splits) * plan.rows_per_split;
+  const int64_t left = plan.rows - begin;
+  const int rows = int(left < plan.rows_per_split ? left : plan.rows_per_split);
+  const int slots = int(plan.slots), positions = int(plan.positions), entries = positions * slots;
+  int* next = head + plan.rows_per_split;
+
+  for (int r = thread; r < rows; r += plan.team) head[r] = -1;
+  for (int e = thread; e < entries; e += plan.team) {
+    const int p = e / slots;
+    const int64_t row = source.row(client * plan.positions + p, e - p * slots) - begin;
+    next[e] = uint64_t(row) < uint64_t(rows) ? int(row) : -1;
+  }
+  team_sync(plan.team);
+  const int warp = thread / kWarp, warps = plan.team / kWarp;
+  if (plan.disjoint_slots) {
+    for (int slot = warp; slot < slots; slot += warps)
+      link_entries(head, next, positions, slot, slots);
+  } else if (warp == 0) {
+    link_entries(head, next, entries, 0, 1);
+  }
+  team_sync(plan.team);
+
+  const int lanes = lanes_for(plan.width / V);
+  const int lane = thread % lanes;
+  for (int r = thread / lanes; r < rows; r += plan.team / lanes) {
+    T* to = out + (client * plan.rows + begin + r) * plan.width;
+    for (int64_t column = lane * V; column < plan.width; column += lanes * V) {
+      Sum<acc_t<T>, V> sum;
+      sum.clear();
+      for (int e = head[r]; e >= 0;) {
+        // Two entries at a time, so that two loads are under way.
+        const int second = next[e];
+        const int p = e / slots;
+        const auto v = source.template value<V>(client * plan.positions + p, e - p * slots, column);
+        e = -1;
+        if (second >= 0) {
+          const int q = second / slots;
+          const auto w =
+              source.template value<V>(client * plan.positions + q, second - q * slots, column);
+          e = next[second];
+          sum.add(v);
+          sum.add(w);
+        } else {
+          sum.add(v);
+        }
+      }
+      sum.store(to + column);
+    }
+  }
+}
+
+// A task is a client and a range of its rows.
+template <typename Source, typename T, int V>
+__global__ void __launch_bounds__(256, 4) scatter_lists(Source source, T* out, ScatterPlan plan) {
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  const int teams = int(blockDim.x) / plan.team, team = int(threadIdx.x) / plan.team;
+  int* head = reinterpret_cast<int*>(shared + plan.shared_bytes / teams * team);
+  const int64_t tasks = plan.clients * plan.splits;
+  for (int64_t first = int64_t(blockIdx.x) * teams; first < tasks;
+       first += int64_t(gridDim.x) * teams) {
+    if (first + team < tasks) {
+      scatter_lists_team<Source, T, V>(source, out, plan, first + team,
+                                       int(threadIdx.x) % plan.team, head);
+    }
+    team_sync(plan.team);
+  }
+}
+
+template <typename Source>
+__global__ void __launch_bounds__(256, 4)
+    scatter_keys(Source source, void* keys, ScatterPlan plan) {
+  const int64_t entries = plan.entries(), step = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t e = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; e < entries; e += step) {
+    const int64_t n = divide(e, plan.slots);
+    const int64_t row = source.row(n, e - n * plan.slots);
+    const int64_t key = row < 0 ? plan.padding() : divide(n, plan.positions) * plan.rows + row;
+    if (plan.wide_keys) {
+      static_cast<int64_t*>(keys)[e] = key;
+    } else {
+      static_cast<int32_t*>(keys)[e] = int32_t(key);
+    }
+  }
+}
+
+// One group of lanes a tile of sorted entries. A row that begins and ends in the tile is written;
+// the sum of a row that comes from the tile before goes to partial[tile][0], of one that begins
+// here and leaves to partial[tile][1].
+template <typename Source, typename T, int V>
+__global__ void __launch_bounds__(256, 2)
+    scatter_tiles(Source source, T* out, ScatterPlan plan, IndexArray keys, const int64_t* order,
+                  acc_t<T>* partial) {
+  using A = acc_t<T>;
+  constexpr int kBatch = 4;
+  const int lanes = lanes_for(plan.width / V), lane = int(threadIdx.x) % lanes;
+  const int64_t groups = int64_t(gridDim.x) * (blockDim.x / lanes), tiles = plan.tiles(),
+                entries = plan.entries();
+  const int64_t width = plan.width;
+  const int64_t padding = plan.padding();
+  for (int64_t tile = int64_t(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes;
+       tile < tiles; tile += groups) {
+    const int64_t begin = tile * ScatterPlan::kTile;
+    const int64_t end = entries - begin < ScatterPlan::kTile ? entries : begin + ScatterPlan::kTile;
+    if (keys[begin] == padding) continue;
+    const bool from_before = begin > 0 && keys[begin - 1] == keys[begin];
+    for (int64_t column = lane * V; column < width; column += lanes * V) {
+      Sum<A, V> sum;
+      sum.clear();
+      int64_t row = keys[begin];
+      bool entered = from_before;
+      for (int64_t i = begin; i < end && row != padding; i += kBatch) {
+        int64_t key[kBatch];
+        Sum<A, V> value[kBatch];
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          key[j] = i + j < end ? keys[i + j] : padding;
+          value[j].clear();
+          if (key[j] != padding) {
+            const int64_t e = order[i + j], n = divide(e, plan.slots);
+            value[j] = source.template value<V>(n, e - n * plan.slots, column);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          if (i + j >= end) break;
+          if (key[j] != row) {
+            sum.store_either(entered ? partial + tile * 2 * width + column : nullptr,
+                             out + row * width + column);
+            sum.clear();
+            entered = false;
+            row = key[j];
+          }
+          sum.add(value[j]);
+        }
+      }
+      if (row == padding) continue;
+      const bool leaves = end < entries && keys[end] == row;
+      A* crossing =
+          entered ? partial + tile * 2 * width + column : partial + (tile * 2 + 1) * width + column;
+      sum.store_either(entered || leaves ? crossing : nullptr, out + row * width + column);
+    }
+  }
+}
+
+template <typename Source>
+void launch_scatter_keys(const Source& source, const ScatterPlan& plan, void* keys, Stream stream) {
+  launch(scatter_keys<Source>, (plan.entries() + 255) / 256, 256, 0, stream, source, keys, plan);
+}
+
+// Joins the rows that cross tiles (scatter.cu).
+template <typename T, int V>
+void launch_scatter_join(const ScatterPlan& plan, const SortedEntries& sorted, T* out,
+                         Stream stream);
+
+// Writes every row of `out` [clients, rows, width] (lists), or the rows with entries (sorted; the
+// others must be zero already).
+template <typename T, int V, typename Source>
+void launch_scatter(const Source& source, const ScatterPlan& plan, const SortedEntries& sorted,
+                    void* out, Stream stream) {
+  if (plan.width == 0) return;
+  T* to = static_cast<T*>(out);
+  if (!plan.sorted) {
+    const int teams = plan.block / plan.team;
+    const int64_t grid = (plan.clients * plan.splits + teams - 1) / teams;
+    launch(scatter_lists<Source, T, V>, grid, unsigned(plan.block), plan.shared_bytes, stream,
+           source, to, plan);
+    return;
+  }
+  const int groups = 256 / lanes_for(plan.width / V);
+  launch(scatter_tiles<Source, T, V>, (plan.tiles() + groups - 1) / groups, 256, 0, stream, source,
+         to, plan, sorted.keys, sorted.order, static_cast<acc_t<T>*>(sorted.partial));
+  launch_scatter_join<T, V>(plan, sorted, to, stream);
+}
+
+}  // namespace fedpeft::gpu

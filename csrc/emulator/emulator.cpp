@@ -1,0 +1,396 @@
+// The scheduler of the emulator: fibers, blocks and the checks.
+#include "emulator/emulator.h"
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace fedpeft::emulator {
+namespace {
+
+constexpr size_t kStack = 64 << 10;
+constexpr size_t kRedZone = 256;  // bytes around every shared array
+constexpr size_t kStaticLimit = 48 << 10;
+constexpr unsigned char kCanary = 0xC9;
+constexpr unsigned kWarp = 32;
+
+std::atomic<bool> backwards{false};
+std::atomic<size_t> limit{99 << 10};
+
+enum class State { runnable, at_barrier, in_warp, done };
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf here;
+  std::unique_ptr<char[]> stack;
+  bool started = false;
+  State state = State::runnable;
+  Place place;
+  Site site;
+  WarpOp op;
+  unsigned mask;
+  uint64_t value, result;
+  int source;
+};
+
+std::string at(const Site& site) {
+  const std::string file = site.file_name();
+  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line());
+}
+
+bool same(const Site& a, const Site& b) {
+  return a.line() == b.line() && a.column() == b.column() &&
+         std::strcmp(a.file_name(), b.file_name()) == 0;
+}
+
+// Runs one block at a time on the OS thread that owns it.
+class Processor {
+ public:
+  void run_block(const std::function<void()>& body, dim3 grid, dim3 block, uint64_t index,
+                 size_t shared) {
+    body_ = &body;
+    dynamic_bytes_ = shared;
+    error_ = nullptr;
+    const unsigned threads = block.x * block.y * block.z;
+    while (fibers_.size() < threads) fibers_.push_back(std::make_unique<Fiber>());
+    const bool reverse = backwards;
+    prepare_shared(reverse ? 0xA5 : 0xFF);
+    for (unsigned t = 0; t < threads; ++t) {
+      Fiber& f = *fibers_[t];
+      f.state = State::runnable;
+      f.place = {{t % block.x, t / block.x % block.y, t / block.x / block.y},
+                 {unsigned(index % grid.x), unsigned(index / grid.x % grid.y),
+                  unsigned(index / grid.x / grid.y)},
+                 block,
+                 grid};
+    }
+    try {
+      schedule(threads, reverse);
+      check_red_zones();
+    } catch (...) {
+      // Threads stopped on the way have nothing to destroy; their fibers start afresh.
+      for (unsigned t = 0; t < threads; ++t) fibers_[t]->started = false;
+      throw;
+    }
+  }
+
+  Fiber& current() {
+    if (current_ == nullptr) throw std::logic_error("device code called outside a kernel");
+    return *current_;
+  }
+
+  void wait(State state) {
+    Fiber& f = *current_;
+    f.state = state;
+    if (_setjmp(f.here) == 0) _longjmp(scheduler_, 1);
+  }
+
+  void* dynamic_data() { return shared_.data() + offset_ + kRedZone; }
+
+  void* static_data(const void* key, size_t bytes) {
+    for (const Array& array : arrays_) {
+      if (array.key == key) return shared_.data() + array.begin;
+    }
+    const size_t begin = arrays_.back().end + kRedZone;
+    const size_t end = begin + (bytes + 15) / 16 * 16;
+    if (end + kRedZone > static_end_) throw Fault("more than 48 KiB of static shared memory");
+    arrays_.push_back({key, begin, begin + bytes, end});
+    std::memset(shared_.data() + begin, poison_, bytes);
+    return shared_.data() + begin;
+  }
+
+  int lane_of(const Fiber& f) const {
+    const Place& p = f.place;
+    return int((p.thread.x + p.block_size.x * (p.thread.y + p.block_size.y * p.thread.z)) % kWarp);
+  }
+
+  static Processor& mine() {
+    thread_local Processor processor;
+    return processor;
+  }
+
+ private:
+  struct Array {
+    const void* key;
+    size_t begin, used, end;
+  };
+
+  void prepare_shared(unsigned char poison) {
+    poison_ = poison;
+    const size_t needed = dynamic_bytes_ + kStaticLimit + 4 * kRedZone + 64;
+    if (shared_.size() < needed) shared_.resize(needed);
+    offset_ = size_t(-reinterpret_cast<intptr_t>(shared_.data())) & 63;
+    std::memset(shared_.data(), kCanary, needed);
+    const size_t begin = offset_ + kRedZone;
+    std::memset(shared_.data() + begin, poison, dynamic_bytes_);
+    arrays_.assign(
+        {{nullptr, begin, begin + dynamic_bytes_, begin + (dynamic_bytes_ + 15) / 16 * 16}});
+    static_end_ = needed;
+  }
+
+  void check_red_zones() const {
+    size_t next = 0;
+    for (size_t i = 0; i <= arrays_.size(); ++i) {
+      const size_t end = i < arrays_.size() ? arrays_[i].begin : static_end_;
+      for (size_t b = next; b < end; ++b) {
+        if (shared_[b] != kCanary) {
+          throw Fault("a write past shared memory: " +
+                      std::to_string(int64_t(b) - int64_t(i ? arrays_[i - 1].used : end)) +
+                      " bytes past the end of " + (i <= 1 ? "dynamic" : "static") +
+                      " shared memory");
+        }
+      }
+      if (i < arrays_.size()) next = arrays_[i].used;
+    }
+  }
+
+  static void enter(unsigned high, unsigned low) {
+    Processor& p = *reinterpret_cast<Processor*>(uint64_t(high) << 32 | low);
+    for (;;) {
+      try {
+        (*p.body_)();
+      } catch (...) {
+        if (!p.error_) p.error_ = std::current_exception();
+      }
+      p.wait(State::done);
+    }
+  }
+
+  void resume(Fiber& f) {
+    current_ = &f;
+    if (_setjmp(scheduler_) == 0) {
+      if (f.started) _longjmp(f.here, 1);
+      f.started = true;
+      if (!f.stack) f.stack = std::make_unique_for_overwrite<char[]>(kStack);
+      getcontext(&f.start);
+      f.start.uc_stack.ss_sp = f.stack.get();
+      f.start.uc_stack.ss_size = kStack;
+      f.start.uc_link = nullptr;
+      const uint64_t self = reinterpret_cast<uint64_t>(this);
+      makecontext(&f.start, reinterpret_cast<void (*)()>(&enter), 2, unsigned(self >> 32),
+                  unsigned(self));
+      setcontext(&f.start);
+    }
+    current_ = nullptr;
+    if (error_) std::rethrow_exception(error_);
+  }
+
+  void schedule(unsigned threads, bool reverse) {
+    const unsigned warps = (threads + kWarp - 1) / kWarp;
+    for (;;) {
+      for (unsigned w = 0; w < warps; ++w) run_warp(reverse ? warps - 1 - w : w, threads, reverse);
+      unsigned done = 0;
+      const Fiber* waiting = nullptr;
+      for (unsigned t = 0; t < threads; ++t) {
+        const Fiber& f = *fibers_[t];
+        if (f.state == State::done) {
+          ++done;
+        } else if (waiting && !same(waiting->site, f.site)) {
+          throw Fault("divergent barrier: threads of a block wait at " + at(waiting->site) +
+                      " and " + at(f.site));
+        } else {
+          waiting = &f;
+        }
+      }
+      if (!waiting) return;
+      if (done) {
+        throw Fault("divergent barrier: " + std::to_string(done) +
+                    " threads ended while others wait at " + at(waiting->site));
+      }
+      for (unsigned t = 0; t < threads; ++t) fibers_[t]->state = State::runnable;
+    }
+  }
+
+  // Until every lane has ended or waits at a barrier of the block.
+  void run_warp(unsigned warp, unsigned threads, bool reverse) {
+    const unsigned first = warp * kWarp, count = std::min(kWarp, threads - first);
+    Fiber* lanes[kWarp];
+    for (unsigned i = 0; i < count; ++i) lanes[i] = fibers_[first + i].get();
+    for (;;) {
+      for (unsigned i = 0; i < count; ++i) {
+        Fiber& f = *lanes[reverse ? count - 1 - i : i];
+        if (f.state == State::runnable) resume(f);
+      }
+      bool progress = false;
+      const Fiber* stuck = nullptr;
+      for (unsigned i = 0; i < count; ++i) {
+        if (lanes[i]->state != State::in_warp) continue;
+        if (complete(lanes, count, i)) {
+          release(lanes, count, lanes[i]->mask);
+          progress = true;
+        } else {
+          stuck = lanes[i];
+        }
+      }
+      if (stuck && !progress) throw Fault("divergent warp operation at " + at(stuck->site));
+      if (!progress) return;
+    }
+  }
+
+  static bool complete(Fiber* const* lanes, unsigned count, unsigned asking) {
+    const Fiber& f = *lanes[asking];
+    if (!(f.mask >> asking & 1))
+      throw Fault("warp operation at " + at(f.site) + ": the mask lacks the calling lane");
+    for (unsigned i = 0; i < kWarp; ++i) {
+      if (!(f.mask >> i & 1)) continue;
+      if (i >= count || lanes[i]->state == State::done) {
+        throw Fault("warp operation at " + at(f.site) + ": the mask names lane " +
+                    std::to_string(i) + ", which has exited");
+      }
+      const Fiber& other = *lanes[i];
+      if (other.state != State::in_warp || other.mask != f.mask || other.op != f.op ||
+          !same(other.site, f.site))
+        return false;
+    }
+    return true;
+  }
+
+  static void release(Fiber* const* lanes, unsigned count, unsigned mask) {
+    unsigned votes = 0;
+    for (unsigned i = 0; i < count; ++i)
+      votes |= unsigned((mask >> i & 1) && lanes[i]->value != 0) << i;
+    for (unsigned i = 0; i < count; ++i) {
+      if (!(mask >> i & 1)) continue;
+      Fiber& f = *lanes[i];
+      f.state = State::runnable;
+      f.result = votes;
+      if (f.op == WarpOp::shuffle) {
+        if (unsigned(f.source) >= kWarp || !(mask >> f.source & 1)) {
+          throw Fault("shuffle at " + at(f.site) + " reads lane " + std::to_string(f.source) +
+                      ", which takes no part in it");
+        }
+        f.result = lanes[f.source]->value;
+      } else if (f.op == WarpOp::match) {
+        f.result = 0;
+        for (unsigned j = 0; j < count; ++j)
+          f.result |= uint64_t((mask >> j & 1) && lanes[j]->value == f.value) << j;
+      }
+    }
+  }
+
+  const std::function<void()>* body_ = nullptr;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  Fiber* current_ = nullptr;
+  jmp_buf scheduler_;
+  std::exception_ptr error_;
+  std::vector<unsigned char> shared_;
+  std::vector<Array> arrays_;
+  size_t offset_ = 0, dynamic_bytes_ = 0, static_end_ = 0;
+  unsigned char poison_ = 0;
+};
+
+// Threads that live as long as the process, each with the fibers it made.
+class Workers {
+ public:
+  void run(const std::function<void()>& work) {
+    std::lock_guard one_launch(launch_);
+    std::unique_lock lock(mutex_);
+    while (threads_ < std::max(1u, std::thread::hardware_concurrency())) {
+      std::thread([this] { loop(); }).detach();
+      ++threads_;
+    }
+    work_ = &work;
+    ++generation_;
+    busy_ = threads_;
+    wake_.notify_all();
+    finished_.wait(lock, [&] { return busy_ == 0; });
+  }
+
+ private:
+  void loop() {
+    uint64_t seen = 0;
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return generation_ != seen; });
+      seen = generation_;
+      const std::function<void()>* work = work_;
+      lock.unlock();
+      (*work)();
+      lock.lock();
+      if (--busy_ == 0) finished_.notify_all();
+    }
+  }
+
+  std::mutex launch_, mutex_;
+  std::condition_variable wake_, finished_;
+  unsigned threads_ = 0, busy_ = 0;
+  uint64_t generation_ = 0;
+  const std::function<void()>* work_ = nullptr;
+};
+
+}  // namespace
+
+void set_backwards(bool on) { backwards = on; }
+void set_shared_limit(size_t bytes) { limit = bytes; }
+size_t shared_limit() { return limit; }
+
+void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body) {
+  const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+  if (threads == 0 || threads > 1024 || grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 ||
+      grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
+    throw Fault("invalid launch: grid " + std::to_string(grid.x) + ", block " +
+                std::to_string(threads));
+  }
+  if (shared > limit)
+    throw Fault("launch asks for " + std::to_string(shared) + " bytes of shared memory");
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  std::atomic<uint64_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr error;
+  uint64_t failed = blocks;               // the error of the lowest block is the one reported
+  static Workers* workers = new Workers;  // never destroyed: its threads outlive main
+  workers->run([&] {
+    for (uint64_t b; (b = next.fetch_add(1)) < blocks;) {
+      try {
+        Processor::mine().run_block(body, grid, block, b, shared);
+      } catch (...) {
+        std::lock_guard lock(mutex);
+        if (b < failed) {
+          failed = b;
+          error = std::current_exception();
+        }
+        next = blocks;
+      }
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
+const Place& place() { return Processor::mine().current().place; }
+void* dynamic_shared() { return Processor::mine().dynamic_data(); }
+void* static_shared(const void* key, size_t bytes) {
+  return Processor::mine().static_data(key, bytes);
+}
+int lane() {
+  Processor& p = Processor::mine();
+  return p.lane_of(p.current());
+}
+
+void barrier(Site site) {
+  Processor& p = Processor::mine();
+  p.current().site = site;
+  p.wait(State::at_barrier);
+}
+
+uint64_t warp(WarpOp op, unsigned mask, uint64_t value, int source, Site site) {
+  Processor& p = Processor::mine();
+  Fiber& f = p.current();
+  f.op = op;
+  f.mask = mask;
+  f.value = value;
+  f.source = source;
+  f.site = site;
+  p.wait(State::in_warp);
+  return f.result;
+}
+
+}  // namespace fedpeft::emulator

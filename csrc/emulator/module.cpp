@@ -1,0 +1,28 @@
+// Python module `_emulator`, for tests: importing it registers the CUDA kernels, run on the CPU, as
+// torch.ops.fedpeft_ext_emulated.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "emulator/emulator.h"
+#include "emulator/faults.h"
+
+namespace fedpeft {
+
+[[noreturn]] void throw_type_error(const std::string& message) { throw pybind11::type_error(message); }
+
+}  // namespace fedpeft
+
+PYBIND11_MODULE(_emulator, m) {
+  using namespace fedpeft::emulator;
+  m.doc() = "CUDA kernels on the CPU, for tests.";
+  m.def("set_backwards", &set_backwards, pybind11::arg("backwards"),
+        "Whether the threads of a block run from last to first.");
+  m.def("set_shared_limit", &set_shared_limit, pybind11::arg("bytes"),
+        "Shared memory that a block may have, in bytes.");
+  m.def("shared_limit", &shared_limit, "Shared memory that a block may have, in bytes.");
+  m.def("fault_names", &fault_names, "Kernels with a planted fault.");
+  m.def("run_fault", &run_fault, pybind11::arg("name"), pybind11::arg("planted"),
+        "Runs such a kernel with its fault or without and returns its output.");
+}

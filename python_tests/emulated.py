@@ -1,0 +1,88 @@
+"""Puts the emulated CUDA kernels behind the ops of fedpeft_ext.
+
+Each call runs twice, with the threads of a block from first to last and from last to first; results that are not
+bitwise equal would show a missing barrier, a read of shared memory that nothing wrote, or a sum whose order is not fixed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+try:
+    from fedpeft_ext import _emulator  # type: ignore[attr-defined]
+except ImportError:
+    _emulator = None
+
+NAMES = [
+    name.removeprefix("fedpeft_ext::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("fedpeft_ext::")
+]
+EMULATED = [
+    name
+    for name in NAMES
+    if _emulator is not None
+    and torch._C._dispatch_has_kernel_for_dispatch_key(f"fedpeft_ext_emulated::{name}", "CPU")
+]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a is None and b is None
+
+
+def in_both_orders(name: str) -> Callable[..., Any]:
+    """The emulated op `name`, which checks itself against the other order of threads."""
+    op = getattr(torch.ops.fedpeft_ext_emulated, name).default
+    written = [
+        i
+        for i, argument in enumerate(op._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+    def call(*args: Any) -> Any:
+        copies = [a.clone() if i in written and a is not None else a for i, a in enumerate(args)]
+        _emulator.set_backwards(True)
+        try:
+            other = op(*copies)
+        finally:
+            _emulator.set_backwards(False)
+        result = op(*args)
+        if not _same(result, other) or not all(_same(args[i], copies[i]) for i in written):
+            raise AssertionError(f"{name}: the result depends on the order of threads")
+        return result
+
+    return call
+
+
+@contextlib.contextmanager
+def emulated_kernels() -> Iterator[None]:
+    """While active, the ops of fedpeft_ext run the emulated CUDA kernels on CPU tensors."""
+    library = torch.library.Library("fedpeft_ext", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of an override that is meant here
+            for name in EMULATED:
+                library.impl(name, in_both_orders(name), "CPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+@contextlib.contextmanager
+def shared_limit(size: int) -> Iterator[None]:
+    """Blocks may have `size` bytes of shared memory."""
+    before = _emulator.shared_limit()
+    _emulator.set_shared_limit(size)
+    try:
+        yield
+    finally:
+        _emulator.set_shared_limit(before)

@@ -1,0 +1,63 @@
+"""The CUDA emulator catches what it is there to catch: each planted fault, and only with the fault."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from emulated import _emulator
+
+pytestmark = pytest.mark.skipif(_emulator is None, reason="fedpeft_ext._emulator is not built")
+
+# Faults that end a launch, and those that show only as a result that depends on the order of threads.
+REPORTED = {
+    "write_past_shared": "past the end of static shared memory",
+    "write_past_dynamic_shared": "past the end of dynamic shared memory",
+    "divergent_barrier": "divergent barrier: 32 threads ended while others wait",
+    "two_barriers": "divergent barrier: threads of a block wait at",
+    "exited_lane_in_shuffle": "lane 5, which has exited",
+    "divergent_shuffle": "divergent warp operation",
+    "misaligned_vector": "misaligned vector access",
+}
+DIFFERING = {"missing_barrier", "uninitialised_shared_read"}
+
+
+def run(name: str, *, planted: bool) -> tuple[Any, Any]:
+    results = []
+    for backwards in (False, True):
+        _emulator.set_backwards(backwards)
+        try:
+            results.append(_emulator.run_fault(name, planted))
+        finally:
+            _emulator.set_backwards(False)
+    return results[0], results[1]
+
+
+def test_every_fault_is_tested() -> None:
+    assert set(_emulator.fault_names()) == REPORTED.keys() | DIFFERING
+
+
+@pytest.mark.parametrize("name", sorted(REPORTED.keys() | DIFFERING))
+def test_correct_twin_passes(name: str) -> None:
+    first, second = run(name, planted=False)
+    assert first == second
+    assert -1 not in first
+
+
+@pytest.mark.parametrize("name", sorted(REPORTED))
+@pytest.mark.parametrize("backwards", [False, True])
+def test_fault_is_reported(name: str, backwards: bool) -> None:
+    _emulator.set_backwards(backwards)
+    try:
+        with pytest.raises(RuntimeError, match=REPORTED[name]):
+            _emulator.run_fault(name, True)
+    finally:
+        _emulator.set_backwards(False)
+    # The emulator is fit for use after a failure.
+    assert _emulator.run_fault(name, False) == run(name, planted=False)[0]
+
+
+@pytest.mark.parametrize("name", sorted(DIFFERING))
+def test_fault_shows_in_the_other_order(name: str) -> None:
+    first, second = run(name, planted=True)
+    assert first != second
