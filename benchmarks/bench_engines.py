@@ -1,0 +1,112 @@
+"""How many clients a second each engine trains: the training part of rounds, evaluation and preparation left
+out.
+
+    python benchmarks/bench_engines.py                                  # ML-100K, 94 clients a round, FedMF
+    python benchmarks/bench_engines.py --embeddings p-lora,p-rq --threads 1 --json results.json
+
+Each strategy trains `--rounds` rounds after a few to warm up; the figure is clients / time, from the median
+round. Full embeddings and codes are drawn at random, since speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedpeft_ext.config import Config
+from fedpeft_ext.data import Dataset, load_dataset
+from fedpeft_ext.pretrain import Pretrained
+from fedpeft_ext.simulation import Simulator
+
+EMBEDDINGS = "full,p-lora,p-hash,p-hash+senet,p-rq,p-rq+lora"
+
+
+def machine() -> str:
+    """Processor, cores and versions: what a figure without is worth nothing."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if "model name" in line
+        ]
+        name = f"{models[0]} x {len(models)}" if models else name
+    return f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def random_pretrained(dataset: Dataset, config: Config) -> Pretrained:
+    """Full embeddings and codes of the right shape."""
+    generator = torch.Generator().manual_seed(0)
+    size, levels = config.embedding.codebook_size, config.embedding.levels
+    return Pretrained(
+        full=0.1 * torch.randn(dataset.num_items, config.backbone.dim, generator=generator),
+        codes=torch.randint(size, (dataset.num_items, levels), generator=generator),
+        codebooks=None,
+    )
+
+
+def measure(config: Config, dataset: Dataset, warmup: int) -> dict[str, Any]:
+    """Clients a second of one configuration."""
+    simulator = Simulator(config, dataset, pretrained=random_pretrained(dataset, config))
+    rounds = [simulator.round() for _ in range(warmup + config.training.rounds)][warmup:]
+    seconds = np.array([info.seconds for info in rounds])
+    return {
+        "embedding": config.embedding.name,
+        "engine": config.engine,
+        "clients_per_round": rounds[0].clients,
+        "clients_per_second": float(rounds[0].clients / np.median(seconds)),
+        "slowest_decile": float(rounds[0].clients / np.quantile(seconds, 0.9)),
+        "bytes_up": rounds[0].bytes_up,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", default="ml-100k")
+    parser.add_argument("--embeddings", default=EMBEDDINGS, help="names, separated by commas")
+    parser.add_argument("--engines", default="batched", help="names, separated by commas")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--warmup", type=int, default=3, help="rounds before the clock starts")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures here too")
+    options = parser.parse_args()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    dataset = load_dataset(options.dataset)
+
+    print(f"{dataset.name}, {machine()}")
+    print(f"{'embedding':<16}{'engine':<12}{'clients':>8}{'clients/s':>12}{'slow 10%':>12}{'KB up':>10}")
+    results = []
+    for engine in options.engines.split(","):
+        for name in options.embeddings.split(","):
+            config = Config().updated(
+                [
+                    f"embedding.name={name}",
+                    f"engine={engine}",
+                    f"training.rounds={options.rounds}",
+                    *options.set,
+                ]
+            )
+            result = measure(config, dataset, options.warmup)
+            results.append(result)
+            print(
+                f"{name:<16}{engine:<12}{result['clients_per_round']:>8}{result['clients_per_second']:>12.0f}"
+                f"{result['slowest_decile']:>12.0f}{result['bytes_up'] / 1000:>10.1f}"
+            )
+    if options.json is not None:
+        record = {"machine": machine(), "dataset": dataset.name, "results": results}
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What a backbone is: ONE client's recommendation model in ordinary PyTorch, and the registry of those that
+exist.
+
+A backbone is written as if there were a single client. The engines of `fedpeft_ext.simulation` run it for one
+client (`sequential`) or, through `torch.func.vmap` over stacked parameters, for many at once (`batched`). Its
+parameters are of three kinds: the item embedding's, which the server averages; those named in
+`local_parameters`, which never leave the client; and any others (a shared MLP), which the server averages
+too.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedpeft_ext.nn import ItemEmbedding, Items
+
+
+class ClientContext(NamedTuple):
+    """What a backbone may use of the client besides the items to score. Tensors carry no client dimension.
+
+    Attributes:
+        client: int64 scalar, the client's id (keys its random draws).
+        history: the client's training items, padded with -1.
+        seed, round, epoch: the other keys of counter-based random draws; outside training, round and epoch
+            are 0.
+    """
+
+    client: Tensor
+    history: Items
+    seed: int
+    round: int
+    epoch: int
+
+
+class Backbone(nn.Module):
+    """Base class of one client's model: scores items by its item embedding and the client's own parameters.
+
+    Args:
+        item_embedding: module from items to vectors [*, dim].
+        dim: width D of item vectors.
+
+    A subclass implements `forward`, and `initial_state` where it has local parameters. Randomness such as
+    dropout must be a function of the context (`ops.client_dropout`), so that results do not depend on how
+    clients are grouped.
+    """
+
+    name: ClassVar[str]
+    local_parameters: ClassVar[tuple[str, ...]] = ()
+    default_lr: ClassVar[float] = 1e-3
+    l2_parameters: ClassVar[tuple[str, ...]] = ()
+    """Parameters besides the item embedding's that the L2 penalty covers: embeddings, not weights of an MLP.
+    """
+    takes_stacked: ClassVar[bool] = False
+    """Whether `forward`, as it is, also takes parameters [C, ...] and items [C, P] and gives scores [C, P]: if it
+    only calls ops and modules of this package. Engines then do without `vmap`, which is faster."""
+    uses_history: ClassVar[bool] = False
+    """Whether `forward` reads the client's items (context.history); otherwise evaluation leaves it empty."""
+
+    def __init__(self, item_embedding: ItemEmbedding, dim: int) -> None:
+        super().__init__()
+        self.item_embedding = item_embedding
+        self.dim = dim
+
+    def forward(self, items: Tensor | Items, context: ClientContext | None = None) -> Tensor:
+        """Scores [P] of `items` [P] (padding -1 scores anything; losses skip it)."""
+        raise NotImplementedError
+
+    @property
+    def item_dtype(self) -> torch.dtype:
+        """dtype of the parameters."""
+        return next(self.parameters()).dtype
+
+    def initial_state(self, clients: Tensor, seed: int, init_std: float) -> dict[str, Tensor]:
+        """Local parameters of new clients: {name: [C, ...]}, each row a pure function of (seed, client)."""
+        if self.local_parameters:
+            raise NotImplementedError(f"{type(self).__name__} has local parameters but no initial_state")
+        return {}
+
+    def catalogue_scores(
+        self, vectors: Tensor, state: Mapping[str, Tensor], context: ClientContext
+    ) -> Tensor:
+        """Scores [C, I] of the whole catalogue for C clients, without gradients.
+
+        Args:
+            vectors: [I, D] all item vectors.
+            state: local parameters {name: [C, ...]}.
+            context: with a leading client dimension on its tensors.
+
+        The default runs `forward` over all items for each client; a backbone with a closed form overrides it.
+        """
+        items = torch.arange(len(vectors), device=vectors.device).expand(len(context.client), -1)
+        return self.client_scores(items, state, context)
+
+    def client_scores(self, items: Tensor, state: Mapping[str, Tensor], context: ClientContext) -> Tensor:
+        """Scores [C, P] of each client's own `items` [C, P]; the rest as in `catalogue_scores`."""
+        shared = {name: p for name, p in self.named_parameters() if name not in self.local_parameters}
+
+        def one_client(local: dict[str, Tensor], ids: Tensor, ctx: ClientContext) -> Tensor:
+            result: Tensor = torch.func.functional_call(self, {**shared, **local}, (ids, ctx))
+            return result
+
+        in_dims = (0, 0, stacked_dims(rows=False)[1])
+        scores: Tensor = torch.func.vmap(one_client, in_dims=in_dims)(dict(state), items, context)
+        return scores
+
+
+def stacked_dims(rows: bool) -> tuple[Any, Any]:
+    """vmap's in_dims of `Items` and of a `ClientContext`; `rows`: whether items come with rows."""
+    items: Any = Items._make((0, 0 if rows else None))
+    context: Any = ClientContext._make((0, items, None, None, None))
+    return items, context
+
+
+_BACKBONES: dict[str, type[Backbone]] = {}
+
+
+def register_backbone(cls: type[Backbone]) -> type[Backbone]:
+    """Class decorator: make a backbone known by its `name` (lower case)."""
+    if cls.name in _BACKBONES:
+        raise ValueError(
+            f"backbone {cls.name!r} is registered already, as {_BACKBONES[cls.name].__qualname__}"
+        )
+    _BACKBONES[cls.name] = cls
+    return cls
+
+
+def backbone_names() -> list[str]:
+    """Names of all registered backbones, sorted."""
+    return sorted(_BACKBONES)
+
+
+def backbone_class(name: str) -> type[Backbone]:
+    """The class registered under `name`. Raises ValueError naming the nearest where there is none."""
+    cls = _BACKBONES.get(name.lower())
+    if cls is None:
+        nearest = difflib.get_close_matches(name.lower(), _BACKBONES, n=1, cutoff=0.4)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        raise ValueError(f"expected a backbone out of {', '.join(backbone_names())}, got {name!r}{hint}")
+    return cls

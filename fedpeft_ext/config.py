@@ -1,0 +1,345 @@
+"""Settings of an experiment: typed, validated, frozen, read from YAML and overridden by
+``section.key=value``.
+
+Every section is a pydantic model that refuses unknown keys. Whatever is wrong is reported as a `ConfigError`
+naming the dotted path of each setting, what was expected and what came, and for an unknown key the nearest
+valid name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+# A count is not a yes: without this pydantic would read `rounds: true` as 1.
+_Count = Annotated[int, Field(ge=1)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown or does not make sense; the message names each by its dotted path."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_booleans_for_numbers(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            for key, value in values.items():
+                field = cls.model_fields.get(key) if isinstance(key, str) else None
+                if isinstance(value, bool) and field is not None and not _accepts_bool(field.annotation):
+                    raise ValueError(f"{key}: expected a number or a name, got {value!r}")
+        return values
+
+
+def _accepts_bool(annotation: Any) -> bool:
+    if annotation in (bool, Any):
+        return True
+    return any(_accepts_bool(argument) for argument in typing.get_args(annotation))
+
+
+class DatasetConfig(_Section):
+    """Which interactions to load: `fedpeft_ext.data.load_dataset(name, **options)`."""
+
+    name: str = "ml-100k"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class BackboneConfig(_Section):
+    """The recommendation model that every client holds."""
+
+    name: str = "fedmf"
+    dim: _Count = Field(default=32, description="width D of item and user vectors")
+    init_std: _Positive = Field(default=0.1, description="standard deviation of a new client's user vector")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        from fedpeft_ext.backbones import backbone_class
+
+        backbone_class(name)
+        return name
+
+
+class EmbeddingConfig(_Section):
+    """The item embedding: `full`, `c-X` (compressed alone), `p-X` (frozen full + compressed), X joined by
+    '+'.
+    """
+
+    name: str = "p-rq"
+    rank: _Count = Field(default=4, description="LoRA: rank r")
+    levels: _Count = Field(default=3, description="RQ: codebooks L")
+    codebook_size: _Count = Field(default=128, description="RQ: rows K of a codebook")
+    table_size: _Count = Field(default=512, description="hash: rows M of the shared table")
+    num_hashes: _Count = Field(default=2, description="hash: rows H that an item reads")
+    senet_hidden: _Count | None = Field(
+        default=None, description="SENet: hidden width (None: 16 x num_hashes)"
+    )
+    reduce: Literal["mean", "sum"] = Field(
+        default="mean", description="hash: how the rows of an item combine"
+    )
+    init_std: _Positive = Field(default=0.1, description="standard deviation of new compressed parameters")
+    freeze_full: bool = Field(
+        default=True, description="p-X: false trains and sends the full embedding as well"
+    )
+    warm_start_codebooks: bool = Field(default=False, description="RQ: start from the pre-trained codebooks")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        from fedpeft_ext.nn import parse_spec
+
+        return str(parse_spec(name))
+
+
+class PretrainConfig(_Section):
+    """Server-side preparation of the full embeddings (AutoEncoder) and the semantic codes (RQ-VAE)."""
+
+    features: str = Field(
+        default="tfidf",
+        description="tfidf or sentence-transformers (item text), a .npy or .safetensors file, or random",
+    )
+    feature_dim: _Count = Field(default=256, description="TF-IDF: features to keep")
+    text_model: str = Field(
+        default="sentence-transformers/sentence-t5-base",
+        description="sentence-transformers: name or folder of the model",
+    )
+    epochs: _Count = Field(default=100, description="AutoEncoder: passes over the items at most")
+    lr: _Positive = Field(default=1e-3, description="AutoEncoder: learning rate")
+    codes: Literal["rq-vae", "rq-kmeans"] = Field(
+        default="rq-vae",
+        description="RQ: how codes are made (rq-kmeans: of the full embeddings, by residual k-means)",
+    )
+    code_epochs: _Count = Field(default=60, description="RQ-VAE: passes over the items")
+    code_lr: _Positive = Field(default=3e-3, description="RQ-VAE: learning rate")
+    batch_size: Annotated[int, Field(ge=2)] = 512
+    scale: _Positive | None = Field(
+        default=0.1,
+        description="standard deviation that the full embeddings are scaled to (None: as trained)",
+    )
+    cache: bool = Field(default=True, description="keep results on disk and reuse them")
+    cache_dir: str | None = Field(default=None, description="where (None: the user's cache folder)")
+
+
+class TrainingConfig(_Section):
+    """Federated training. `lr=None` is the backbone's own default (FedMF 1e-2, the others 1e-3)."""
+
+    rounds: Annotated[int, Field(ge=0)] = 100
+    clients_per_round: int | float = Field(
+        default=0.1, description="a share of all clients (float) or a count (int)"
+    )
+    local_epochs: _Count = 2
+    batch_size: _Count | None = Field(default=None, description="positives per local step (None: full batch)")
+    loss: Literal["bpr", "bce"] = "bpr"
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: _Positive | None = None
+    l2: _NonNegative = 1e-8
+    warmup_rounds: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="first rounds that train the full embedding, which is then frozen as the base"
+    )
+    weighting: Literal["samples", "uniform"] = Field(
+        default="samples", description="weight of a client's update"
+    )
+    server_optimizer: Literal["avg", "adam"] = "avg"
+    server_lr: _Positive | None = Field(default=None, description="None: 1 for avg, 0.01 for adam")
+
+    @field_validator("clients_per_round")
+    @classmethod
+    def _share_or_count(cls, value: float) -> float:
+        if isinstance(value, int):
+            if value < 1:
+                raise ValueError(f"expected a count of at least 1 or a share in (0, 1], got {value}")
+        elif not 0.0 < value <= 1.0:
+            raise ValueError(f"expected a share in (0, 1] or a count (an integer), got {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _warmup_within_rounds(self) -> TrainingConfig:
+        if self.warmup_rounds > self.rounds:
+            raise ValueError(
+                f"warmup_rounds: expected at most rounds ({self.rounds}), since it counts the first of them, "
+                f"got {self.warmup_rounds}"
+            )
+        return self
+
+
+class EvaluationConfig(_Section):
+    """Ranking of each user's test item, among sampled candidates and among the whole catalogue."""
+
+    every: _Count = Field(default=10, description="evaluate after every so many rounds, and after the last")
+    num_negatives: _Count = 100
+    full_ranking: bool = True
+    ks: tuple[_Count, ...] = (5, 10, 20, 50)
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
+        default=None, description="of the sampled candidates (None: the experiment's seed)"
+    )
+
+    @field_validator("ks")
+    @classmethod
+    def _some_and_distinct(cls, ks: tuple[int, ...]) -> tuple[int, ...]:
+        if not ks or len(set(ks)) != len(ks):
+            raise ValueError(f"expected at least one cut-off, each once, got {list(ks)}")
+        return tuple(sorted(ks))
+
+
+class Config(_Section):
+    """All settings of one experiment. Results are a function of this and of the data set alone."""
+
+    dataset: DatasetConfig = DatasetConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    engine: Literal["batched", "sequential"] = "batched"
+    chunk_memory_mb: _Positive = Field(
+        default=64.0, description="batched engine: working memory of one chunk of clients"
+    )
+    dtype: Literal["float32", "float64"] = "float32"
+    device: str = "cpu"
+    threads: _Count | None = Field(default=None, description="CPU threads (None: torch's choice)")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @field_validator("device")
+    @classmethod
+    def _a_device(cls, device: str) -> str:
+        import torch
+
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"expected a torch device such as 'cpu' or 'cuda:0', got {device!r}") from error
+        return device
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """Validate nested dictionaries. Raises `ConfigError`, one line for each wrong setting."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+
+    def updated(self, overrides: Iterable[str]) -> Config:
+        """A copy with ``section.key=value`` overrides applied (values are YAML) and validated again."""
+        return Config.from_dict(_apply(self.model_dump(), overrides))
+
+    def to_yaml(self) -> str:
+        """YAML text that `load_config` reads back into an equal `Config`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Read a configuration: defaults, then the YAML file, then ``section.key=value`` overrides.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConfigError: not YAML, unknown key (with the nearest valid one), or wrong value (with its dotted
+            path).
+    """
+    values: Any = {}
+    if path is not None:
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"config: expected a YAML file, found none at {path}")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not YAML: {error}") from None
+        values = {} if values is None else values
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected sections such as 'training:', got a {type(values).__name__}")
+    return Config.from_dict(_apply(values, overrides))
+
+
+def _apply(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    result = _copied(values)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"override: expected section.key=value, got {override!r}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{path.strip()}: expected a YAML value, got {text!r}") from None
+        node = result
+        for depth, key in enumerate(keys[:-1], start=1):
+            child = node.setdefault(key, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"{override!r}: {'.'.join(keys[:depth])} is a value, not a section")
+            node = child
+        node[keys[-1]] = value
+    return result
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+
+def _explain(error: ValidationError) -> str:
+    lines: dict[str, list[str]] = {}
+    for item in error.errors():
+        path, section = _settings_path(item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.setdefault(path, []).append(_unknown(str(item["loc"][-1]), section))
+            continue
+        message = item["msg"].removeprefix("Value error, ").replace("Input should be ", "expected ")
+        if item["type"] == "value_error":
+            name, colon, rest = message.partition(": ")
+            if colon and name in section.model_fields:  # raised by the section about one of its fields
+                path, message = f"{path}.{name}" if path else name, rest
+        else:
+            message = f"{message}, got {item['input']!r}"
+        lines.setdefault(path, []).append(message)
+    return "\n".join(f"{path}: {' or '.join(dict.fromkeys(messages))}" for path, messages in lines.items())
+
+
+def _settings_path(location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
+    """Dotted path of a pydantic location without the union labels pydantic adds, and the innermost section on
+    it.
+    """
+    section: type[BaseModel] = Config
+    parts: list[str] = []
+    for part in location:
+        parts.append(str(part))
+        field = section.model_fields.get(str(part))
+        if field is None:
+            break
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            section = field.annotation
+        else:
+            break
+    return ".".join(parts), section
+
+
+def _unknown(name: str, section: type[BaseModel]) -> str:
+    # A name that another section has was probably put at the wrong level.
+    elsewhere = [f"{outer}.{name}" for outer, inner in _sections() if name in inner.model_fields]
+    valid = list(section.model_fields)
+    if elsewhere and section is Config:
+        suggestion = elsewhere[0]
+    else:
+        nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+        suggestion = (nearest or elsewhere or [""])[0]
+    return (
+        f"unknown key; did you mean {suggestion!r}?"
+        if suggestion
+        else (f"unknown key; expected one of {', '.join(valid)}")
+    )
+
+
+def _sections() -> list[tuple[str, type[BaseModel]]]:
+    return [
+        (name, field.annotation)
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    ]

@@ -1,0 +1,25 @@
+"""The simulator: clients in batches, local training, aggregation, bytes and ranking metrics; `Simulator` ties
+them.
+"""
+
+from fedpeft_ext.simulation.aggregation import Aggregator
+from fedpeft_ext.simulation.callbacks import Callback, Metrics, RoundInfo
+from fedpeft_ext.simulation.communication import Traffic, traffic
+from fedpeft_ext.simulation.evaluation import Evaluator, rank_counts, ranking_metrics
+from fedpeft_ext.simulation.local_training import ClientError
+from fedpeft_ext.simulation.simulator import Simulator, Summary
+
+__all__ = [
+    "Aggregator",
+    "Callback",
+    "ClientError",
+    "Evaluator",
+    "Metrics",
+    "RoundInfo",
+    "Simulator",
+    "Summary",
+    "Traffic",
+    "rank_counts",
+    "ranking_metrics",
+    "traffic",
+]

@@ -1,0 +1,215 @@
+"""The batched engine: many clients at once, each with its own parameters stacked along a leading dimension.
+
+The clients of a round are cut into chunks of near-equal length. For a chunk, the negatives of all epochs are
+drawn first, so that the rows of item tables that each client will touch are known: it gets a copy of those
+alone, and of the small parameters. This is exact for a fresh per-client optimizer, for which an untouched row
+has no gradient and does not move. The model runs under `torch.func.vmap`; everything whose order of summation
+could depend on padding goes through ops that do not, so results are the same bits however the round is cut
+and however many threads there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft_ext import ops
+from fedpeft_ext.backbones import Backbone, ClientContext, stacked_dims
+from fedpeft_ext.nn.items import Items
+from fedpeft_ext.simulation.aggregation import Aggregator
+from fedpeft_ext.simulation.client_batch import plan_chunks
+from fedpeft_ext.simulation.local_training import (
+    ADAM_BETAS,
+    ADAM_EPS,
+    ClientError,
+    Federation,
+    LocalSettings,
+    ParameterRoles,
+    local_steps,
+)
+
+CHUNK_OVERHEAD = 20_000
+"""Fixed cost of a chunk in padded positions: kernels skip padding, so a position costs little beside a
+dispatch.
+"""
+
+_Parameters = dict[str, Tensor]
+_Forward = Callable[[_Parameters, Items, ClientContext], Tensor]
+
+
+class BatchedEngine:
+    """Trains chunks of clients together.
+
+    Args:
+        federation: what to train.
+        chunk_bytes: working memory that a chunk may take (a single client may exceed it).
+    """
+
+    def __init__(self, federation: Federation, chunk_bytes: float) -> None:
+        self._federation = federation
+        self._roles = ParameterRoles.of(federation.model)
+        self._global = {name: p.detach() for name, p in federation.model.named_parameters()}
+        self._forward = _stacked_forward(federation.model, bool(self._roles.rows))
+        self._loss = {"bpr": ops.bpr_loss, "bce": ops.bce_loss}[federation.settings.loss]
+        self._chunk_bytes = chunk_bytes
+
+    def train(self, clients: np.ndarray, round: int, aggregator: Aggregator) -> np.ndarray:
+        """See `local_training.Engine`."""
+        sizes = self._federation.interactions.sizes[clients]
+        weights = self._federation.settings.weights(sizes)
+        losses = np.zeros(len(clients))
+        for chunk in self._chunks(sizes):
+            try:
+                losses[chunk] = self._train_chunk(clients[chunk], weights[chunk], round, aggregator)
+            except Exception as error:
+                raise ClientError(
+                    f"round {round}, {len(clients[chunk])} clients from client {int(clients[chunk][0])} on: "
+                    f"{error} "
+                    "(engine: sequential names the client and the stage)"
+                ) from error
+        return losses
+
+    def _chunks(self, sizes: np.ndarray) -> list[slice]:
+        """Chunks of clients sorted by size, within the memory bound."""
+        draws = 1 + self._federation.settings.epochs
+        element = self._federation.model.item_dtype.itemsize
+        copies = 5 * element  # value, start, gradient and two moments of each parameter
+        widths = sum(self._global[name].shape[1:].numel() for name in self._roles.rows)
+        vectors = (
+            8 * self._federation.model.dim * element
+        )  # of a positive and a negative, their gradients, temporaries
+        return plan_chunks(
+            sizes,
+            overhead=CHUNK_OVERHEAD,
+            position_bytes=draws * (widths * copies + 3 * 8) + vectors,
+            client_bytes=copies * sum(self._global[name].numel() for name in self._roles.small),
+            max_bytes=self._chunk_bytes,
+        )
+
+    def _train_chunk(
+        self, clients: np.ndarray, weights: np.ndarray, round: int, aggregator: Aggregator
+    ) -> np.ndarray:
+        interactions, settings = self._federation.interactions, self._federation.settings
+        ids = torch.from_numpy(clients).to(interactions.device)
+        positives = interactions.padded(ids)
+        negatives = ops.sample_negatives(
+            positives,
+            ids,
+            *interactions.positives,
+            interactions.num_items,
+            settings.epochs,
+            settings.seed,
+            round,
+        )
+        rows = positions = None
+        if self._roles.rows:
+            every = torch.cat([positives[:, None], negatives], 1)  # [C, 1 + epochs, P]
+            rows, positions = ops.touched_rows(every.flatten(1))
+            positions = positions.view_as(every)
+
+        start = self._start(ids, rows)
+        local = {name: value.clone(memory_format=torch.contiguous_format) for name, value in start.items()}
+        # Leaves share the storage that the optimizer writes to.
+        leaves = {name: value.detach().requires_grad_() for name, value in local.items()}
+        optimizer = _StackedOptimizer(local, self._roles.l2, settings)
+        losses, numbers = [], []
+        history = Items(positives, None if positions is None else positions[:, 0])
+        for step in local_steps(positives, ids, settings, round):
+            batch = Items(positives, None if positions is None else positions[:, 0])
+            drawn = Items(
+                negatives[:, step.epoch], None if positions is None else positions[:, 1 + step.epoch]
+            )
+            if step.positions is not None:
+                batch, drawn = _gather(batch, step.positions), _gather(drawn, step.positions)
+            context = ClientContext(ids, history, settings.seed, round, step.epoch)
+            scores = self._forward(leaves, _interleaved(batch, drawn), context)
+            loss = self._loss(scores[:, ::2], scores[:, 1::2], batch.ids)
+            gradients = torch.autograd.grad(loss, list(leaves.values()), torch.ones_like(loss))
+            optimizer.step(dict(zip(leaves, gradients, strict=True)), step.numbers)
+            losses.append(loss.detach())
+            numbers.append(step.numbers)
+
+        uploads = {name: local[name] - start[name] for name in (*self._roles.rows, *self._roles.small)}
+        aggregator.add(uploads, torch.from_numpy(weights).to(ids.device), rows)
+        self._federation.store.write(ids, {name: local[name] for name in self._roles.local})
+        # Steps that a client sat out have loss 0 and do not count.
+        taken = (torch.stack(numbers) > 0).sum(0).clamp(min=1)
+        return (torch.stack(losses).double().sum(0) / taken).cpu().numpy()
+
+    def _start(self, clients: Tensor, rows: Tensor | None) -> _Parameters:
+        """Each client's parameters at the start, [C, ...] or [C, R, W]; small ones are views of the global
+        ones.
+        """
+        start = self._federation.store.read(clients)
+        for name in self._roles.small:
+            start[name] = self._global[name].expand(len(clients), *self._global[name].shape)
+        for name in self._roles.rows:
+            assert rows is not None
+            start[name] = ops.client_embedding(rows, self._global[name])
+        return start
+
+
+def _stacked_forward(model: Backbone, with_rows: bool) -> _Forward:
+    """The backbone for C clients: parameters [C, ...], items [C, P] -> scores [C, P]."""
+
+    def run(parameters: _Parameters, items: Items, context: ClientContext) -> Tensor:
+        scores: Tensor = torch.func.functional_call(model, parameters, (items, context))
+        return scores
+
+    if model.takes_stacked:
+        return run
+    stacked: _Forward = torch.func.vmap(run, in_dims=(0, *stacked_dims(with_rows)))
+    return stacked
+
+
+class _StackedOptimizer:
+    """A fresh Adam or SGD for each of C clients, over stacked parameters that it changes in place."""
+
+    def __init__(
+        self, parameters: _Parameters, l2_parameters: frozenset[str], settings: LocalSettings
+    ) -> None:
+        self._parameters = parameters
+        self._settings = settings
+        self._l2 = {name: settings.l2 if name in l2_parameters else 0.0 for name in parameters}
+        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
+        if settings.optimizer == "adam":
+            self._moments = {
+                name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()
+            }
+
+    def step(self, gradients: _Parameters, numbers: Tensor) -> None:
+        """One step with gradients [C, ...]; `numbers` [C] is each client's 1-based step, 0 for none."""
+        lr = self._settings.lr
+        for name, parameter in self._parameters.items():
+            if self._settings.optimizer == "adam":
+                first, second = self._moments[name]
+                ops.client_adam_(
+                    parameter,
+                    gradients[name],
+                    first,
+                    second,
+                    numbers,
+                    lr,
+                    *ADAM_BETAS,
+                    ADAM_EPS,
+                    self._l2[name],
+                )
+            else:
+                # Without momentum a client that sits a step out has no gradient and stays as it is.
+                ops.client_sgd_(parameter, gradients[name], None, lr, 0.0, self._l2[name])
+
+
+def _gather(items: Items, positions: Tensor) -> Items:
+    rows = None if items.rows is None else items.rows.gather(1, positions)
+    return Items(items.ids.gather(1, positions), rows)
+
+
+def _interleaved(positives: Items, negatives: Items) -> Items:
+    """positive 0, negative 0, positive 1, ...: [C, 2 B]. See `local_training` for why this order."""
+    rows = None
+    if positives.rows is not None and negatives.rows is not None:
+        rows = torch.stack([positives.rows, negatives.rows], 2).flatten(1)
+    return Items(torch.stack([positives.ids, negatives.ids], 2).flatten(1), rows)

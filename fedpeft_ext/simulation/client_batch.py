@@ -1,0 +1,114 @@
+"""Clients as tensors: their interactions, their local state, and the cutting of a round's clients into
+chunks.
+
+A round's clients are sorted by (number of items, id) and cut into chunks of near-equal length, whose items
+become one padded matrix [C, P]. The order is that of the whole round, so sums over clients do not depend on
+where it is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fedpeft_ext.data import Dataset
+
+
+class Interactions:
+    """Training interactions on a device: ragged rows of items, oldest first, and sorted for sampling.
+
+    Attributes:
+        num_users, num_items: sizes U and I.
+        sizes: int64 [U] on the host, training items of each user.
+        positives: (indptr [U + 1], indices [nnz] ascending in each user), int64, what `ops.sample_negatives`
+            reads.
+    """
+
+    def __init__(self, dataset: Dataset, device: torch.device) -> None:
+        self.num_users = dataset.num_users
+        self.num_items = dataset.num_items
+        self.device = device
+        self.sizes = np.diff(dataset.indptr)
+        self._indptr = torch.from_numpy(dataset.indptr.astype(np.int64)).to(device)
+        self._indices = torch.from_numpy(dataset.indices.astype(np.int64)).to(device)
+        sorted_indptr, sorted_indices = dataset.positives()
+        self.positives = (
+            torch.from_numpy(sorted_indptr.astype(np.int64)).to(device),
+            torch.from_numpy(sorted_indices.astype(np.int64)).to(device),
+        )
+
+    def padded(self, users: Tensor) -> Tensor:
+        """Items int64 [C, P] of `users` [C], oldest first, padded with -1 to the longest."""
+        start, stop = self._indptr[users], self._indptr[users + 1]
+        sizes = (stop - start)[:, None]
+        width = int(sizes.max()) if len(users) else 0
+        position = torch.arange(width, device=self.device)[None]
+        inside = position < sizes
+        # Past a user's end the index is clipped to something readable and the value replaced.
+        source = (start[:, None] + position).clamp_(max=max(len(self._indices) - 1, 0))
+        if len(self._indices) == 0:
+            return torch.full(inside.shape, -1, dtype=torch.int64, device=self.device)
+        return torch.where(inside, self._indices[source], -1)
+
+
+class ClientStore:
+    """State that never leaves the clients (user vectors, personal networks): one row a client.
+
+    Args:
+        state: {parameter name: [U, ...]}.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.state = dict(state)
+
+    def read(self, clients: Tensor) -> dict[str, Tensor]:
+        """Copies [C, ...] of the rows of `clients` [C]."""
+        return {name: values.index_select(0, clients) for name, values in self.state.items()}
+
+    def write(self, clients: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Replace the rows of `clients` [C] by [C, ...]."""
+        for name, values in state.items():
+            self.state[name].index_copy_(0, clients, values)
+
+
+def plan_chunks(
+    sizes: np.ndarray, *, overhead: int, position_bytes: int, client_bytes: int, max_bytes: float
+) -> list[slice]:
+    """Cut clients, sorted by ascending size, where that saves more padding than a further chunk costs.
+
+    A chunk of C clients whose longest has P positions costs C * P + overhead. The best cut of a range is
+    taken as long as it pays; then chunks are cut evenly to fit in memory, always with at least one client
+    each.
+
+    Args:
+        sizes: int64 [n], ascending.
+        overhead: fixed cost of a chunk, in padded positions.
+        position_bytes: memory of one padded position of one client.
+        client_bytes: memory of a client apart from its positions.
+        max_bytes: memory of a chunk.
+    """
+    pending = [(0, len(sizes))] if len(sizes) else []
+    parts = []
+    while pending:
+        start, stop = pending.pop()
+        ends = np.arange(start + 1, stop)
+        saved = (ends - start) * (sizes[stop - 1] - sizes[ends - 1])
+        if len(saved) and saved.max() > overhead:
+            middle = int(ends[np.argmax(saved)])
+            pending += [(middle, stop), (start, middle)]  # the first half is next: parts come out in order
+        else:
+            parts.append((start, stop))
+
+    chunks = []
+    for start, stop in parts:
+        most = max(1, int(max_bytes // max(1, int(sizes[stop - 1]) * position_bytes + client_bytes)))
+        pieces = -(-(stop - start) // most)
+        bounds = np.linspace(start, stop, pieces + 1).round().astype(int)
+        chunks += [slice(int(a), int(b)) for a, b in pairwise(bounds)]
+    return chunks

@@ -1,0 +1,177 @@
+"""Ranking metrics of the held-out items: HR@k, NDCG@k and MRR, with ties counted fairly.
+
+Every metric is the expectation over a uniformly random order among equal scores (McSherry and Najork,
+"Computing Information Retrieval Performance Measures Efficiently in the Presence of Tied Scores", ECIR 2008):
+a model that scores everything alike gets HR@10 = 10/101 among 100 negatives, neither 0 nor 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft_ext.backbones import Backbone, ClientContext
+from fedpeft_ext.nn.items import Items
+from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
+
+if TYPE_CHECKING:
+    from fedpeft_ext.data import Dataset
+
+BLOCK_BYTES = 64 * 2**20
+"""Size of the score matrix of one block of users: large enough for a fast matrix product, small beside the
+data.
+"""
+
+
+def rank_counts(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """How many candidates beat the target, and how many others equal it.
+
+    Args:
+        scores: [B, N] of the candidates, the target among them; -inf takes a candidate out.
+        target: [B] score of the target.
+
+    Returns:
+        int64 [B] counts of strictly greater scores and of equal ones without the target itself.
+    """
+    column = target[:, None]
+    return (scores > column).sum(1), (scores == column).sum(1) - 1
+
+
+def ranking_metrics(greater: Tensor, equal: Tensor, ks: Sequence[int]) -> dict[str, float]:
+    """Mean HR@k, NDCG@k (one relevant item) and MRR over users, from `rank_counts`.
+
+    The target's rank is uniform over greater + 1 ... greater + equal + 1; each metric is its mean over those
+    ranks.
+    """
+    if len(greater) == 0:
+        raise ValueError("evaluation: expected at least one user with a held-out item, got none")
+    first, last = greater.cpu().double(), (greater + equal + 1).cpu().double()  # ranks in (first, last]
+    ties = last - first
+    ranks = torch.arange(1, int(last.max()) + 1, dtype=torch.float64)
+    gains = torch.cat([ranks.new_zeros(1), torch.cumsum(1.0 / torch.log2(ranks + 1.0), 0)])
+    reciprocals = torch.cat([ranks.new_zeros(1), torch.cumsum(1.0 / ranks, 0)])
+
+    metrics = {}
+    for k in ks:
+        # Only ranks up to k count; where first >= k none does.
+        low, high = first.clamp(max=k), last.clamp(max=k)
+        metrics[f"HR@{k}"] = float(((high - low) / ties).mean())
+        metrics[f"NDCG@{k}"] = float(((gains[high.long()] - gains[low.long()]) / ties).mean())
+    metrics["MRR"] = float(((reciprocals[last.long()] - reciprocals[first.long()]) / ties).mean())
+    return metrics
+
+
+class Evaluator:
+    """Ranks each user's test item among sampled candidates and among all items.
+
+    Full ranking leaves out the items that the user met (training and validation) other than the test item.
+    Users without a test item are left out.
+
+    Args:
+        dataset: interactions and held-out items.
+        interactions: the training part, on the device of the model.
+        num_negatives: sampled candidates besides the test item, drawn from items the user never met.
+        full_ranking: also rank among the whole catalogue.
+        ks: cut-offs k.
+        seed: of the sampled candidates.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        interactions: Interactions,
+        *,
+        num_negatives: int,
+        full_ranking: bool,
+        ks: Sequence[int],
+        seed: int,
+    ) -> None:
+        users = np.flatnonzero(dataset.test_items >= 0)
+        if len(users) == 0:
+            raise ValueError(f"evaluation: data set {dataset.name!r} has no user with a test item")
+        self.full_ranking = full_ranking
+        self.ks = tuple(ks)
+        self._interactions = interactions
+        device = interactions.device
+        self._candidates = torch.from_numpy(dataset.candidates(users, num_negatives, seed)).to(device)
+        self._users = torch.from_numpy(users).to(device)
+        met_indptr, met_items = dataset.met_csr()
+        counts = (met_indptr[1:] - met_indptr[:-1])[users]
+        self._met_start = np.concatenate([[0], np.cumsum(counts)])
+        entries = np.concatenate([met_items[met_indptr[u] : met_indptr[u + 1]] for u in users])
+        self._met_items = torch.from_numpy(entries.astype(np.int64)).to(device)
+        self._met_users = torch.from_numpy(np.repeat(np.arange(len(users)), counts)).to(device)
+
+    @property
+    def num_users(self) -> int:
+        """Users that are evaluated."""
+        return len(self._users)
+
+    @torch.no_grad()
+    def __call__(self, model: Backbone, store: ClientStore, round: int = 0) -> dict[str, float]:
+        """Metrics by name: `HR@10`, `NDCG@10`, `MRR`, ... and with full ranking `full/HR@10`, ...
+
+        Raises:
+            FloatingPointError: a score is NaN.
+        """
+        training = model.training
+        model.eval()
+        try:
+            return self._evaluate(model, store, round)
+        finally:
+            model.train(training)
+
+    def _evaluate(self, model: Backbone, store: ClientStore, round: int) -> dict[str, float]:
+        catalogue = torch.arange(self._interactions.num_items, device=self._interactions.device)
+        vectors = model.item_embedding(catalogue)
+        width = len(catalogue) if self.full_ranking else self._candidates.shape[1]
+        block = max(1, BLOCK_BYTES // (width * vectors.element_size()))
+        sampled: list[tuple[Tensor, Tensor]] = []
+        full: list[tuple[Tensor, Tensor]] = []
+        for start in range(0, self.num_users, block):
+            stop = min(start + block, self.num_users)
+            users = self._users[start:stop]
+            candidates = self._candidates[start:stop]
+            state = store.read(users)
+            history = (
+                self._interactions.padded(users) if model.uses_history else users.new_empty(len(users), 0)
+            )
+            context = ClientContext(users, Items(history, None), seed=0, round=0, epoch=0)
+            if not self.full_ranking:
+                scores = model.client_scores(candidates, state, context)
+                self._refuse_nan(scores, users, round)
+                sampled.append(rank_counts(scores, scores[:, 0]))
+                continue
+            scores = model.catalogue_scores(vectors, state, context)
+            self._refuse_nan(scores, users, round)
+            chosen = scores.gather(1, candidates)
+            target = chosen[:, 0]
+            sampled.append(rank_counts(chosen, target))
+            met = slice(int(self._met_start[start]), int(self._met_start[stop]))
+            scores[self._met_users[met] - start, self._met_items[met]] = -torch.inf
+            scores.scatter_(1, candidates[:, :1], target[:, None])
+            full.append(rank_counts(scores, target))
+
+        metrics = ranking_metrics(*_joined(sampled), self.ks)
+        if self.full_ranking:
+            metrics |= {
+                f"full/{name}": value for name, value in ranking_metrics(*_joined(full), self.ks).items()
+            }
+        return metrics
+
+    @staticmethod
+    def _refuse_nan(scores: Tensor, users: Tensor, round: int) -> None:
+        bad = scores.isnan().any(1)
+        if bool(bad.any()):
+            raise FloatingPointError(
+                f"evaluation after round {round}: NaN scores for {int(bad.sum())} users, the first is user "
+                f"{int(users[bad][0])}; training has diverged (a lower training.lr may help)"
+            )
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])

@@ -1,0 +1,164 @@
+"""What every engine shares: the settings of local training, the kinds of parameters, and the engines'
+interface.
+
+A client's local training starts from the global parameters and its own state, with a fresh optimizer:
+`epochs` passes over its positives, each with newly drawn negatives, one step a batch. What it changes of the
+global parameters is uploaded.
+
+Engines score a batch in one forward, each positive followed by its negative. The order matters where
+parameters are shared between items: with BPR the gradients of a pair cancel in a row that both read, and in
+this order exactly so, whatever else was summed before. A rest of rounding there would pass for a gradient,
+which Adam scales up to a full step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft_ext.backbones import Backbone
+from fedpeft_ext.simulation.aggregation import Aggregator
+from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
+from fedpeft_ext.simulation.randomness import shuffled_positions
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """How a client trains; the meaning of each field is that of `config.TrainingConfig`."""
+
+    epochs: int
+    batch_size: int | None
+    loss: Literal["bpr", "bce"]
+    optimizer: Literal["adam", "sgd"]
+    lr: float
+    l2: float
+    weighting: Literal["samples", "uniform"]
+    seed: int
+
+    def weights(self, sizes: np.ndarray) -> np.ndarray:
+        """Weight float64 [C] of each client's upload."""
+        return sizes.astype(np.float64) if self.weighting == "samples" else np.ones(len(sizes))
+
+
+@dataclass(frozen=True)
+class ParameterRoles:
+    """Trainable parameters of a backbone by what happens to them.
+
+    Attributes:
+        local: stay on the client.
+        rows: item tables [I, W] of which a client only changes the rows that it touches; averaged.
+        small: copied whole for each client; averaged.
+        l2: those that the L2 penalty covers (item embedding, user vectors).
+    """
+
+    local: tuple[str, ...]
+    rows: tuple[str, ...]
+    small: tuple[str, ...]
+    l2: frozenset[str]
+
+    @staticmethod
+    def of(model: Backbone) -> ParameterRoles:
+        """Sort the parameters of `model`, whose item embedding names its item tables in `row_parameters`."""
+        prefix = "item_embedding."
+        tables = {prefix + name for name in model.item_embedding.row_parameters}
+        trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        return ParameterRoles(
+            local=tuple(name for name in trainable if name in model.local_parameters),
+            rows=tuple(name for name in trainable if name in tables),
+            small=tuple(
+                name for name in trainable if name not in tables and name not in model.local_parameters
+            ),
+            l2=frozenset(
+                name for name in trainable if name.startswith(prefix) or name in model.l2_parameters
+            ),
+        )
+
+
+class Step(NamedTuple):
+    """One local step: which positions of the clients' rows form the batch (None: all, in order) and its
+    number.
+
+    Attributes:
+        epoch: 0-based.
+        positions: int64 [C, B] into the padded positions, or None.
+        numbers: int64 [C], 1-based step number of each client; 0 where its batch is empty and it does not
+            step.
+    """
+
+    epoch: int
+    positions: Tensor | None
+    numbers: Tensor
+
+
+def local_steps(items: Tensor, clients: Tensor, settings: LocalSettings, round: int) -> Iterator[Step]:
+    """The steps of C clients with padded positives `items` [C, P].
+
+    With a batch size each client's positions are shuffled in every epoch (counter-based, so each client's
+    order is its own whoever it is grouped with) and cut into batches; clients with fewer of them sit out the
+    last ones.
+    """
+    sizes = (items >= 0).sum(1)
+    taken = torch.zeros_like(sizes)
+    for epoch in range(settings.epochs):
+        if settings.batch_size is None:
+            active = sizes > 0
+            taken = taken + active
+            yield Step(epoch, None, torch.where(active, taken, 0))
+            continue
+        order = shuffled_positions(items >= 0, clients, settings.seed, round, epoch)
+        for start in range(0, items.shape[1], settings.batch_size):
+            active = sizes > start
+            taken = taken + active
+            yield Step(epoch, order[:, start : start + settings.batch_size], torch.where(active, taken, 0))
+
+
+class Engine(Protocol):
+    """Trains the chosen clients of one round."""
+
+    def train(self, clients: np.ndarray, round: int, aggregator: Aggregator) -> np.ndarray:
+        """Train `clients` int64 [n], sorted by (size, id); write their state, add their uploads.
+
+        Returns:
+            float64 [n], each client's loss, averaged over its local steps.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What an engine works on.
+
+    Attributes:
+        model: holds the global parameters; engines read them and leave them alone.
+        store: state of all clients, changed by training.
+        interactions: training positives.
+        settings: of local training.
+    """
+
+    model: Backbone
+    store: ClientStore
+    interactions: Interactions
+    settings: LocalSettings
+
+
+class ClientError(RuntimeError):
+    """Local training failed; the message names the client (or the group of them), the round and the stage."""
+
+
+def first_not_finite(losses: np.ndarray, clients: np.ndarray, round: int) -> None:
+    """Raise FloatingPointError naming the first client whose loss is NaN or infinite."""
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if len(bad):
+        raise FloatingPointError(
+            f"training diverged in round {round}: client {int(clients[bad[0]])} has a loss of "
+            f"{losses[bad[0]]} "
+            f"(and {len(bad) - 1} more clients); a lower training.lr may help"
+        )

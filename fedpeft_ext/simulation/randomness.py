@@ -1,0 +1,41 @@
+"""The simulator's random draws: pure functions of (seed, round, client, position), so no state and no order
+of drawing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft_ext.ops import philox
+
+BATCH_ORDER = 7
+"""Philox purpose of the shuffling of a client's positions; 1 to 6 are those of `ops.philox.Purpose`."""
+
+
+def sample_clients(eligible: np.ndarray, count: int, seed: int, round: int) -> np.ndarray:
+    """`count` of the `eligible` clients (int64, distinct), a uniform sample without replacement, ascending.
+
+    Each client draws a 64-bit key for the round and the smallest keys take part.
+    """
+    keys = philox.low64(philox.words(seed, round, eligible, 0, philox.Purpose.CLIENT_SAMPLING))
+    return np.sort(eligible[np.argsort(keys, kind="stable")[:count]])
+
+
+def shuffled_positions(inside: Tensor, clients: Tensor, seed: int, round: int, epoch: int) -> Tensor:
+    """A random order of each client's positions, padding last.
+
+    Args:
+        inside: bool [C, P], which positions are no padding.
+        clients: int64 [C].
+
+    Returns:
+        int64 [C, P], a permutation of 0 ... P - 1 in each row; the part that is no padding does not depend on
+        P.
+    """
+    ids, positions = clients.cpu().numpy()[:, None], np.arange(inside.shape[1])
+    # 63 bits, so that padding can have a key above all others.
+    keys = philox.low64(philox.words(seed, round, ids, positions, BATCH_ORDER, epoch=epoch)) >> np.uint64(1)
+    keys = np.where(inside.cpu().numpy(), keys, np.uint64(2**63))
+    return torch.from_numpy(np.argsort(keys, axis=1, kind="stable")).to(inside.device)

@@ -1,0 +1,394 @@
+"""`Simulator`: a federation from a configuration and a data set, run round by round or to the end.
+
+A run goes along the path of Yuan et al. (AAAI 2026): full embeddings and codes are prepared on the server,
+some warm-up rounds may train the full embeddings in the federation, they are frozen, and the compressed part
+is trained from then on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft_ext.backbones import Backbone, backbone_class
+from fedpeft_ext.config import Config
+from fedpeft_ext.data import Dataset
+from fedpeft_ext.nn import build_embedding, parse_spec
+from fedpeft_ext.pretrain import Pretrained, pretrain
+from fedpeft_ext.simulation.aggregation import Aggregator
+from fedpeft_ext.simulation.batched import BatchedEngine
+from fedpeft_ext.simulation.callbacks import Callback, Metrics, RoundInfo
+from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
+from fedpeft_ext.simulation.communication import Traffic, message, traffic
+from fedpeft_ext.simulation.evaluation import Evaluator
+from fedpeft_ext.simulation.local_training import (
+    Engine,
+    Federation,
+    LocalSettings,
+    ParameterRoles,
+    first_not_finite,
+)
+from fedpeft_ext.simulation.output import RunFolder, prepare_folder
+from fedpeft_ext.simulation.randomness import sample_clients
+from fedpeft_ext.simulation.sequential import SequentialEngine
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run comes down to.
+
+    Attributes:
+        dataset, backbone, embedding, engine, seed: what was run.
+        rounds: trained rounds, `warmup_rounds` of them as warm-up.
+        metrics: of the last evaluation, by name as in `Metrics`.
+        best_round: the evaluated round of the highest HR@10 (or HR at the first cut-off). It is chosen on the
+            test items: good for describing a curve, not for comparing methods.
+        best: metrics of that round.
+        evaluations: every evaluation: {"round": r, metric: value, ...}.
+        bytes_down, bytes_up: received and sent by a client in each round it takes part in, after warm-up.
+        bytes_setup: received once by each client (frozen tensors).
+        total_bytes: sent both ways by all clients in all rounds, warm-up included, set-up left out.
+        trained_clients: clients trained, summed over rounds.
+        training_seconds: wall time of the rounds, evaluation left out; `seconds` is that of the whole run.
+    """
+
+    dataset: str
+    backbone: str
+    embedding: str
+    engine: str
+    seed: int
+    rounds: int
+    warmup_rounds: int
+    metrics: Mapping[str, float]
+    best_round: int
+    best: Mapping[str, float]
+    evaluations: Sequence[Mapping[str, float]]
+    bytes_down: int
+    bytes_up: int
+    bytes_setup: int
+    total_bytes: int
+    trained_clients: int
+    training_seconds: float
+    seconds: float
+
+    @property
+    def clients_per_second(self) -> float:
+        """Training throughput over the whole run."""
+        return self.trained_clients / self.training_seconds if self.training_seconds > 0.0 else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "clients_per_second": self.clients_per_second}
+
+
+class Simulator:
+    """A federation that trains in rounds.
+
+    Args:
+        config: all settings.
+        dataset: the interactions.
+        pretrained: full embeddings and codes; None prepares what the embedding needs, as `config.pretrain`
+            says.
+        callbacks: told about rounds and evaluations.
+        out: folder for the run's files (see `output`); made and tried first.
+        overwrite: whether `out` may hold an earlier run, whose files are replaced.
+
+    `config.threads` sets torch's number of CPU threads for the whole process.
+
+    Raises:
+        ValueError: settings that do not fit the data set or each other, named by their dotted path.
+        FileExistsError, OSError: `out` is not empty, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        *,
+        pretrained: Pretrained | None = None,
+        callbacks: Sequence[Callback] = (),
+        out: str | Path | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        began = time.perf_counter()
+        self._device = _available_device(config.device)
+        spec = parse_spec(config.embedding.name)
+        training = config.training
+        if training.warmup_rounds and not spec.plug and str(spec) != "full":
+            raise ValueError(
+                f"training.warmup_rounds: expected 0 with embedding.name={str(spec)!r}, which has no full "
+                f"embedding to warm up, got {training.warmup_rounds}"
+            )
+        self.config = config
+        self.dataset = dataset
+        self._spec = spec
+        self._eligible = _eligible_clients(dataset)
+        self._per_round = _clients_per_round(training.clients_per_round, len(self._eligible))
+        self._folder = None if out is None else prepare_folder(out, overwrite)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self._callbacks = tuple(callbacks)
+        self._dtype = getattr(torch, config.dtype)
+        self._interactions = Interactions(dataset, self._device)
+        self._evaluator = Evaluator(
+            dataset,
+            self._interactions,
+            num_negatives=config.evaluation.num_negatives,
+            full_ranking=config.evaluation.full_ranking,
+            ks=config.evaluation.ks,
+            seed=config.seed if config.evaluation.seed is None else config.evaluation.seed,
+        )
+        self._pretrained = pretrained
+        if pretrained is None and (spec.plug or "full" in spec.parts or "rq" in spec.parts):
+            self._pretrained = pretrain(
+                config.pretrain,
+                dataset,
+                config.backbone.dim,
+                levels=config.embedding.levels if "rq" in spec.parts else None,
+                codebook_size=config.embedding.codebook_size,
+                seed=config.seed,
+            )
+
+        self.rounds_done = 0
+        self._total_bytes = self._trained_clients = 0
+        self._training_seconds = 0.0
+        self._evaluations: list[Metrics] = []
+        self._store: ClientStore | None = None
+        self._begin_phase(self._full_table())
+        self._seconds = time.perf_counter() - began
+
+    # ---- the federation
+    # -------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Backbone:
+        """The model with the current global parameters."""
+        return self._federation.model
+
+    @property
+    def store(self) -> ClientStore:
+        """The clients' own state."""
+        return self._federation.store
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes per client in the current phase."""
+        return self._traffic
+
+    @property
+    def phase(self) -> str:
+        """ "warm-up" or "training", of the next round."""
+        return "warm-up" if self.rounds_done < self.config.training.warmup_rounds else "training"
+
+    def _full_table(self) -> Tensor | None:
+        return None if self._pretrained is None else self._pretrained.full.to(self._device, self._dtype)
+
+    def _begin_phase(self, base: Tensor | None) -> None:
+        """Set up model, engine and aggregation for the phase of the next round, over the full embeddings
+        `base`.
+        """
+        config, embedding = self.config, self.config.embedding
+        spec = "full" if self.phase == "warm-up" else str(self._spec)
+        codes = codebooks = None
+        if "rq" in self._spec.parts and self._pretrained is not None:
+            codes, codebooks = self._pretrained.codes, self._pretrained.codebooks
+        table = build_embedding(
+            spec,
+            self.dataset.num_items,
+            config.backbone.dim,
+            base=base,
+            freeze_full=embedding.freeze_full,
+            dtype=self._dtype,
+            generator=torch.Generator().manual_seed(config.seed),
+            rank=embedding.rank,
+            table_size=embedding.table_size,
+            num_hashes=embedding.num_hashes,
+            senet_hidden=embedding.senet_hidden,
+            reduce=embedding.reduce,
+            codes=codes,
+            codebooks=codebooks if embedding.warm_start_codebooks else None,
+            codebook_size=embedding.codebook_size,
+            warm_start=embedding.warm_start_codebooks,
+            levels=embedding.levels if "rq" in self._spec.parts else None,
+            seed=config.seed,
+            init_std=embedding.init_std,
+        )
+        model = backbone_class(config.backbone.name)(table, config.backbone.dim).to(self._device, self._dtype)
+        if self._store is None:
+            users = torch.arange(self.dataset.num_users, device=self._device)
+            self._store = ClientStore(model.initial_state(users, config.seed, config.backbone.init_std))
+        training = config.training
+        settings = LocalSettings(
+            epochs=training.local_epochs,
+            batch_size=training.batch_size,
+            loss=training.loss,
+            optimizer=training.optimizer,
+            lr=model.default_lr if training.lr is None else training.lr,
+            l2=training.l2,
+            weighting=training.weighting,
+            seed=config.seed,
+        )
+        self._federation = Federation(model, self._store, self._interactions, settings)
+        self._engine: Engine
+        if config.engine == "batched":
+            self._engine = BatchedEngine(self._federation, config.chunk_memory_mb * 2**20)
+        else:
+            self._engine = SequentialEngine(self._federation)
+        self._aggregator = Aggregator(
+            message(model),
+            frozenset(ParameterRoles.of(model).rows),
+            training.server_optimizer,
+            training.server_lr,
+        )
+        self._traffic = traffic(model)
+
+    # ---- running
+    # --------------------------------------------------------------------------------------------------------
+
+    def round(self) -> RoundInfo:
+        """Train one round and return its record. It may go beyond `config.training.rounds`.
+
+        Raises:
+            ClientError: local training failed. FloatingPointError: a loss is NaN or infinite; the global
+                parameters are those of the round before.
+        """
+        number, phase = self.rounds_done + 1, self.phase
+        began = time.perf_counter()
+        clients = sample_clients(self._eligible, self._per_round, self.config.seed, number)
+        clients = clients[np.lexsort((clients, self._interactions.sizes[clients]))]
+        losses = self._engine.train(clients, number, self._aggregator)
+        first_not_finite(losses, clients, number)
+        self._aggregator.apply()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        seconds = time.perf_counter() - began
+
+        info = RoundInfo(
+            round=number,
+            rounds=self.config.training.rounds,
+            phase=phase,
+            loss=float(np.mean(losses)),
+            clients=len(clients),
+            seconds=seconds,
+            bytes_down=self._traffic.down,
+            bytes_up=self._traffic.up,
+        )
+        self.rounds_done = number
+        self._total_bytes += len(clients) * (info.bytes_down + info.bytes_up)
+        self._trained_clients += len(clients)
+        self._training_seconds += seconds
+        if phase == "warm-up" and self.phase == "training":
+            self._begin_phase(self.model.item_embedding.full_embedding())
+        for callback in self._callbacks:
+            callback.on_round(info)
+        return info
+
+    def evaluate(self) -> Metrics:
+        """Rank the test items with the current parameters. Raises FloatingPointError on NaN scores."""
+        began = time.perf_counter()
+        values = self._evaluator(self.model, self.store, self.rounds_done)
+        metrics = Metrics(self.rounds_done, values, time.perf_counter() - began)
+        self._evaluations.append(metrics)
+        for callback in self._callbacks:
+            callback.on_evaluate(metrics)
+        return metrics
+
+    def run(self) -> Summary:
+        """Train all rounds that are left, evaluating on the way, and write the files of the run."""
+        began = time.perf_counter()
+        training, every = self.config.training, self.config.evaluation.every
+        folder = None if self._folder is None else RunFolder(self._folder, self.config)
+        try:
+            for callback in self._callbacks:
+                callback.on_start(self)
+            self._evaluated_line(folder, None)
+            while self.rounds_done < training.rounds:
+                info = self.round()
+                if self.rounds_done % every == 0 or self.rounds_done == training.rounds:
+                    self._evaluated_line(folder, info)
+            summary = self._summary(self._seconds + time.perf_counter() - began)
+            if folder is not None:
+                folder.finish(summary.as_dict(), self.state_dict())
+        finally:
+            if folder is not None:
+                folder.close()
+        for callback in self._callbacks:
+            callback.on_end(summary)
+        return summary
+
+    def _evaluated_line(self, folder: RunFolder | None, info: RoundInfo | None) -> None:
+        metrics = self.evaluate()
+        if folder is not None:
+            record = {} if info is None else info.as_dict()
+            folder.add_metrics(
+                {"round": metrics.round, **record, **metrics.values, "total_bytes": self._total_bytes}
+            )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors of the federation: the server's by their name in the model, the clients' as
+        `clients.<name>` [U, ...].
+        """
+        model = self.model
+        server = {name: v for name, v in model.state_dict().items() if name not in model.local_parameters}
+        return server | {f"clients.{name}": values for name, values in self.store.state.items()}
+
+    def _summary(self, seconds: float) -> Summary:
+        config = self.config
+        headline = f"HR@{10 if 10 in config.evaluation.ks else config.evaluation.ks[0]}"
+        best = max(self._evaluations, key=lambda metrics: metrics[headline])
+        return Summary(
+            dataset=self.dataset.name,
+            backbone=config.backbone.name,
+            embedding=str(self._spec),
+            engine=config.engine,
+            seed=config.seed,
+            rounds=self.rounds_done,
+            warmup_rounds=min(config.training.warmup_rounds, self.rounds_done),
+            metrics=dict(self._evaluations[-1].values),
+            best_round=best.round,
+            best=dict(best.values),
+            evaluations=[{"round": metrics.round, **metrics.values} for metrics in self._evaluations],
+            bytes_down=self._traffic.down,
+            bytes_up=self._traffic.up,
+            bytes_setup=self._traffic.setup,
+            total_bytes=self._total_bytes,
+            trained_clients=self._trained_clients,
+            training_seconds=self._training_seconds,
+            seconds=seconds,
+        )
+
+
+def _available_device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: expected one that this machine has, got {name!r} and torch finds no GPU")
+    return device
+
+
+def _eligible_clients(dataset: Dataset) -> np.ndarray:
+    """Clients that can train: with at least one training item, and one left to draw as a negative."""
+    sizes = np.diff(dataset.indptr)
+    clients = np.flatnonzero((sizes > 0) & (sizes < dataset.num_items)).astype(np.int64)
+    if len(clients) == 0:
+        raise ValueError(
+            f"data set {dataset.name!r} has no user with a training item and an item not yet met"
+        )
+    return clients
+
+
+def _clients_per_round(setting: float, eligible: int) -> int:
+    if isinstance(setting, int):
+        if setting > eligible:
+            raise ValueError(
+                f"training.clients_per_round: expected at most {eligible}, the number of users with "
+                f"training items, got {setting}"
+            )
+        return setting
+    return max(1, round(setting * eligible))

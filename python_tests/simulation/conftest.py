@@ -1,0 +1,52 @@
+"""A small data set and prepared embeddings for the simulator's tests."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fedpeft_ext.data import Dataset
+from fedpeft_ext.pretrain import Pretrained
+
+DIM = 8
+
+
+def make_dataset(users: int = 23, items: int = 60, seed: int = 0, longest: int = 20) -> Dataset:
+    """Users with 1 to `longest` training items (very different sizes) and a test item each, but the last has
+    none.
+    """
+    rng = np.random.default_rng(seed)
+    rows, test = [], []
+    for user in range(users):
+        size = 1 + int(rng.integers(longest) * rng.random())
+        met = rng.permutation(items)[: size + 1]
+        rows.append(met[:-1])
+        test.append(met[-1] if user < users - 1 else -1)
+    return Dataset(
+        name="tiny",
+        num_users=users,
+        num_items=items,
+        indptr=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
+        indices=np.concatenate(rows).astype(np.int64),
+        test_items=np.array(test, dtype=np.int64),
+        valid_items=np.full(users, -1, dtype=np.int64),
+        user_ids=[f"u{u}" for u in range(users)],
+        item_ids=[f"i{i}" for i in range(items)],
+        item_text=None,
+        report={},
+    )
+
+
+@pytest.fixture(scope="session")
+def dataset() -> Dataset:
+    return make_dataset()
+
+
+@pytest.fixture(scope="session")
+def pretrained() -> Pretrained:
+    """Random full embeddings and codes for the 60 items, width 8, 3 levels of 16."""
+    generator = torch.Generator().manual_seed(1)
+    full = 0.3 * torch.randn(60, DIM, generator=generator)
+    codes = torch.randint(0, 16, (60, 3), generator=generator, dtype=torch.int64).to(torch.uint8)
+    return Pretrained(full=full, codes=codes, codebooks=torch.randn(3, 16, DIM, generator=generator))

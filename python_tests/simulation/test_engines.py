@@ -1,0 +1,217 @@
+"""The batched engine equals the sequential one, and its results are the same bits whatever the chunks and
+threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedpeft_ext.config import Config
+from fedpeft_ext.data import Dataset
+from fedpeft_ext.pretrain import Pretrained
+from fedpeft_ext.simulation import ClientError, Simulator
+from fedpeft_ext.simulation import batched as batched_module
+
+STRATEGIES = [
+    "full",
+    "c-lora",
+    "p-lora",
+    "c-hash",
+    "p-hash",
+    "c-hash+senet",
+    "p-hash+senet",
+    "c-rq",
+    "p-rq",
+    "p-rq+lora",
+    "c-hash+senet+rq",
+    "p-full",
+]
+
+
+def config(**changes: Any) -> Config:
+    values: dict[str, Any] = {
+        "backbone.dim": 8,
+        "embedding.rank": 3,
+        "embedding.codebook_size": 16,
+        "embedding.table_size": 24,
+        "training.rounds": 3,
+        "training.clients_per_round": 9,
+        "training.l2": 1e-3,  # large enough for a mistake in it to show
+        "evaluation.num_negatives": 20,
+        **changes,
+    }
+    return Config().updated(f"{key}={'null' if value is None else value}" for key, value in values.items())
+
+
+def trained(
+    dataset: Dataset, pretrained: Pretrained, **changes: Any
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Parameters and client state after all rounds, and the rounds' losses."""
+    simulator = Simulator(config(**changes), dataset, pretrained=pretrained)
+    losses = [simulator.round().loss for _ in range(simulator.config.training.rounds)]
+    return {name: tensor.clone() for name, tensor in simulator.state_dict().items()}, losses
+
+
+def assert_equal(
+    mine: tuple[dict[str, Tensor], list[float]],
+    theirs: tuple[dict[str, Tensor], list[float]],
+    tolerance: float,
+) -> None:
+    assert mine[0].keys() == theirs[0].keys()
+    for name, value in mine[0].items():
+        torch.testing.assert_close(
+            value, theirs[0][name], rtol=0.0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    np.testing.assert_allclose(mine[1], theirs[1], rtol=0.0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-9)])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("loss", ["bpr", "bce"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_batched_equals_sequential(
+    dataset: Dataset,
+    pretrained: Pretrained,
+    strategy: str,
+    loss: str,
+    optimizer: str,
+    dtype: str,
+    tolerance: float,
+) -> None:
+    changes = {
+        "embedding.name": strategy,
+        "training.loss": loss,
+        "training.optimizer": optimizer,
+        "training.lr": 0.01 if optimizer == "adam" else 0.5,
+        "dtype": dtype,
+    }
+    start = trained(dataset, pretrained, **changes, **{"training.rounds": 0})
+    batched = trained(dataset, pretrained, **changes)
+    sequential = trained(dataset, pretrained, **changes, engine="sequential")
+    assert_equal(batched, sequential, tolerance)
+    moved = [name for name, value in batched[0].items() if not torch.equal(value, start[0][name])]
+    frozen = ("base", "codes", "hashes")
+    assert all((name in moved) != name.endswith(frozen) for name in batched[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training.batch_size": 3},
+        {"training.batch_size": 3, "training.optimizer": "sgd", "training.lr": 0.5},
+        {"training.batch_size": 1000},
+        {"training.local_epochs": 1},
+        {"training.local_epochs": 4},
+        {"training.weighting": "uniform"},
+        {"training.server_optimizer": "adam"},
+        {"training.server_lr": 2.0},
+        {"training.l2": 0.0},
+        {"training.warmup_rounds": 2},
+        {"embedding.freeze_full": False},
+        {"embedding.freeze_full": False, "embedding.name": "p-lora"},
+        {"embedding.freeze_full": False, "embedding.name": "p-rq+lora"},
+        {"embedding.reduce": "sum", "embedding.name": "p-hash"},
+        {"embedding.warm_start_codebooks": True},
+        {"training.clients_per_round": 1.0},
+        {"training.clients_per_round": 1},
+    ],
+    ids=str,
+)
+def test_settings_agree_between_engines(
+    dataset: Dataset, pretrained: Pretrained, changes: dict[str, Any]
+) -> None:
+    changes = {"dtype": "float64", "training.lr": 0.01, **changes}
+    assert_equal(
+        trained(dataset, pretrained, **changes),
+        trained(dataset, pretrained, **changes, engine="sequential"),
+        1e-9,
+    )
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("batch_size", [None, 4])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_same_bits_for_any_chunks_and_threads(
+    dataset: Dataset,
+    pretrained: Pretrained,
+    strategy: str,
+    batch_size: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes = {
+        "embedding.name": strategy,
+        "training.batch_size": batch_size,
+        "training.clients_per_round": 1.0,
+    }
+    results = []
+    # One chunk; one client a chunk (no memory); cut wherever padding is saved; each with one and several
+    # threads.
+    for chunk_memory, overhead in ((1e6, 10**9), (1e-6, 10**9), (1e6, 0), (0.05, 4)):
+        monkeypatch.setattr(batched_module, "CHUNK_OVERHEAD", overhead)
+        for count in (1, 3):
+            results.append(
+                trained(dataset, pretrained, **changes, chunk_memory_mb=chunk_memory, threads=count)
+            )
+    for state, losses in results[1:]:
+        assert losses == results[0][1]
+        for name, value in state.items():
+            assert torch.equal(value, results[0][0][name]), name
+
+
+def test_a_client_trains_alike_whoever_is_with_it(dataset: Dataset, pretrained: Pretrained) -> None:
+    """State of a client after one round depends on the global model and itself alone."""
+    everyone = Simulator(config(**{"training.clients_per_round": 1.0}), dataset, pretrained=pretrained)
+    everyone.round()
+    few = Simulator(config(**{"training.clients_per_round": 5}), dataset, pretrained=pretrained)
+    before = few.store.state["user"].clone()
+    few.round()
+    chosen = (few.store.state["user"] != before).any(1)
+    assert int(chosen.sum()) == 5
+    assert torch.equal(few.store.state["user"][chosen], everyone.store.state["user"][chosen])
+
+
+def test_sequential_names_the_failing_client_and_its_stage(
+    dataset: Dataset, pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulator = Simulator(config(engine="sequential"), dataset, pretrained=pretrained)
+    real = type(simulator.model).forward
+
+    def forward(self: Any, items: Any, context: Any = None) -> Tensor:
+        if int(context.client) == chosen and context.epoch == 1:
+            raise RuntimeError("the battery is empty")
+        return real(self, items, context)
+
+    from fedpeft_ext.simulation.randomness import sample_clients
+
+    chosen = int(sample_clients(np.arange(dataset.num_users), 9, simulator.config.seed, 1)[0])
+    monkeypatch.setattr(type(simulator.model), "forward", forward)
+    with pytest.raises(
+        ClientError, match=rf"client {chosen}, round 1, step 2 \(epoch 1\): the battery is empty"
+    ):
+        simulator.round()
+
+
+@pytest.mark.parametrize("engine", ["batched", "sequential"])
+def test_divergence_is_reported_and_leaves_the_global_parameters(
+    dataset: Dataset, pretrained: Pretrained, engine: str
+) -> None:
+    simulator = Simulator(config(engine=engine), dataset, pretrained=pretrained)
+    simulator.store.state["user"][:, 0] = float("nan")
+    before = {name: p.detach().clone() for name, p in simulator.model.named_parameters()}
+    with pytest.raises(FloatingPointError, match=r"round 1: client \d+ has a loss of nan"):
+        simulator.round()
+    for name, value in simulator.model.named_parameters():
+        assert torch.equal(value, before[name])

@@ -1,0 +1,249 @@
+"""Whole runs: reproducible, evaluated, written to disk, and refused early where they cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import DIM, make_dataset
+from safetensors.torch import load_file
+
+from fedpeft_ext.config import Config, load_config
+from fedpeft_ext.data import Dataset
+from fedpeft_ext.pretrain import Pretrained
+from fedpeft_ext.simulation import Callback, Metrics, RoundInfo, Simulator, Summary
+from fedpeft_ext.simulation.randomness import sample_clients
+
+
+def config(**changes: Any) -> Config:
+    values: dict[str, Any] = {
+        "backbone.dim": DIM,
+        "embedding.codebook_size": 16,
+        "embedding.table_size": 24,
+        "training.rounds": 5,
+        "training.clients_per_round": 0.3,
+        "evaluation.num_negatives": 20,
+        "evaluation.every": 2,
+        **changes,
+    }
+    return Config().updated(f"{key}={value}" for key, value in values.items())
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_a_function_of_its_settings(dataset: Dataset, pretrained: Pretrained) -> None:
+    first, second = (Simulator(config(), dataset, pretrained=pretrained) for _ in range(2))
+    assert first.run().metrics == second.run().metrics
+    states = first.state_dict(), second.state_dict()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    other = Simulator(config(seed=1), dataset, pretrained=pretrained)
+    assert other.run().metrics != first.evaluate().values
+
+
+def test_step_by_step_equals_run(dataset: Dataset, pretrained: Pretrained) -> None:
+    whole, steps = (Simulator(config(), dataset, pretrained=pretrained) for _ in range(2))
+    summary = whole.run()
+    infos = [steps.round() for _ in range(5)]
+    assert [info.round for info in infos] == [1, 2, 3, 4, 5]
+    assert steps.evaluate().values == summary.metrics
+
+
+def test_files_of_a_run(dataset: Dataset, pretrained: Pretrained, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "run"
+    simulator = Simulator(config(), dataset, pretrained=pretrained, out=out)
+    summary = simulator.run()
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.yaml",
+        "metrics.jsonl",
+        "model.safetensors",
+        "summary.json",
+    ]
+    assert load_config(out / "config.yaml") == simulator.config
+    assert [line["round"] for line in lines(out)] == [0, 2, 4, 5]
+    last = lines(out)[-1]
+    assert {name: last[name] for name in summary.metrics} == summary.metrics
+    assert last["total_bytes"] == summary.total_bytes == 5 * 7 * 2 * 3 * 16 * DIM * 4
+    assert {
+        "loss",
+        "clients",
+        "clients_per_second",
+        "bytes_up",
+        "bytes_down",
+        "HR@10",
+        "full/NDCG@10",
+    } <= last.keys()
+    written = json.loads((out / "summary.json").read_text())
+    assert written == json.loads(json.dumps(summary.as_dict()))
+    tensors = load_file(out / "model.safetensors")
+    assert tensors.keys() == simulator.state_dict().keys()
+    assert tensors["clients.user"].shape == (dataset.num_users, DIM)
+
+
+def test_callbacks_hear_everything_in_order(dataset: Dataset, pretrained: Pretrained) -> None:
+    heard: list[Any] = []
+
+    class Listener(Callback):
+        def on_start(self, simulator: Simulator) -> None:
+            heard.append("start")
+
+        def on_round(self, info: RoundInfo) -> None:
+            assert info.rounds == 5
+            assert info.clients == 7
+            assert info.clients_per_second > 0
+            heard.append(info.round)
+
+        def on_evaluate(self, metrics: Metrics) -> None:
+            assert 0.0 <= metrics["HR@10"] <= 1.0
+            heard.append(f"evaluated {metrics.round}")
+
+        def on_end(self, summary: Summary) -> None:
+            heard.append("end")
+
+    Simulator(config(), dataset, pretrained=pretrained, callbacks=[Listener()]).run()
+    assert heard == [
+        "start",
+        "evaluated 0",
+        1,
+        2,
+        "evaluated 2",
+        3,
+        4,
+        "evaluated 4",
+        5,
+        "evaluated 5",
+        "end",
+    ]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_leaves_what_it_had(
+    dataset: Dataset, pretrained: Pretrained, tmp_path: Path, error: type[BaseException]
+) -> None:
+    class Stop(Callback):
+        def on_round(self, info: RoundInfo) -> None:
+            if info.round == 3:
+                raise error
+
+    with pytest.raises(error):
+        Simulator(config(), dataset, pretrained=pretrained, callbacks=[Stop()], out=tmp_path / "r").run()
+    assert [line["round"] for line in lines(tmp_path / "r")] == [0, 2]
+    assert yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())["training"]["rounds"] == 5
+    assert not (tmp_path / "r" / "summary.json").exists()
+
+
+def test_output_folder_is_checked_before_any_work(
+    dataset: Dataset, pretrained: Pretrained, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out: expected a new or empty folder"):
+        Simulator(config(), dataset, pretrained=pretrained, out=tmp_path)
+    with pytest.raises(NotADirectoryError, match=r"out: expected a folder"):
+        Simulator(config(), dataset, pretrained=pretrained, out=tmp_path / "notes.txt")
+    with pytest.raises(OSError, match=r"out: cannot write to"):
+        Simulator(config(), dataset, pretrained=pretrained, out=tmp_path / "notes.txt" / "below")
+    Simulator(
+        config(**{"training.rounds": 1}), dataset, pretrained=pretrained, out=tmp_path, overwrite=True
+    ).run()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert [line["round"] for line in lines(tmp_path)] == [0, 1]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_folder(dataset: Dataset, pretrained: Pretrained, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError, match=r"out: cannot write to"):
+        Simulator(config(), dataset, pretrained=pretrained, out=tmp_path / "run")
+
+
+def test_warmup_trains_the_full_embedding_then_freezes_it(dataset: Dataset, pretrained: Pretrained) -> None:
+    settings = config(**{"training.warmup_rounds": 2})
+    warm = Simulator(settings, dataset, pretrained=pretrained)
+    full = Simulator(config(**{"embedding.name": "full"}), dataset, pretrained=pretrained)
+    infos = [warm.round() for _ in range(2)]
+    assert [info.phase for info in infos] == ["warm-up", "warm-up"]
+    expected = [full.round() for _ in range(2)]
+    assert [info.bytes_up for info in infos] == [info.bytes_up for info in expected] == [60 * DIM * 4] * 2
+    warmed = full.model.item_embedding.full_embedding()
+    assert torch.equal(warm.model.item_embedding.base, warmed)
+    assert not torch.equal(warmed, pretrained.full)
+    assert torch.equal(warm.store.state["user"], full.store.state["user"])
+
+    info = warm.round()
+    assert info.phase == "training"
+    assert info.bytes_up == 3 * 16 * DIM * 4
+    assert torch.equal(warm.model.item_embedding.base, warmed)
+    summary = warm.run()
+    assert summary.warmup_rounds == 2
+    assert summary.total_bytes == 7 * 2 * (2 * 60 * DIM * 4 + 3 * 3 * 16 * DIM * 4)
+
+
+def test_training_learns(dataset: Dataset, pretrained: Pretrained) -> None:
+    changes = {"training.rounds": 80, "training.clients_per_round": 1.0, "embedding.name": "full"}
+    simulator = Simulator(config(**changes), dataset, pretrained=pretrained)
+    losses = [simulator.round().loss for _ in range(80)]
+    assert np.mean(losses[-5:]) < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training.clients_per_round": 24}, r"training\.clients_per_round: expected at most 23.*got 24"),
+        (
+            {"training.warmup_rounds": 1, "embedding.name": "c-rq"},
+            r"training\.warmup_rounds: expected 0 with .*'c-rq'",
+        ),
+        ({"evaluation.num_negatives": 60}, r"num_negatives"),
+        ({"embedding.levels": 4}, r"levels"),
+    ],
+)
+def test_settings_that_do_not_fit(
+    dataset: Dataset, pretrained: Pretrained, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Simulator(config(**changes), dataset, pretrained=pretrained)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_named(dataset: Dataset, pretrained: Pretrained) -> None:
+    with pytest.raises(ValueError, match=r"device: expected one that this machine has, got 'cuda'"):
+        Simulator(config(device="cuda"), dataset, pretrained=pretrained)
+
+
+def test_users_that_cannot_train_are_left_out(pretrained: Pretrained) -> None:
+    dataset = make_dataset(users=6)
+    sizes = np.diff(dataset.indptr)
+    keep = np.repeat(np.arange(6) != 2, sizes)
+    sizes[2] = 0
+    dataset = Dataset(
+        **{
+            **{name: getattr(dataset, name) for name in dataset.__dataclass_fields__},
+            "indptr": np.concatenate([[0], np.cumsum(sizes)]),
+            "indices": dataset.indices[keep],
+        }
+    )
+    simulator = Simulator(config(**{"training.clients_per_round": 1.0}), dataset, pretrained=pretrained)
+    before = simulator.store.state["user"].clone()
+    assert simulator.round().clients == 5
+    assert torch.equal(simulator.store.state["user"][2], before[2])
+
+
+def test_sampled_clients_are_distinct_and_change_with_the_round() -> None:
+    eligible = np.arange(100, 200)
+    rounds = [sample_clients(eligible, 30, seed=3, round=r) for r in range(1, 201)]
+    assert all(
+        len(set(chosen.tolist())) == 30 and set(chosen.tolist()) <= set(eligible.tolist())
+        for chosen in rounds
+    )
+    assert np.array_equal(rounds[6], sample_clients(eligible, 30, seed=3, round=7))
+    counts = np.bincount(np.concatenate(rounds) - 100, minlength=100)
+    # 200 rounds x 0.3: mean 60, standard deviation 6.5.
+    assert 30 < counts.min() <= counts.max() < 90
+    assert not np.array_equal(rounds[0], sample_clients(eligible, 30, seed=4, round=1))

@@ -1,0 +1,113 @@
+"""Settings: defaults, YAML and overrides, and what is said about wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedpeft_ext.config import Config, ConfigError, load_config
+
+
+def test_defaults_are_those_of_the_paper() -> None:
+    config = load_config()
+    assert config.training.local_epochs == 2
+    assert config.training.batch_size is None
+    assert config.training.l2 == 1e-8
+    assert config.evaluation.ks == (5, 10, 20, 50)
+    assert config.embedding.rank == 4
+    assert config.engine == "batched"
+
+
+def test_yaml_then_overrides_then_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("training:\n  rounds: 7\n  lr: 1e-3\nseed: 3\n")
+    config = load_config(path, ["training.rounds=9", "embedding.name=p-lora", "dataset.options.min_rating=4"])
+    assert (config.training.rounds, config.training.lr, config.seed) == (9, 1e-3, 3)
+    assert config.dataset.options == {"min_rating": 4}
+    again = tmp_path / "b.yaml"
+    again.write_text(config.to_yaml())
+    assert load_config(again) == config
+    assert config.updated(["seed=4"]) == load_config(again, ["seed=4"])
+
+
+def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    assert load_config(tmp_path / "empty.yaml") == Config()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.ronds=3", r"^training\.ronds: unknown key; did you mean 'rounds'\?$"),
+        ("trainning.rounds=3", r"^trainning: unknown key; did you mean 'training'\?$"),
+        ("rank=3", r"^rank: unknown key; did you mean 'embedding\.rank'\?$"),
+        ("xyzzy=3", r"^xyzzy: unknown key; expected one of dataset, backbone"),
+        ("training.rounds=-1", r"^training\.rounds: expected greater than or equal to 0, got -1$"),
+        ("training.rounds=many", r"^training\.rounds: expected a valid integer.*got 'many'$"),
+        ("training.rounds=2.5", r"^training\.rounds: expected a valid integer.*got 2\.5$"),
+        ("training.rounds=true", r"^training\.rounds: expected .*, got True$"),
+        ("training.lr=0", r"^training\.lr: expected greater than 0, got 0"),
+        ("training.lr=.nan", r"^training\.lr: expected a finite number, got nan$"),
+        ("training.loss=hinge", r"^training\.loss: expected 'bpr' or 'bce', got 'hinge'$"),
+        (
+            "training.clients_per_round=1.5",
+            r"^training\.clients_per_round: expected a share in \(0, 1\] .*got 1\.5$",
+        ),
+        (
+            "training.clients_per_round=0",
+            r"^training\.clients_per_round: expected a count of at least 1 .*got 0$",
+        ),
+        (
+            "training.warmup_rounds=101",
+            r"^training\.warmup_rounds: expected at most rounds \(100\).*got 101$",
+        ),
+        ("training=3", r"^training: .*got 3$"),
+        ("evaluation.ks=[]", r"^evaluation\.ks: expected at least one cut-off"),
+        ("evaluation.ks=[0]", r"^evaluation\.ks: expected greater than or equal to 1, got 0$"),
+        (
+            "backbone.name=fedfm",
+            r"^backbone\.name: expected a backbone out of .*fedmf.*got 'fedfm' \(did you mean 'fedmf'\?\)$",
+        ),
+        ("embedding.name=p-lorra", r"^embedding\.name: .*'lorra'.*nearest is 'lora'"),
+        ("device=abacus", r"^device: expected a torch device.*got 'abacus'$"),
+        ("dtype=float16", r"^dtype: expected 'float32' or 'float64', got 'float16'$"),
+        ("seed=-1", r"^seed: expected greater than or equal to 0, got -1$"),
+        ("training.rounds", r"^override: expected section\.key=value, got 'training\.rounds'$"),
+        ("training..rounds=1", r"^override: expected section\.key=value"),
+        ("training.rounds.x=1", r"^training\.rounds: "),
+        ("training.rounds=[", r"^training\.rounds: expected a YAML value, got '\['$"),
+    ],
+)
+def test_wrong_settings_are_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [override])
+
+
+def test_every_wrong_setting_is_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["training.rounds=-1", "embedding.rank=0", "sed=1"])
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "is not YAML"), ("- 1", "expected sections such as 'training:', got a list")],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_share_and_count_of_clients_are_told_apart() -> None:
+    assert load_config(None, ["training.clients_per_round=1"]).training.clients_per_round == 1
+    share = load_config(None, ["training.clients_per_round=1.0"]).training.clients_per_round
+    assert isinstance(share, float)
+    assert share == 1.0
