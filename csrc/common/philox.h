@@ -1,6 +1,6 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four random words as
-// a function of a 64-bit key and a 128-bit counter. Torch-free, for host and device;
-// fedpeft_ext/ops/philox.py is the same word for word.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four
+// random words as a function of a 64-bit key and a 128-bit counter. Torch-free, for host and
+// device; fedpeft_ext/ops/philox.py is the same word for word.
 #pragma once
 
 #include <cstdint>
@@ -37,22 +37,25 @@ struct PhiloxBlock {
   FEDPEFT_HD FEDPEFT_INLINE uint64_t low64() const { return uint64_t(word[1]) << 32 | word[0]; }
 };
 
-// Block of counter (index, client, round, stream) under key `seed`. `index` is a position, or a block of four
-// elements.
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // multipliers
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;  // key increments
+
+// Block of counter (index, client, round, stream) under key `seed`. `index` is a position, or a
+// block of four elements.
 FEDPEFT_HD FEDPEFT_INLINE PhiloxBlock philox(uint32_t index, uint32_t client, uint32_t round,
                                              uint32_t stream, uint64_t seed) {
   uint32_t c0 = index, c1 = client, c2 = round, c3 = stream;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-#pragma GCC unroll 10
-  for (int i = 0; i < 10; ++i) {
-    const uint64_t product0 = uint64_t{0xD2511F53u} * c0;
-    const uint64_t product1 = uint64_t{0xCD9E8D57u} * c2;
+  for (int i = 0; i < kPhiloxRounds; ++i) {
+    const uint64_t product0 = uint64_t{kPhiloxM0} * c0;
+    const uint64_t product1 = uint64_t{kPhiloxM1} * c2;
     c0 = uint32_t(product1 >> 32) ^ c1 ^ k0;
     c1 = uint32_t(product1);
     c2 = uint32_t(product0 >> 32) ^ c3 ^ k1;
     c3 = uint32_t(product0);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
   }
   return {{c0, c1, c2, c3}};
 }

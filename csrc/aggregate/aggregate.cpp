@@ -1,0 +1,129 @@
+// Binding of touched_rows and accumulate_updates_: checks, allocation, dispatch.
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <memory>
+#include <tuple>
+
+#include "aggregate/aggregate_cpu.h"
+#include "common/check.h"
+#include "common/parallel.h"
+
+namespace fedpeft {
+namespace {
+
+std::tuple<Tensor, Tensor> touched_rows(const Tensor& items) {
+  check_dim(items, 2, "items", "[C, N]");
+  const Tensor items_ = dense(items);
+  const int64_t C = items.size(0), N = items.size(1);
+  FirstError bad_item;
+  TouchedRowsArgs a{};
+  a.items = indices_of(items_, "items");
+  Tensor found = torch::stable::empty_like(items_);
+  Tensor positions = torch::stable::empty_like(items_);
+  std::vector<int64_t> counts(static_cast<size_t>(C), 0);
+  a.rows = found.mutable_data_ptr();
+  a.positions = positions.mutable_data_ptr();
+  a.counts = counts.data();
+  a.N = N;
+  a.bad_item = &bad_item;
+  const AggregateKernels& kernels = select_aggregate_kernels();
+  const size_t scratch_words = size_t(kernels.touched_scratch(a) + 7) / 8;
+  parallel_ranges(C, 16 * N, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<uint64_t[]> scratch(new uint64_t[scratch_words]);
+    kernels.touched(a, begin, end, scratch.get());
+  });
+  raise_bad_index(bad_item, a.items, INT64_MAX, "items");
+
+  int64_t R = 0;
+  for (const int64_t count : counts) R = std::max(R, count);
+  Tensor rows = torch::stable::new_empty(items_, {C, R});
+  const size_t size = size_t(a.items.bytes);
+  const char* from = static_cast<const char*>(a.rows);
+  char* to = static_cast<char*>(rows.mutable_data_ptr());
+  parallel_ranges(C, R, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const size_t filled = size * size_t(counts[size_t(c)]), all = size * size_t(R);
+      std::memcpy(to + size_t(c) * all, from + size * size_t(c * N), filled);
+      std::memset(to + size_t(c) * all + filled, 0xff, all - filled);  // -1
+    }
+  });
+  return {rows, positions};
+}
+
+void accumulate_updates_(const Tensor& total, const Tensor& updates, const Tensor& weights,
+                         const std::optional<Tensor>& rows) {
+  const DType dtype = dtype_of(updates, "updates");
+  check_value(updates.dim() >= 1, "updates: expected shape [C, ...], got ", shape_text(updates));
+  const int64_t C = updates.size(0);
+  const bool in_double = total.scalar_type() == ScalarType::Double;
+  check_type(in_double || total.scalar_type() == updates.scalar_type(),
+             "total: expected float64 or the dtype of updates (",
+             torch::headeronly::toString(updates.scalar_type()), "), got ",
+             torch::headeronly::toString(total.scalar_type()));
+  check_same_device(updates, total, "updates", "total");
+  check_dim(weights, 1, "weights", "[C]");
+  check_size(weights, 0, C, "weights", "C, the clients of updates");
+  check_type(weights.scalar_type() == ScalarType::Double, "weights: expected float64, got ",
+             torch::headeronly::toString(weights.scalar_type()));
+  check_same_device(weights, total, "weights", "total");
+
+  AccumulateArgs a{};
+  a.clients = C;
+  if (rows.has_value()) {
+    check_dim(total, 2, "total", "[I, W]");
+    check_dim(updates, 3, "updates", "[C, R, W]");
+    check_size(updates, 2, total.size(1), "updates", "W, the width of total");
+    check_dim(*rows, 2, "rows", "[C, R]");
+    check_size(*rows, 0, C, "rows", "C, the clients of updates");
+    check_size(*rows, 1, updates.size(1), "rows", "R, the rows of updates");
+    check_same_device(*rows, total, "rows", "total");
+    a.R = updates.size(1);
+    a.num_rows = total.size(0);
+    a.width = total.size(1);
+  } else {
+    bool ok = total.dim() == updates.dim() - 1;
+    for (int64_t d = 0; ok && d < total.dim(); ++d) ok = total.size(d) == updates.size(d + 1);
+    check_value(ok, "updates: expected the shape of total ", shape_text(total),
+                " with C in front, got ", shape_text(updates));
+    a.size = total.numel();
+  }
+
+  const Tensor total_ = dense(total), updates_ = dense(updates), weights_ = dense(weights);
+  const std::optional<Tensor> rows_ = dense(rows);
+  a.total = total_.mutable_data_ptr();
+  a.updates = updates_.const_data_ptr();
+  a.weights = static_cast<const double*>(weights_.const_data_ptr());
+  const AggregateKernels& kernels = select_aggregate_kernels();
+  if (rows_) {
+    a.rows = indices_of(*rows_, "rows");
+    FirstError bad_row;  // before total is written
+    parallel_ranges(C * a.R, 1, [&](int64_t begin, int64_t end) {
+      kernels.check_rows(a, begin, end, &bad_row);
+    });
+    raise_bad_index(bad_row, a.rows, a.num_rows, "rows");
+    const auto kernel = (in_double ? kernels.rows_double : kernels.rows)[int(dtype)];
+    const bool done = scatter_by_row(
+        C * a.R, 1, a.num_rows, a.width, [&](int64_t entry, int64_t) { return a.rows[entry]; },
+        [&](const int64_t* entries, int64_t count) { kernel(a, entries, count); });
+    if (!done) kernel(a, nullptr, C * a.R);
+  } else {
+    const auto kernel = (in_double ? kernels.dense_double : kernels.dense)[int(dtype)];
+    const int64_t blocks = (a.size + kAccumulateBlock - 1) / kAccumulateBlock;
+    parallel_ranges(blocks, C * std::min(a.size, kAccumulateBlock),
+                    [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  }
+  if (!total.is_contiguous()) {
+    Tensor target = total;
+    torch::stable::copy_(target, total_);
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fedpeft_ext, CPU, m) {
+  m.impl("touched_rows", TORCH_BOX(&touched_rows));
+  m.impl("accumulate_updates_", TORCH_BOX(&accumulate_updates_));
+}
+
+}  // namespace fedpeft

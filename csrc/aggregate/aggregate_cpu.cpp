@@ -1,0 +1,180 @@
+// CPU kernels of touched_rows and accumulate_updates_.
+#include "aggregate/aggregate_cpu.h"
+
+#include "common/vec.h"
+
+namespace fedpeft::FEDPEFT_ISA {
+namespace {
+
+// touched_rows. A bitmap over the catalogue gives the sorted distinct items by a scan; where the
+// catalogue dwarfs the client, a radix sort of its positions does.
+
+constexpr int64_t kRadixBits = 11;
+
+struct Keyed {
+  uint64_t item;
+  int64_t position;
+};
+
+FEDPEFT_INLINE int64_t bitmap_words(int64_t N) { return 8 * N + 1024; }
+
+int64_t touched_scratch(const TouchedRowsArgs& a) {
+  const int64_t bitmap = bitmap_words(a.N) * int64_t(sizeof(uint64_t) + sizeof(int64_t));
+  const int64_t sort = 2 * a.N * int64_t(sizeof(Keyed));
+  return bitmap > sort ? bitmap : sort;
+}
+
+template <typename Item>
+FEDPEFT_INLINE int64_t touched_by_bitmap(const Item* items, int64_t N, int64_t words, void* scratch,
+                                         Item* rows, Item* positions) {
+  uint64_t* bits = static_cast<uint64_t*>(scratch);
+  int64_t* before = reinterpret_cast<int64_t*>(bits + words);  // distinct items in earlier words
+  memset(bits, 0, sizeof(uint64_t) * size_t(words));
+  for (int64_t n = 0; n < N; ++n) {
+    if (items[n] >= 0) bits[items[n] >> 6] |= uint64_t{1} << (items[n] & 63);
+  }
+  int64_t count = 0;
+  for (int64_t w = 0; w < words; ++w) {
+    before[w] = count;
+    for (uint64_t left = bits[w]; left; left &= left - 1) {
+      rows[count++] = Item(64 * w + __builtin_ctzll(left));
+    }
+  }
+  for (int64_t n = 0; n < N; ++n) {
+    const int64_t item = items[n];
+    if (item < 0) {
+      positions[n] = -1;
+    } else {
+      const uint64_t smaller = bits[item >> 6] & ((uint64_t{1} << (item & 63)) - 1);
+      positions[n] = Item(before[item >> 6] + __builtin_popcountll(smaller));
+    }
+  }
+  return count;
+}
+
+template <typename Item>
+FEDPEFT_INLINE int64_t touched_by_sort(const Item* items, int64_t N, int64_t largest, void* scratch,
+                                       Item* rows, Item* positions) {
+  Keyed* from = static_cast<Keyed*>(scratch);
+  Keyed* to = from + N;
+  int64_t count = 0;
+  for (int64_t n = 0; n < N; ++n) {
+    positions[n] = -1;
+    if (items[n] >= 0) from[count++] = {uint64_t(items[n]), n};
+  }
+  for (int64_t shift = 0; shift < 64 && uint64_t(largest) >> shift; shift += kRadixBits) {
+    int64_t starts[1 << kRadixBits] = {};
+    const uint64_t mask = (1 << kRadixBits) - 1;
+    for (int64_t i = 0; i < count; ++i) ++starts[from[i].item >> shift & mask];
+    int64_t sum = 0;
+    for (int64_t& start : starts) {
+      const int64_t size = start;
+      start = sum;
+      sum += size;
+    }
+    for (int64_t i = 0; i < count; ++i) to[starts[from[i].item >> shift & mask]++] = from[i];
+    Keyed* sorted = to;
+    to = from;
+    from = sorted;
+  }
+  int64_t distinct = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i == 0 || from[i].item != from[i - 1].item) rows[distinct++] = Item(from[i].item);
+    positions[from[i].position] = Item(distinct - 1);
+  }
+  return distinct;
+}
+
+template <typename Item>
+void touched(const TouchedRowsArgs& a, int64_t begin, int64_t end, void* scratch) {
+  for (int64_t c = begin; c < end; ++c) {
+    const Item* items = static_cast<const Item*>(a.items.data) + c * a.N;
+    Item* rows = static_cast<Item*>(a.rows) + c * a.N;
+    Item* positions = static_cast<Item*>(a.positions) + c * a.N;
+    Item largest = -1, smallest = -1;
+    for (int64_t n = 0; n < a.N; ++n) {
+      largest = items[n] > largest ? items[n] : largest;
+      smallest = items[n] < smallest ? items[n] : smallest;
+    }
+    if (smallest < -1) [[unlikely]] {
+      for (int64_t n = 0; n < a.N; ++n) {
+        if (items[n] < -1) a.bad_item->report(c * a.N + n);
+      }
+    }
+    const int64_t words = int64_t(largest) / 64 + 1;
+    a.counts[c] = words <= bitmap_words(a.N)
+                      ? touched_by_bitmap(items, a.N, words, scratch, rows, positions)
+                      : touched_by_sort(items, a.N, largest, scratch, rows, positions);
+  }
+}
+
+void touched_any(const TouchedRowsArgs& a, int64_t begin, int64_t end, void* scratch) {
+  a.items.bytes == 8 ? touched<int64_t>(a, begin, end, scratch)
+                     : touched<int32_t>(a, begin, end, scratch);
+}
+
+// accumulate_updates_. Each addition rounds to the type of total, so that a sum over chunks of
+// clients equals one call.
+
+FEDPEFT_INLINE void add(double* total, double x) { *total += x; }
+FEDPEFT_INLINE void add(float* total, double x) { *total = float(double(*total) + x); }
+template <typename T>
+FEDPEFT_INLINE void add(T* total, double x) {
+  from_acc(float(double(to_acc(*total)) + x), total);
+}
+
+template <typename Total, typename T>
+FEDPEFT_INLINE void add_weighted(Total* __restrict total, const T* __restrict update, int64_t n,
+                                 double weight) {
+  for (int64_t i = 0; i < n; ++i) add(total + i, weight * double(to_acc(update[i])));
+}
+
+template <typename Total, typename T>
+void dense(const AccumulateArgs& a, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kAccumulateBlock;
+    const int64_t n = a.size - first < kAccumulateBlock ? a.size - first : kAccumulateBlock;
+    for (int64_t c = 0; c < a.clients; ++c) {
+      add_weighted(static_cast<Total*>(a.total) + first,
+                   static_cast<const T*>(a.updates) + c * a.size + first, n, a.weights[c]);
+    }
+  }
+}
+
+template <typename Total, typename T>
+void rows(const AccumulateArgs& a, const int64_t* entries, int64_t count) {
+  constexpr int64_t kAhead = 8;
+  Total* total = static_cast<Total*>(a.total);
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) {
+      const int64_t ahead = a.rows[entries ? entries[i + kAhead] : i + kAhead];
+      if (ahead >= 0) prefetch_row(total + ahead * a.width, a.width);
+    }
+    const int64_t entry = entries ? entries[i] : i;
+    const int64_t row = a.rows[entry];
+    if (row < 0) continue;
+    add_weighted(total + row * a.width, static_cast<const T*>(a.updates) + entry * a.width, a.width,
+                 a.weights[entry / a.R]);
+  }
+}
+
+void check_rows(const AccumulateArgs& a, int64_t begin, int64_t end, FirstError* bad_row) {
+  for (int64_t i = begin; i < end; ++i) {
+    if (classify(a.rows[i], a.num_rows) == Position::bad) [[unlikely]]
+      bad_row->report(i);
+  }
+}
+
+}  // namespace
+
+const AggregateKernels aggregate_kernels = {
+    touched_scratch,
+    touched_any,
+    {dense<float, float>, dense<double, double>, dense<Half, Half>, dense<BFloat16, BFloat16>},
+    {dense<double, float>, dense<double, double>, dense<double, Half>, dense<double, BFloat16>},
+    {rows<float, float>, rows<double, double>, rows<Half, Half>, rows<BFloat16, BFloat16>},
+    {rows<double, float>, rows<double, double>, rows<double, Half>, rows<double, BFloat16>},
+    check_rows,
+};
+
+}  // namespace fedpeft::FEDPEFT_ISA

@@ -1,0 +1,143 @@
+// CUDA kernels of touched_rows (a block a client, over its sorted items) and accumulate_updates_ (a thread an element,
+// clients in order; with rows a group of lanes a row, over entries sorted by row).
+#include "aggregate/aggregate_cuda.h"
+
+#include "common/device.cuh"
+
+namespace fedpeft::gpu {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+
+template <typename Item>
+__global__ void __launch_bounds__(kThreads, 4) touched(TouchedRowsArgs a, const Item* sorted, const int64_t* order,
+                                                       int64_t clients, unsigned long long* largest) {
+  FEDPEFT_SHARED(int, starts, kWarps);
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  for (int64_t c = blockIdx.x; c < clients; c += gridDim.x) {
+    const Item* items = sorted + c * a.N;
+    Item* rows = static_cast<Item*>(a.rows) + c * a.N;
+    Item* positions = static_cast<Item*>(a.positions) + c * a.N;
+    int64_t found = 0;  // distinct items before this chunk
+    for (int64_t first = 0; first < a.N; first += kThreads) {
+      const int64_t i = first + threadIdx.x;
+      const Item item = i < a.N ? items[i] : Item(-1);
+      if (item < -1) FEDPEFT_BAD_INDEX("items", item, c * a.N + order[c * a.N + i], INT64_MAX);
+      const bool begins = item >= 0 && (i == 0 || items[i - 1] != item);
+      const unsigned votes = __ballot_sync(kFullMask, begins);
+      if (lane == 0) starts[warp] = __popc(votes);
+      __syncthreads();
+      int before = __popc(votes & ((1u << lane) - 1)), all = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        if (w < warp) before += starts[w];
+        all += starts[w];
+      }
+      const int64_t row = found + before + begins - 1;
+      if (begins) rows[row] = item;
+      if (i < a.N) positions[order[c * a.N + i]] = item >= 0 ? Item(row) : Item(-1);
+      found += all;
+      __syncthreads();
+    }
+    for (int64_t r = found + threadIdx.x; r < a.N; r += kThreads) rows[r] = -1;
+    if (threadIdx.x == 0) atomicMax(largest, static_cast<unsigned long long>(found));
+  }
+}
+
+// Each addition rounds to the type of total, as on the CPU.
+FEDPEFT_DEVICE void add(double& total, double x) { total += x; }
+FEDPEFT_DEVICE void add(float& total, double x) { total = float(double(total) + x); }
+FEDPEFT_DEVICE void add(Half& total, double x) { total = from_acc<Half>(float(double(to_acc(total)) + x)); }
+FEDPEFT_DEVICE void add(BFloat16& total, double x) { total = from_acc<BFloat16>(float(double(to_acc(total)) + x)); }
+
+template <typename Total, typename T>
+__global__ void __launch_bounds__(kThreads, 4) dense(AccumulateArgs a) {
+  Total* total = static_cast<Total*>(a.total);
+  const T* updates = static_cast<const T*>(a.updates);
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.size; i += int64_t(gridDim.x) * kThreads) {
+    Total sum = total[i];
+#pragma unroll 8
+    for (int64_t c = 0; c < a.clients; ++c) add(sum, a.weights[c] * double(to_acc(updates[c * a.size + i])));
+    total[i] = sum;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 4) write_keys(AccumulateArgs a, int64_t* keys) {
+  const int64_t entries = a.clients * a.R;
+  for (int64_t e = int64_t(blockIdx.x) * kThreads + threadIdx.x; e < entries; e += int64_t(gridDim.x) * kThreads) {
+    const int64_t row = a.rows[e];
+    if (classify(row, a.num_rows) == Position::bad) FEDPEFT_BAD_INDEX("rows", row, e, a.num_rows);
+    keys[e] = row < 0 ? a.num_rows : row;
+  }
+}
+
+// A group of lanes an entry; those of the first entry of a row add the whole row.
+template <typename Total, typename T>
+__global__ void __launch_bounds__(kThreads, 4) add_rows(AccumulateArgs a, const int64_t* keys, const int64_t* order) {
+  const int64_t entries = a.clients * a.R;
+  const int lanes = lanes_for(a.width), lane = int(threadIdx.x) % lanes, groups = kThreads / lanes;
+  for (int64_t e = int64_t(blockIdx.x) * groups + threadIdx.x / lanes; e < entries;
+       e += int64_t(gridDim.x) * groups) {
+    const int64_t row = keys[e];
+    if (row == a.num_rows || (e > 0 && keys[e - 1] == row)) continue;
+    Total* total = static_cast<Total*>(a.total) + row * a.width;
+    for (int64_t column = lane; column < a.width; column += lanes) {
+      Total sum = total[column];
+      for (int64_t i = e; i < entries && keys[i] == row; ++i) {
+        const int64_t entry = order[i];
+        const T update = static_cast<const T*>(a.updates)[entry * a.width + column];
+        add(sum, a.weights[divide(entry, a.R)] * double(to_acc(update)));
+      }
+      total[column] = sum;
+    }
+  }
+}
+
+}  // namespace
+
+void touched_rows(const TouchedRowsArgs& a, const void* sorted, const int64_t* order, int64_t clients,
+                  unsigned long long* largest, Stream stream) {
+  if (a.items.bytes == 8) {
+    launch(touched<int64_t>, clients, kThreads, 0, stream, a, static_cast<const int64_t*>(sorted), order, clients,
+           largest);
+  } else {
+    launch(touched<int32_t>, clients, kThreads, 0, stream, a, static_cast<const int32_t*>(sorted), order, clients,
+           largest);
+  }
+}
+
+unsigned long long read_back(const unsigned long long* value, [[maybe_unused]] Stream stream) {
+#if defined(__CUDACC__)
+  unsigned long long result = 0;
+  const auto on = static_cast<cudaStream_t>(stream.handle);
+  check(cudaMemcpyAsync(&result, value, sizeof(result), cudaMemcpyDeviceToHost, on), "cudaMemcpyAsync");
+  check(cudaStreamSynchronize(on), "cudaStreamSynchronize");
+  return result;
+#else
+  return *value;
+#endif
+}
+
+void accumulate_dense(const AccumulateArgs& a, DType dtype, bool in_double, Stream stream) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    launch(in_double ? dense<double, T> : dense<T, T>, (a.size + kThreads - 1) / kThreads, kThreads, 0, stream, a);
+  });
+}
+
+void accumulate_keys(const AccumulateArgs& a, int64_t* keys, Stream stream) {
+  launch(write_keys, (a.clients * a.R + kThreads - 1) / kThreads, kThreads, 0, stream, a, keys);
+}
+
+void accumulate_rows(const AccumulateArgs& a, DType dtype, bool in_double, const int64_t* sorted,
+                     const int64_t* order, Stream stream) {
+  if (a.width == 0) return;
+  const int groups = kThreads / lanes_for(a.width);
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    launch(in_double ? add_rows<double, T> : add_rows<T, T>, (a.clients * a.R + groups - 1) / groups, kThreads, 0,
+           stream, a, sorted, order);
+  });
+}
+
+}  // namespace fedpeft::gpu

@@ -1,0 +1,126 @@
+// Binding of bpr_loss, bce_loss and their gradients: checks, allocation, dispatch.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "common/check.h"
+#include "common/parallel.h"
+#include "losses/losses_cpu.h"
+
+namespace fedpeft {
+namespace {
+
+enum class Loss { bpr, bce };
+
+void check_same_shape(const Tensor& t, const Tensor& like, const char* name,
+                      const char* like_name) {
+  bool ok = t.dim() == like.dim();
+  for (int64_t d = 0; ok && d < t.dim(); ++d) ok = t.size(d) == like.size(d);
+  check_value(ok, name, ": expected the shape of ", like_name, " ", shape_text(like), ", got ",
+              shape_text(t));
+}
+
+// Contiguous inputs of one call and what the kernels need to know of them.
+struct Inputs {
+  Tensor positive, negative, items;
+  int64_t clients;
+  int kernel;
+  LossArgs args{};
+  std::vector<int64_t> counts;
+
+  Inputs(const Tensor& positive_, const Tensor& negative_, const Tensor& items_) {
+    check_value(positive_.dim() == 1 || positive_.dim() == 2,
+                "positive: expected shape [P] or [C, P], got ", shape_text(positive_));
+    kernel = int(dtype_of(positive_, "positive"));
+    check_same_shape(negative_, positive_, "negative", "positive");
+    check_same_dtype(negative_, positive_, "negative", "positive");
+    check_same_device(negative_, positive_, "negative", "positive");
+    check_same_shape(items_, positive_, "items", "positive");
+    check_same_device(items_, positive_, "items", "positive");
+    positive = dense(positive_);
+    negative = dense(negative_);
+    items = dense(items_);
+    clients = positive.dim() == 2 ? positive.size(0) : 1;
+    args.positive = positive.const_data_ptr();
+    args.negative = negative.const_data_ptr();
+    args.items = indices_of(items, "items");
+    args.positions = positive.size(positive.dim() - 1);
+    args.blocks = std::max<int64_t>(1, (args.positions + kLossBlock - 1) / kLossBlock);
+    counts.resize(size_t(clients * args.blocks));
+    args.counts = counts.data();
+  }
+  Inputs(const Inputs&) = delete;
+
+  template <typename Kernel>
+  void run(const Kernel& kernel_function, int64_t cost) {
+    parallel_ranges(clients * args.blocks, cost * std::min(args.positions, kLossBlock),
+                    [&](int64_t begin, int64_t end) { kernel_function(args, begin, end); });
+  }
+
+  int64_t count(int64_t client) const {
+    int64_t n = 0;
+    for (int64_t b = 0; b < args.blocks; ++b) n += counts[size_t(client * args.blocks + b)];
+    return n;
+  }
+
+  std::vector<int64_t> client_shape() const {
+    return positive.dim() == 2 ? std::vector<int64_t>{clients} : std::vector<int64_t>{};
+  }
+};
+
+template <Loss loss>
+Tensor forward(const Tensor& positive, const Tensor& negative, const Tensor& items) {
+  Inputs in(positive, negative, items);
+  std::vector<double> sums(in.counts.size());
+  in.args.sums = sums.data();
+  const LossKernels& kernels = select_loss_kernels();
+  in.run((loss == Loss::bpr ? kernels.bpr : kernels.bce)[in.kernel], 20);
+  Tensor mean = torch::stable::new_empty(in.positive, in.client_shape(), ScalarType::Double);
+  double* out = static_cast<double*>(mean.mutable_data_ptr());
+  for (int64_t c = 0; c < in.clients; ++c) {
+    double sum = 0;
+    for (int64_t b = 0; b < in.args.blocks; ++b) sum += sums[size_t(c * in.args.blocks + b)];
+    const int64_t n = in.count(c);
+    out[c] = n == 0 ? 0 : sum / double(loss == Loss::bpr ? n : 2 * n);
+  }
+  return as_dtype(mean, positive.scalar_type());
+}
+
+template <Loss loss>
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& positive,
+                                    const Tensor& negative, const Tensor& items) {
+  Inputs in(positive, negative, items);
+  const bool ok =
+      grad.dim() == in.positive.dim() - 1 && (grad.dim() == 0 || grad.size(0) == in.clients);
+  check_value(ok, "grad: expected the shape of the loss, ", in.positive.dim() == 2 ? "[C]" : "[]",
+              ", got ", shape_text(grad));
+  check_same_dtype(grad, positive, "grad", "positive");
+  check_same_device(grad, positive, "grad", "positive");
+  const LossKernels& kernels = select_loss_kernels();
+  in.run(kernels.count, 1);
+  const Tensor grad_ = dense(as_dtype(grad, ScalarType::Double));
+  const double* g = static_cast<const double*>(grad_.const_data_ptr());
+  std::vector<double> scale(static_cast<size_t>(in.clients));
+  for (int64_t c = 0; c < in.clients; ++c) {
+    const int64_t n = in.count(c);
+    scale[size_t(c)] = n == 0 ? 0 : g[c] / double(loss == Loss::bpr ? n : 2 * n);
+  }
+  in.args.scale = scale.data();
+  Tensor grad_positive = torch::stable::empty_like(in.positive);
+  Tensor grad_negative = torch::stable::empty_like(in.negative);
+  in.args.grad_positive = grad_positive.mutable_data_ptr();
+  in.args.grad_negative = grad_negative.mutable_data_ptr();
+  in.run((loss == Loss::bpr ? kernels.bpr_backward : kernels.bce_backward)[in.kernel], 20);
+  return {grad_positive, grad_negative};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fedpeft_ext, CPU, m) {
+  m.impl("bpr_loss", TORCH_BOX(&forward<Loss::bpr>));
+  m.impl("bpr_loss_backward", TORCH_BOX(&backward<Loss::bpr>));
+  m.impl("bce_loss", TORCH_BOX(&forward<Loss::bce>));
+  m.impl("bce_loss_backward", TORCH_BOX(&backward<Loss::bce>));
+}
+
+}  // namespace fedpeft

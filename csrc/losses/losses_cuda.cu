@@ -1,0 +1,162 @@
+// CUDA kernels of bpr_loss and bce_loss: a block a client and 4096 positions; a client of one block needs one launch.
+#include "losses/losses_cuda.h"
+
+#include "common/device.cuh"
+
+namespace fedpeft::gpu {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+
+FEDPEFT_DEVICE float exp_of(float x) { return expf(x); }
+FEDPEFT_DEVICE double exp_of(double x) { return exp(x); }
+FEDPEFT_DEVICE float log1p_of(float x) { return log1pf(x); }
+FEDPEFT_DEVICE double log1p_of(double x) { return log1p(x); }
+
+// log(1 + exp(x))
+template <typename A>
+FEDPEFT_DEVICE A softplus(A x) {
+  return (x > A(0) ? x : A(0)) + log1p_of(exp_of(x > A(0) ? -x : x));
+}
+
+// 1 / (1 + exp(-x))
+template <typename A>
+FEDPEFT_DEVICE A sigmoid(A x) {
+  const A e = exp_of(x > A(0) ? -x : x);
+  return (x < A(0) ? e : A(1)) / (A(1) + e);
+}
+
+// Sum over the threads of the block, in every thread. `shared` has kWarps values.
+template <typename X>
+FEDPEFT_DEVICE X block_sum(X x, X* shared) {
+  for (int bits = kWarp / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(kFullMask, x, bits);
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  X sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) sum += shared[w];
+  __syncthreads();
+  return sum;
+}
+
+struct Range {
+  int64_t client, begin, end;  // flat positions
+};
+
+FEDPEFT_DEVICE Range range_of(const LossArgs& a, int64_t task) {
+  const int64_t client = divide(task, a.blocks), first = (task - client * a.blocks) * kLossBlock;
+  const int64_t last = first + kLossBlock < a.positions ? first + kLossBlock : a.positions;
+  return {client, client * a.positions + first, client * a.positions + last};
+}
+
+FEDPEFT_DEVICE int64_t count_items(const LossArgs& a, const Range& range, int64_t* shared) {
+  int64_t count = 0;
+  for (int64_t n = range.begin + threadIdx.x; n < range.end; n += kThreads) count += a.items[n] != -1;
+  return block_sum(count, shared);
+}
+
+template <typename T, bool Bpr>
+FEDPEFT_DEVICE T mean_of(double sum, int64_t count) {
+  return from_acc<T>(acc_t<T>(count == 0 ? 0.0 : sum / double(Bpr ? count : 2 * count)));
+}
+
+template <typename T, bool Bpr>
+__global__ void __launch_bounds__(kThreads, 4) forward(LossArgs a, int64_t clients, T* out) {
+  using A = acc_t<T>;
+  FEDPEFT_SHARED(double, sums, kWarps);
+  FEDPEFT_SHARED(int64_t, counts, kWarps);
+  for (int64_t task = blockIdx.x; task < clients * a.blocks; task += gridDim.x) {
+    const Range range = range_of(a, task);
+    double sum = 0;
+    for (int64_t n = range.begin + threadIdx.x; n < range.end; n += kThreads) {
+      if (a.items[n] == -1) continue;
+      const A x = to_acc(static_cast<const T*>(a.positive)[n]), y = to_acc(static_cast<const T*>(a.negative)[n]);
+      sum += double(Bpr ? softplus(y - x) : softplus(-x) + softplus(y));
+    }
+    sum = block_sum(sum, sums);
+    const int64_t count = count_items(a, range, counts);
+    if (threadIdx.x != 0) continue;
+    if (a.blocks == 1) {
+      out[range.client] = mean_of<T, Bpr>(sum, count);
+    } else {
+      a.sums[task] = sum;
+      a.counts[task] = count;
+    }
+  }
+}
+
+template <typename T, bool Bpr>
+__global__ void __launch_bounds__(kThreads, 4) join(LossArgs a, int64_t clients, T* out) {
+  for (int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x; c < clients; c += int64_t(gridDim.x) * kThreads) {
+    double sum = 0;
+    int64_t count = 0;
+    for (int64_t b = c * a.blocks; b < (c + 1) * a.blocks; ++b) {
+      sum += a.sums[b];
+      count += a.counts[b];
+    }
+    out[c] = mean_of<T, Bpr>(sum, count);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 4) count(LossArgs a, int64_t clients) {
+  FEDPEFT_SHARED(int64_t, counts, kWarps);
+  for (int64_t task = blockIdx.x; task < clients * a.blocks; task += gridDim.x) {
+    const int64_t found = count_items(a, range_of(a, task), counts);
+    if (threadIdx.x == 0) a.counts[task] = found;
+  }
+}
+
+template <typename T, bool Bpr>
+__global__ void __launch_bounds__(kThreads, 4) backward(LossArgs a, int64_t clients, const T* grad) {
+  using A = acc_t<T>;
+  FEDPEFT_SHARED(int64_t, counts, kWarps);
+  for (int64_t task = blockIdx.x; task < clients * a.blocks; task += gridDim.x) {
+    const Range range = range_of(a, task);
+    int64_t found = 0;
+    if (a.blocks == 1) {
+      found = count_items(a, range, counts);
+    } else {
+      for (int64_t b = threadIdx.x; b < a.blocks; b += kThreads) found += a.counts[range.client * a.blocks + b];
+      found = block_sum(found, counts);
+    }
+    const A scale = A(found == 0 ? 0.0 : double(to_acc(grad[range.client])) / double(Bpr ? found : 2 * found));
+    for (int64_t n = range.begin + threadIdx.x; n < range.end; n += kThreads) {
+      A at_positive = 0, at_negative = 0;
+      if (a.items[n] != -1) {
+        const A x = to_acc(static_cast<const T*>(a.positive)[n]), y = to_acc(static_cast<const T*>(a.negative)[n]);
+        at_negative = scale * sigmoid(Bpr ? y - x : y);
+        at_positive = Bpr ? -at_negative : -scale * sigmoid(-x);
+      }
+      static_cast<T*>(a.grad_positive)[n] = from_acc<T>(at_positive);
+      static_cast<T*>(a.grad_negative)[n] = from_acc<T>(at_negative);
+    }
+  }
+}
+
+template <typename T, bool Bpr>
+void launch_forward(const LossArgs& a, int64_t clients, void* out, Stream stream) {
+  launch(forward<T, Bpr>, clients * a.blocks, kThreads, 0, stream, a, clients, static_cast<T*>(out));
+  if (a.blocks > 1)
+    launch(join<T, Bpr>, (clients + kThreads - 1) / kThreads, kThreads, 0, stream, a, clients, static_cast<T*>(out));
+}
+
+}  // namespace
+
+void ranking_loss(const LossArgs& a, DType dtype, bool bpr, int64_t clients, void* out, Stream stream) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    bpr ? launch_forward<T, true>(a, clients, out, stream) : launch_forward<T, false>(a, clients, out, stream);
+  });
+}
+
+void ranking_loss_backward(const LossArgs& a, DType dtype, bool bpr, int64_t clients, const void* grad,
+                           Stream stream) {
+  if (a.blocks > 1) launch(count, clients * a.blocks, kThreads, 0, stream, a, clients);
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    launch(bpr ? backward<T, true> : backward<T, false>, clients * a.blocks, kThreads, 0, stream, a, clients,
+           static_cast<const T*>(grad));
+  });
+}
+
+}  // namespace fedpeft::gpu

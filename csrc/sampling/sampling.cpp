@@ -1,0 +1,147 @@
+// Binding of sample_negatives and client_dropout: checks, allocation, dispatch.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+
+#include "common/check.h"
+#include "common/parallel.h"
+#include "sampling/sampling_cpu.h"
+
+namespace fedpeft {
+namespace {
+
+uint32_t check_uint(int64_t value, int64_t limit, const char* name) {
+  check_value(value >= 0 && value < limit, name, ": expected 0 to ", limit - 1, ", got ", value);
+  return uint32_t(value);
+}
+
+// Client ids in [0, users).
+void check_clients(const IndexArray& clients, int64_t count, int64_t users) {
+  for (int64_t c = 0; c < count; ++c) {
+    if (clients[c] < 0 || clients[c] >= users) [[unlikely]] {
+      throw std::out_of_range(text("clients: id ", clients[c], " at position ", c,
+                                   " is out of range: expected 0 to ", users - 1));
+    }
+  }
+}
+
+void check_positives(const SampleNegativesArgs& a, int64_t clients, int64_t nnz) {
+  FirstError full, bad_range, bad_index;
+  parallel_ranges(clients, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t first = a.indptr[a.clients[c]], last = a.indptr[a.clients[c] + 1];
+      if (first < 0 || last < first || last > nnz) {
+        bad_range.report(c);
+        continue;
+      }
+      int64_t before = -1;
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t item = a.indices[i];
+        if (item <= before || item >= a.num_items) bad_index.report(i);
+        before = item;
+      }
+      if (last - first >= a.num_items) full.report(c);
+    }
+  });
+  if (bad_range.any()) {
+    const int64_t user = a.clients[bad_range.position];
+    throw std::invalid_argument(text("indptr: expected ascending offsets of 0 to ", nnz, ", got ",
+                                     a.indptr[user], " and ", a.indptr[user + 1], " for client ",
+                                     user));
+  }
+  if (bad_index.any()) {
+    const int64_t at = bad_index.position, item = a.indices[at];
+    if (item < 0 || item >= a.num_items) {
+      throw std::out_of_range(text("indices: item ", item, " at position ", at,
+                                   " is out of range: expected 0 to ", a.num_items - 1));
+    }
+    throw std::invalid_argument(
+        text("indices: expected distinct items in ascending order within a client, got ", item,
+             " at position ", at));
+  }
+  check_value(!full.any(), "clients: client ", full.any() ? a.clients[full.position] : 0,
+              " has met all ", a.num_items, " items: there is no negative to draw");
+}
+
+Tensor sample_negatives(const Tensor& items, const Tensor& clients, const Tensor& indptr,
+                        const Tensor& indices, int64_t num_items, int64_t epochs, int64_t seed,
+                        int64_t round) {
+  check_dim(items, 2, "items", "[C, P]");
+  check_dim(clients, 1, "clients", "[C]");
+  check_size(clients, 0, items.size(0), "clients", "C, the rows of items");
+  check_dim(indptr, 1, "indptr", "[U + 1]");
+  check_value(indptr.size(0) >= 1, "indptr: expected shape [U + 1], got ", shape_text(indptr));
+  check_dim(indices, 1, "indices", "[nnz]");
+  check_same_device(clients, items, "clients", "items");
+  check_same_device(indptr, items, "indptr", "items");
+  check_same_device(indices, items, "indices", "items");
+  check_value(num_items >= 0, "num_items: expected at least 0, got ", num_items);
+  check_uint(epochs, (1 << 16) + 1, "epochs");
+
+  const Tensor items_ = dense(items), clients_ = dense(clients), indptr_ = dense(indptr);
+  const Tensor indices_ = dense(indices);
+  FirstError bad_item;
+  SampleNegativesArgs a{};
+  a.items = indices_of(items_, "items");
+  a.clients = indices_of(clients_, "clients");
+  a.indptr = indices_of(indptr_, "indptr");
+  a.indices = indices_of(indices_, "indices");
+  a.positions = items.size(1);
+  a.epochs = epochs;
+  a.num_items = num_items;
+  a.blocks = (a.positions + kNegativesBlock - 1) / kNegativesBlock;
+  a.seed = uint64_t(seed);
+  a.round = check_uint(round, int64_t{1} << 32, "round");
+  a.bad_item = &bad_item;
+  check_clients(a.clients, items.size(0), indptr.size(0) - 1);
+  check_positives(a, items.size(0), indices.size(0));
+
+  Tensor out = torch::stable::new_empty(items, {items.size(0), epochs, a.positions});
+  a.out = out.mutable_data_ptr();
+  const auto kernel = select_sampling_kernels().negatives;
+  parallel_ranges(items.size(0) * epochs * a.blocks, 30 * std::min(a.positions, kNegativesBlock),
+                  [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  raise_bad_index(bad_item, a.items, num_items, "items");
+  return out;
+}
+
+Tensor client_dropout(const Tensor& x, const Tensor& clients, double p, int64_t seed, int64_t round,
+                      int64_t epoch, int64_t layer) {
+  check_value(x.dim() >= 1, "x: expected shape [C, ...], got ", shape_text(x));
+  check_dim(clients, 1, "clients", "[C]");
+  check_size(clients, 0, x.size(0), "clients", "C, the first dimension of x");
+  check_same_device(clients, x, "clients", "x");
+  check_value(p >= 0 && p <= 1, "p: expected a probability from 0 to 1, got ", p);
+
+  const Tensor x_ = dense(x), clients_ = dense(clients);
+  ClientDropoutArgs a{};
+  a.x = x_.const_data_ptr();
+  a.clients = indices_of(clients_, "clients");
+  a.size = x.size(0) ? x.numel() / x.size(0) : 0;
+  check_value(a.size <= int64_t{1} << 34, "x: expected at most 2^34 elements a client, got ",
+              a.size);
+  a.blocks = (a.size + kDropoutBlock - 1) / kDropoutBlock;
+  a.threshold = p < 1 ? uint32_t(std::floor(std::ldexp(p, 32))) : 0;
+  a.scale = 1 / (1 - p);
+  a.seed = uint64_t(seed);
+  a.round = check_uint(round, int64_t{1} << 32, "round");
+  a.epoch = check_uint(epoch, 1 << 16, "epoch");
+  a.layer = check_uint(layer, 1 << 8, "layer");
+  check_clients(a.clients, x.size(0), int64_t{1} << 32);
+  const auto kernel = select_sampling_kernels().dropout[int(dtype_of(x, "x"))];
+  if (p == 1) return torch::stable::new_zeros(x, x.sizes());
+  Tensor out = torch::stable::empty_like(x_);
+  a.out = out.mutable_data_ptr();
+  parallel_ranges(x.size(0) * a.blocks, 4 * std::min(a.size, kDropoutBlock),
+                  [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fedpeft_ext, CPU, m) {
+  m.impl("sample_negatives", TORCH_BOX(&sample_negatives));
+  m.impl("client_dropout", TORCH_BOX(&client_dropout));
+}
+
+}  // namespace fedpeft

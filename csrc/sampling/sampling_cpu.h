@@ -1,0 +1,47 @@
+// Counter-based draws on the CPU: every one is a function of (seed, round, client, position) alone.
+#pragma once
+
+#include "common/isa.h"
+#include "common/types.h"
+
+namespace fedpeft {
+
+constexpr int64_t kNegativesBlock = 1024;  // positions of a work item
+constexpr int64_t kDropoutBlock = 4096;    // elements of a work item; a multiple of 4
+
+struct SampleNegativesArgs {
+  IndexArray items;    // [C, P]
+  void* out;           // [C, epochs, P] of the type of items
+  IndexArray clients;  // [C], in [0, U)
+  IndexArray indptr;   // [U + 1]
+  IndexArray indices;  // [nnz]: each user's positives, ascending
+  int64_t positions;   // P
+  int64_t epochs, num_items;
+  int64_t blocks;  // work items of a client and an epoch
+  uint64_t seed;
+  uint32_t round;
+  FirstError* bad_item;  // flat index into items
+};
+
+struct ClientDropoutArgs {
+  const void* x;       // [C, size]
+  void* out;           // [C, size]
+  IndexArray clients;  // [C], in [0, 2^32)
+  int64_t size;        // elements of a client
+  int64_t blocks;      // work items of a client
+  uint32_t threshold;  // floor(p * 2^32): an element with a word below it is dropped
+  double scale;        // 1 / (1 - p)
+  uint64_t seed;
+  uint32_t round, epoch, layer;
+};
+
+struct SamplingKernels {
+  // Work items [begin, end) of C * epochs * blocks.
+  void (*negatives)(const SampleNegativesArgs&, int64_t begin, int64_t end);
+  // Work items [begin, end) of C * blocks.
+  void (*dropout[kDTypes])(const ClientDropoutArgs&, int64_t begin, int64_t end);
+};
+
+FEDPEFT_DECLARE_KERNELS(SamplingKernels, sampling_kernels)
+
+}  // namespace fedpeft
