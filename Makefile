@@ -16,7 +16,7 @@ EMBEDDINGS := full,c-rq,p-lora,p-hash,p-rq
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built$(if $(WERROR),-werror)
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')

@@ -1,0 +1,410 @@
+"""The command line `fedpeft`: `run`, `compare`, `data`, `info`.
+
+Settings come from four places, later ones win: defaults, the YAML file of `--config`, named options such as
+`--rounds`, and `--set section.key=value`. Whatever a user can get wrong ends in one sentence on stderr and
+exit code 2 (docs/cli.md). Slow imports are left to the commands that need them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedpeft_ext.config import Config
+    from fedpeft_ext.data import Dataset
+    from fedpeft_ext.simulation import Callback
+
+USER_ERROR, TRAINING_FAILED, INTERRUPTED = 2, 3, 130
+"""Exit codes besides 0 (done) and 1 (a defect of the program, with its traceback)."""
+
+DEFAULT_EMBEDDINGS = "full,c-rq,p-lora,p-hash,p-rq"
+
+app = typer.Typer(
+    name="fedpeft",
+    help="Parameter-efficient embeddings for federated recommendation: train, compare, look at data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of `fedpeft` and of `python -m fedpeft_ext`; ends the process."""
+    sys.exit(app(args, prog_name="fedpeft"))
+
+
+# Options that several commands share.
+_ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file of settings.", show_default=False)
+]
+_Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Any setting: training.lr=0.01; repeatable."),
+]
+_DatasetName = Annotated[
+    str | None,
+    typer.Option("--dataset", "-d", help="Name, file or folder: see fedpeft data.", show_default="ml-100k"),
+]
+_Backbone = Annotated[
+    str | None, typer.Option("--backbone", help="Recommendation model.", show_default="fedmf")
+]
+_Rounds = Annotated[int | None, typer.Option("--rounds", "-r", help="Federated rounds.", show_default="100")]
+_Seed = Annotated[int | None, typer.Option("--seed", help="Of every random draw.", show_default="0")]
+_Engine = Annotated[
+    str | None, typer.Option("--engine", help="batched or sequential.", show_default="batched")
+]
+_Device = Annotated[str | None, typer.Option("--device", help="torch device.", show_default="cpu")]
+_Threads = Annotated[
+    int | None, typer.Option("--threads", help="CPU threads.", show_default="torch's choice")
+]
+_Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results.", show_default=False)]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that are in the folder.")]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the results.")]
+_Debug = Annotated[
+    bool, typer.Option("--debug", envvar="FEDPEFT_DEBUG", help="Show the traceback of an error.")
+]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from fedpeft_ext import __version__
+
+        typer.echo(f"fedpeft_ext {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    dataset: _DatasetName = None,
+    backbone: _Backbone = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            "--embedding",
+            "-e",
+            help="full, c-X (compressed alone), p-X (with frozen full); X: lora, hash, hash+senet, rq.",
+            show_default="p-rq",
+        ),
+    ] = None,
+    rounds: _Rounds = None,
+    out: _Out = None,
+    config: _ConfigFile = None,
+    set_: _Set = None,
+    seed: _Seed = None,
+    engine: _Engine = None,
+    device: _Device = None,
+    threads: _Threads = None,
+    overwrite: _Overwrite = False,
+    quiet: _Quiet = False,
+    debug: _Debug = False,
+) -> None:
+    """Train one embedding in the federation and evaluate it.
+
+    The folder (default: runs/DATASET-BACKBONE-EMBEDDING) gets config.yaml,
+    metrics.jsonl, summary.json and model.safetensors.
+    """
+    named = _named(dataset, backbone, rounds, seed, engine, device, threads)
+    with _reported_errors(debug) as started:
+        settings = _settings(config, {**named, "embedding.name": embedding}, set_)
+        folder = out or _default_folder(settings, settings.embedding.name)
+        started(folder)
+        _run(settings, folder, overwrite=overwrite, quiet=quiet)
+
+
+@app.command()
+def compare(
+    embeddings: Annotated[
+        str, typer.Option("--embeddings", "-e", help="Names as in run --embedding, separated by commas.")
+    ] = DEFAULT_EMBEDDINGS,
+    dataset: _DatasetName = None,
+    backbone: _Backbone = None,
+    rounds: _Rounds = None,
+    out: _Out = None,
+    config: _ConfigFile = None,
+    set_: _Set = None,
+    seed: _Seed = None,
+    engine: _Engine = None,
+    device: _Device = None,
+    threads: _Threads = None,
+    overwrite: _Overwrite = False,
+    quiet: _Quiet = False,
+    debug: _Debug = False,
+) -> None:
+    """Train several embeddings alike; print and draw accuracy against bytes sent.
+
+    The folder (default: runs/DATASET-BACKBONE-compare) gets compare.md,
+    compare.csv, compare.json, accuracy_bytes.png, curves.png and a folder for
+    each run. Full embeddings and codes are prepared once for all runs.
+    """
+    named = _named(dataset, backbone, rounds, seed, engine, device, threads)
+    with _reported_errors(debug) as started:
+        settings = _settings(config, named, set_)
+        folder = out or _default_folder(settings, "compare")
+        started(folder)
+        names = [name for name in embeddings.split(",") if name.strip()]
+        _compare(settings, names, folder, overwrite=overwrite, quiet=quiet)
+
+
+@app.command()
+def data(
+    name: Annotated[
+        str | None, typer.Argument(help="Data set to check: name, file or folder.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Option such as user_column=uid; repeatable."),
+    ] = None,
+    debug: _Debug = False,
+) -> None:
+    """List the data sets known by name, or load one and tell what is in it."""
+    with _reported_errors(debug):
+        if name is None:
+            _list_datasets()
+        else:
+            _describe_dataset(name, set_ or [])
+
+
+@app.command()
+def info(debug: _Debug = False) -> None:
+    """Print versions and what the kernels were built for: put this into a bug report."""
+    with _reported_errors(debug):
+        import torch
+
+        import fedpeft_ext
+
+        build = fedpeft_ext._C.build_info()
+        _print_facts(
+            {
+                "fedpeft_ext": fedpeft_ext.__version__,
+                "python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
+                "torch": f"{torch.__version__} (built with {build['torch_built']})",
+                "CPU kernels": f"{build['isa_in_use']} in use, of {_joined(build['isa_compiled'])}",
+                "CUDA kernels": f"for {_joined(build['cuda_archs'])}" if build["cuda"] else "not built",
+                "GPU": torch.cuda.get_device_name()
+                if torch.cuda.is_available()
+                else "none that torch can use",
+                "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+                "compiler": build["compiler"],
+            }
+        )
+
+
+def _print_facts(facts: Mapping[str, object]) -> None:
+    width = max(map(len, facts)) + 2
+    for fact, value in facts.items():
+        typer.echo(f"{fact:<{width}}{value}")
+
+
+def _joined(value: object) -> str:
+    names = value.split(",") if isinstance(value, str) else value
+    return ", ".join(map(str, names)) if isinstance(names, list | tuple) else str(names)
+
+
+@contextmanager
+def _reported_errors(debug: bool) -> Iterator[Callable[[Path], None]]:
+    """Turn what a user can get wrong into a sentence and an exit code.
+
+    Yields a function to call with the folder that is being written, which an interruption then names.
+    """
+    folders: list[Path] = []
+    try:
+        yield folders.append
+    except KeyboardInterrupt:
+        kept = f"; what was finished is in {folders[0]}/" if folders and folders[0].is_dir() else ""
+        typer.echo(f"\nfedpeft: interrupted{kept}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except (ValueError, OSError, ImportError) as error:
+        if debug:
+            raise
+        _complain(error, " (--overwrite)" if isinstance(error, FileExistsError) else "")
+        raise typer.Exit(USER_ERROR) from None
+    except (FloatingPointError, RuntimeError) as error:
+        from fedpeft_ext.simulation import ClientError
+
+        if debug or not isinstance(error, FloatingPointError | ClientError):
+            raise
+        _complain(error)
+        raise typer.Exit(TRAINING_FAILED) from None
+
+
+def _complain(error: Exception, hint: str = "") -> None:
+    label = typer.style("error:", fg="red", bold=True)
+    for line in str(error).splitlines() or [type(error).__name__]:
+        typer.echo(f"fedpeft: {label} {line}{hint}", err=True)
+
+
+def _named(
+    dataset: str | None,
+    backbone: str | None,
+    rounds: int | None,
+    seed: int | None,
+    engine: str | None,
+    device: str | None,
+    threads: int | None,
+) -> dict[str, str | int | None]:
+    return {
+        "dataset.name": dataset,
+        "backbone.name": backbone,
+        "training.rounds": rounds,
+        "seed": seed,
+        "engine": engine,
+        "device": device,
+        "threads": threads,
+    }
+
+
+def _settings(
+    path: Path | None, named: Mapping[str, str | int | None], overrides: list[str] | None
+) -> Config:
+    from fedpeft_ext.config import load_config
+
+    # As JSON, which YAML reads back as it is: a name that looks like a number stays a name.
+    given = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
+    return load_config(path, [*given, *(overrides or [])])
+
+
+def _default_folder(config: Config, last: str) -> Path:
+    return Path("runs") / f"{Path(config.dataset.name).name}-{config.backbone.name}-{last}"
+
+
+def _load(config: Config) -> Dataset:
+    from fedpeft_ext.data import load_dataset
+
+    try:
+        return load_dataset(config.dataset.name, **config.dataset.options)
+    except TypeError as error:  # an option's name or type
+        raise ValueError(f"dataset.options: {error}") from error
+
+
+@contextmanager
+def _progress(
+    console: Console, config: Config, *, quiet: bool, evaluations: bool
+) -> Iterator[tuple[Callable[[str], list[Callback]], Callable[[str], None]]]:
+    """Observers of an embedding's run, and a function that tells a step: bars on a terminal, else lines."""
+    from fedpeft_ext.experiments.progress import ProgressBar, ProgressLines, progress_display
+    from fedpeft_ext.experiments.results import headline_k
+
+    metric = f"HR@{headline_k(config.evaluation.ks)}"
+    if quiet:
+        yield lambda embedding: [], lambda message: None
+    elif console.is_terminal:
+        with progress_display(console) as display:
+            yield (
+                lambda embedding: [ProgressBar(display, metric)],
+                lambda message: console.print(message, highlight=False),
+            )
+    else:
+        yield (
+            lambda embedding: [ProgressLines(console, metric, evaluations=evaluations)],
+            lambda message: console.print(message, highlight=False, soft_wrap=True),
+        )
+
+
+def _run(config: Config, folder: Path, *, overwrite: bool, quiet: bool) -> None:
+    from rich.console import Console
+
+    from fedpeft_ext.experiments.tables import summary_table
+    from fedpeft_ext.nn import parse_spec
+    from fedpeft_ext.simulation import Simulator
+
+    parse_spec(config.embedding.name)  # before loading anything
+    with _progress(Console(stderr=True), config, quiet=quiet, evaluations=True) as (callbacks_for, notify):
+        notify(f"Loading {config.dataset.name}")
+        dataset = _load(config)
+        notify(f"{_size(dataset)}; preparing {config.embedding.name} on the server")
+        callbacks = callbacks_for(config.embedding.name)
+        summary = Simulator(config, dataset, callbacks=callbacks, out=folder, overwrite=overwrite).run()
+    Console().print(summary_table(summary))
+    typer.echo(f"Files: {folder}/ config.yaml, metrics.jsonl, summary.json, model.safetensors")
+
+
+def _compare(config: Config, names: Sequence[str], folder: Path, *, overwrite: bool, quiet: bool) -> None:
+    from rich.console import Console
+
+    from fedpeft_ext.experiments import compare, terminal_table
+    from fedpeft_ext.experiments.compare import CSV, CURVES, JSON, MARKDOWN, SCATTER, check_embeddings
+
+    check_embeddings(config, names)  # before loading anything
+    with _progress(Console(stderr=True), config, quiet=quiet, evaluations=False) as (callbacks_for, notify):
+        notify(f"Loading {config.dataset.name}")
+        dataset = _load(config)
+        notify(f"{_size(dataset)}; preparing full embeddings and codes on the server")
+        comparison = compare(
+            config, names, dataset, out=folder, overwrite=overwrite, callbacks_for=callbacks_for
+        )
+    Console().print(terminal_table(comparison.results, comparison.k, title=comparison.title))
+    typer.echo(f"Table:    {folder}/ {MARKDOWN}, {CSV}, {JSON}")
+    typer.echo(f"Pictures: {folder}/ {SCATTER}, {CURVES}")
+
+
+def _size(dataset: Dataset) -> str:
+    return (
+        f"{dataset.name}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
+        f"{dataset.num_interactions:,} interactions"
+    )
+
+
+def _list_datasets() -> None:
+    from fedpeft_ext.data import describe_datasets
+
+    infos = describe_datasets()
+    width = max(len(info.name) for info in infos) + 2
+    for info in infos:
+        where = str(info.path) if info.path else "made on demand" if info.available else "not found"
+        typer.echo(f"{info.name:<{width}}{info.description}")
+        typer.echo(f"{'':<{width}}{where}" + ("" if info.available else f"; to get it: {info.how_to_get}"))
+    typer.echo(
+        "\nA file or folder works as well; its formats are in docs/data.md. Check one: fedpeft data NAME"
+    )
+
+
+def _describe_dataset(name: str, options: Sequence[str]) -> None:
+    import yaml
+
+    from fedpeft_ext.data import check_dataset
+
+    chosen: dict[str, Any] = {}
+    for option in options:
+        key, equals, text = option.partition("=")
+        if not equals:
+            raise ValueError(f"--set: expected KEY=VALUE, got {option!r}")
+        chosen[key.strip()] = yaml.safe_load(text)
+    try:
+        report = check_dataset(name, **chosen)
+    except TypeError as error:  # an option's name or type
+        raise ValueError(str(error)) from error
+    notes = report.pop("notes")
+    _print_facts({key.replace("_", " "): _readable(value) for key, value in report.items()})
+    for note in notes:
+        typer.echo(f"note: {note}")
+
+
+def _readable(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_readable(part)}" for key, part in value.items())
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value == round(value) and abs(value) >= 1 else f"{value:,.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)

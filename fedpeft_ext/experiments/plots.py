@@ -1,0 +1,240 @@
+"""Pictures of a comparison, as PNG: accuracy against bytes, and learning curves.
+
+Drawn on figures of their own (no pyplot): this needs no display and leaves a caller's figures alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Bbox
+
+from fedpeft_ext.experiments.results import KB, RunResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.text import Annotation
+
+# Okabe and Ito, "Color Universal Design" (2008), for any colour vision; their yellow is too faint for lines.
+_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_FULL = "#000000"
+_FAMILIES = {
+    "full": ("Full: trained and sent whole", "s", _FULL),
+    "c": ("C-X: compressed alone", "^", "#D55E00"),
+    "p": ("P-X: frozen full + compressed", "o", "#0072B2"),
+}
+_GREY = "#666666"
+# Where a label may stand around its point, best first: offset in points, horizontal and vertical alignment.
+_SPOTS = (
+    (9, 0, "left", "center"),
+    (-9, 0, "right", "center"),
+    (0, 9, "center", "bottom"),
+    (0, -9, "center", "top"),
+    (8, 8, "left", "bottom"),
+    (8, -8, "left", "top"),
+    (-8, 8, "right", "bottom"),
+    (-8, -8, "right", "top"),
+    (0, 24, "center", "bottom"),
+    (0, -24, "center", "top"),
+    (14, 24, "left", "bottom"),
+    (14, -24, "left", "top"),
+    (-14, 24, "right", "bottom"),
+    (-14, -24, "right", "top"),
+    (0, 40, "center", "bottom"),
+    (0, -40, "center", "top"),
+)
+
+
+def plot_accuracy_against_bytes(
+    results: Sequence[RunResult], path: str | Path, *, metric: str = "HR@10", title: str = ""
+) -> Path:
+    """Draw `metric` of each run against its bytes per client and round, and write it to `path` as PNG.
+
+    The x axis is logarithmic, in KB (1,000 bytes), down and up together; each point is named.
+
+    Raises:
+        ValueError: no results, or `metric` is not among their metrics.
+    """
+    _check(results, metric)
+    figure, axes = _figure()
+    for family, (label, marker, color) in _FAMILIES.items():
+        members = [r for r in results if _family(r.embedding) == family]
+        if members:
+            x = [r.bytes_per_round / KB for r in members]
+            y = [r.metrics[metric] for r in members]
+            axes.scatter(x, y, s=64, marker=marker, color=color, label=label, zorder=3)
+    for result in results:
+        if result.embedding == "full":
+            axes.axhline(result.metrics[metric], color=_GREY, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
+
+    axes.set_xscale("log")
+    low = min(r.bytes_per_round for r in results) / KB
+    high = max(r.bytes_per_round for r in results) / KB
+    axes.set_xlim(low / 1.6, high * 1.6)
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high / low < 200 else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(y=0.15)
+    axes.set_xlabel("sent per client and round, down + up (KB, log scale)")
+    axes.set_ylabel(_metric_label(metric))
+    axes.set_title(title or "Accuracy against bytes", loc="left")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9)
+
+    points = [(r.bytes_per_round / KB, r.metrics[metric]) for r in results]
+    _label_points(axes, points, [r.embedding for r in results])
+    return _save(figure, path)
+
+
+def plot_learning_curves(
+    results: Sequence[RunResult], path: str | Path, *, metric: str = "HR@10", title: str = ""
+) -> Path:
+    """Draw `metric` over rounds, one named line a run, and write it to `path` as PNG.
+
+    Raises:
+        ValueError: no results, or `metric` is not among their metrics.
+    """
+    _check(results, metric)
+    figure, axes = _figure()
+    ends: dict[str, tuple[float, str]] = {}
+    for index, result in enumerate(results):
+        rounds, values = zip(*result.curve(metric), strict=True)
+        color = _FULL if result.embedding == "full" else _PALETTE[index % len(_PALETTE)]
+        style = ("-", "--", ":")[index // len(_PALETTE) % 3]
+        marker = "o" if len(rounds) <= 30 else None
+        axes.plot(rounds, values, color=color, linestyle=style, linewidth=2, marker=marker, markersize=4)
+        ends[result.embedding] = (values[-1], color)
+    last = max(round for result in results for round, _ in result.curve(metric))
+    axes.set_xlim(0, max(last, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(y=0.08)
+    axes.set_xlabel("round")
+    axes.set_ylabel(_metric_label(metric))
+    axes.set_title(title or "Learning curves", loc="left")
+    _label_ends(axes, ends)
+    return _save(figure, path)
+
+
+def _check(results: Sequence[RunResult], metric: str) -> None:
+    if not results:
+        raise ValueError("results: expected at least one run to draw, got none")
+    for result in results:
+        if metric not in result.metrics:
+            raise ValueError(f"metric: expected one of {', '.join(result.metrics)}, got {metric!r}")
+
+
+def _family(embedding: str) -> str:
+    if embedding == "full":
+        return "full"
+    return "c" if embedding.startswith("c-") else "p"
+
+
+def _metric_label(metric: str) -> str:
+    return f"{metric.removeprefix('full/')} (whole catalogue)" if metric.startswith("full/") else metric
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _label_points(axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
+    """Name each point in the first spot around it that touches no point, line, label or edge."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # fixes the layout, so that places in pixels are final
+    frame = axes.get_window_extent()
+    radius = 6 * figure.dpi / 72
+    taken = [Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
+             for x, y in axes.transData.transform(points)]  # fmt: skip
+    taken += [line.get_window_extent().padded(1) for line in axes.lines]
+    for point, label in zip(points, labels, strict=True):
+        candidates = [_annotate(axes, point, label, spot) for spot in _SPOTS]
+        boxes = [candidate.get_window_extent().padded(2) for candidate in candidates]
+        # Where every spot is taken, the one that hides least.
+        costs = [
+            sum(_overlap(box, other) for other in taken) + 2 * (box.width * box.height - _overlap(box, frame))
+            for box in boxes
+        ]
+        best = min(range(len(candidates)), key=costs.__getitem__)
+        taken.append(boxes[best])
+        for index, candidate in enumerate(candidates):
+            if index != best:
+                candidate.remove()
+
+
+def _annotate(
+    axes: Axes, point: tuple[float, float], label: str, spot: tuple[int, int, str, str]
+) -> Annotation:
+    dx, dy, horizontal, vertical = spot
+    far = max(abs(dx), abs(dy)) > 20
+    return axes.annotate(
+        label,
+        point,
+        xytext=(dx, dy),
+        textcoords="offset points",
+        ha=horizontal,
+        va=vertical,
+        fontsize=10,
+        arrowprops={"arrowstyle": "-", "color": _GREY, "linewidth": 0.7} if far else None,
+    )
+
+
+def _overlap(a: Bbox, b: Bbox) -> float:
+    common = Bbox.intersection(a, b)
+    return 0.0 if common is None else float(common.width * common.height)
+
+
+def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
+    """Name each line at its right end; names that would touch are moved apart vertically."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    size = 10
+    ordered = sorted(ends.items(), key=lambda item: item[1][0])
+    texts = [
+        axes.annotate(
+            name, (1, value), xycoords=("axes fraction", "data"), xytext=(8, 0), textcoords="offset points",
+            va="center", fontsize=size, color=color,
+        )
+        for name, (value, color) in ordered
+    ]  # fmt: skip
+    figure.draw_without_rendering()
+    per_point = figure.dpi / 72
+    wanted = [float(axes.transData.transform((0, value))[1]) / per_point for _, (value, _) in ordered]
+    for text, want, place in zip(texts, wanted, _spread(wanted, gap=1.25 * size), strict=True):
+        text.set_position((8, place - want))
+
+
+def _spread(places: Sequence[float], gap: float) -> list[float]:
+    """Ascending `places`, moved to stand at least `gap` apart; those that touch share the move equally."""
+    clusters: list[list[float]] = []  # of wanted places; a cluster stands centred on their mean
+    for place in places:
+        clusters.append([place])
+        while len(clusters) > 1 and _top(clusters[-2], gap) + gap > _bottom(clusters[-1], gap):
+            last = clusters.pop()
+            clusters[-1].extend(last)
+    return [_bottom(cluster, gap) + gap * index for cluster in clusters for index in range(len(cluster))]
+
+
+def _bottom(cluster: Sequence[float], gap: float) -> float:
+    return sum(cluster) / len(cluster) - gap * (len(cluster) - 1) / 2
+
+
+def _top(cluster: Sequence[float], gap: float) -> float:
+    return sum(cluster) / len(cluster) + gap * (len(cluster) - 1) / 2
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    figure.savefig(path, format="png")
+    return path

@@ -1,0 +1,120 @@
+"""A comparison as one table: for the terminal, as Markdown and as CSV.
+
+All three have the same columns in the same order; bytes are per client and round, in KB of 1,000 bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fedpeft_ext.experiments.results import KB, RunResult
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fedpeft_ext.simulation import Summary
+
+_HEADINGS = ("embedding", "HR@{k}", "NDCG@{k}", "KB down", "KB up", "saved against Full", "clients/s")
+
+
+def markdown_table(results: Sequence[RunResult], k: int = 10) -> str:
+    """A GitHub Markdown table, numbers aligned right, ending with a newline."""
+    rows = [
+        _headings(k),
+        ["---", *["---:"] * (len(_HEADINGS) - 1)],
+        *(_cells(result, k) for result in results),
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def csv_table(results: Sequence[RunResult], k: int = 10) -> str:
+    """CSV with one header line; bytes and shares in full precision."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        [
+            "embedding",
+            f"HR@{k}",
+            f"NDCG@{k}",
+            "bytes_down",
+            "bytes_up",
+            "saving",
+            "clients_per_second",
+            "seconds",
+        ]
+    )
+    for result in results:
+        summary = result.summary
+        accuracy = [result.metrics[f"HR@{k}"], result.metrics[f"NDCG@{k}"]]
+        cost = [summary.bytes_down, summary.bytes_up, result.saving]
+        writer.writerow([result.embedding, *accuracy, *cost, summary.clients_per_second, summary.seconds])
+    return text.getvalue()
+
+
+def terminal_table(results: Sequence[RunResult], k: int = 10, title: str | None = None) -> Table:
+    """A rich table; the best HR and NDCG are bold."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        caption="KB: 1,000 bytes, per client and round",
+        caption_justify="left",
+    )
+    for index, heading in enumerate(_headings(k)):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    best = {name: max((r.metrics[name] for r in results), default=0.0) for name in (f"HR@{k}", f"NDCG@{k}")}
+    for result in results:
+        cells = _cells(result, k)
+        for column, (name, value) in enumerate(best.items(), start=1):
+            if result.metrics[name] == value:
+                cells[column] = f"[bold]{cells[column]}[/bold]"
+        table.add_row(*cells)
+    return table
+
+
+def summary_table(summary: Summary) -> Table:
+    """A rich table of one run: metrics among sampled and among all items, bytes, speed."""
+    from rich import box
+    from rich.table import Table
+
+    traffic = (
+        f"{summary.bytes_down / KB:,.1f} KB down and {summary.bytes_up / KB:,.1f} KB up per client and round"
+        f", {summary.bytes_setup / KB:,.1f} KB once"
+    )
+    table = Table(
+        title=f"{summary.backbone} with {summary.embedding} on {summary.dataset}, {summary.rounds} rounds",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        caption=f"{traffic}; {summary.clients_per_second:,.0f} clients/s; {summary.seconds:.1f} s",
+        caption_justify="left",
+    )
+    everywhere = any(name.startswith("full/") for name in summary.metrics)
+    table.add_column("test item among")
+    for scope in ("sampled items", "all items")[: 1 + everywhere]:
+        table.add_column(scope, justify="right")
+    for name in (name for name in summary.metrics if not name.startswith("full/")):
+        values = [summary.metrics[scope + name] for scope in ("", "full/")[: 1 + everywhere]]
+        table.add_row(name, *(f"{value:.4f}" for value in values))
+    return table
+
+
+def _headings(k: int) -> list[str]:
+    return [heading.format(k=k) for heading in _HEADINGS]
+
+
+def _cells(result: RunResult, k: int) -> list[str]:
+    return [
+        result.embedding,
+        f"{result.metrics[f'HR@{k}']:.4f}",
+        f"{result.metrics[f'NDCG@{k}']:.4f}",
+        f"{result.summary.bytes_down / KB:,.1f}",
+        f"{result.summary.bytes_up / KB:,.1f}",
+        f"{result.saving:.1%}",
+        f"{result.summary.clients_per_second:,.0f}",
+    ]

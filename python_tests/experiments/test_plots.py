@@ -1,0 +1,112 @@
+"""Pictures: they are PNGs of sensible size, and labels never touch each other, a point, or the edge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from PIL import Image
+
+from fedpeft_ext.experiments import plots
+from fedpeft_ext.experiments.plots import plot_accuracy_against_bytes, plot_learning_curves
+from fedpeft_ext.experiments.results import RunResult
+
+Maker = Callable[..., RunResult]
+Results = list[RunResult]
+Draw = Callable[..., Path]
+BOTH = pytest.mark.parametrize("draw", [plot_accuracy_against_bytes, plot_learning_curves])
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Figures drawn during the test, by order, caught as they are saved."""
+    drawn: list[Figure] = []
+    save = plots._save
+
+    def catch(figure: Figure, path: str | Path) -> Path:
+        drawn.append(figure)
+        return save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", catch)
+    return drawn
+
+
+@BOTH
+def test_writes_a_png(draw: Draw, demo_results: Results, tmp_path: Path) -> None:
+    path = draw(demo_results, tmp_path / "x.png")
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.size[0] >= 1000
+        colors = image.convert("RGB").getcolors(1 << 20)
+        assert colors is not None
+        assert len(colors) > 10, "an empty picture"
+
+
+@BOTH
+def test_labels_name_every_run_and_do_not_overlap(
+    draw: Draw, demo_results: Results, result: Maker, tmp_path: Path, figures: list[Figure]
+) -> None:
+    crowd = [
+        result("c-lora", 0.576, 54_800),
+        result("p-hash+senet", 0.577, 65_900),
+        result("p-rq+lora", 0.582, 104_000),
+    ]
+    runs = [*demo_results, *crowd]
+    draw(runs, tmp_path / "x.png")
+    labels = [child for child in figures[0].axes[0].get_children() if isinstance(child, Annotation)]
+    assert sorted(label.get_text() for label in labels) == sorted(run.embedding for run in runs)
+    boxes = [label.get_window_extent() for label in labels]
+    page = figures[0].bbox
+    for index, box in enumerate(boxes):
+        assert page.x0 <= box.x0
+        assert box.x1 <= page.x1
+        for other in boxes[:index]:
+            assert plots._overlap(box, other) < 1.0
+
+
+def test_axes_state_what_and_in_which_unit(
+    demo_results: Results, tmp_path: Path, figures: list[Figure]
+) -> None:
+    plot_accuracy_against_bytes(demo_results, tmp_path / "a.png", title="FedMF")
+    plot_learning_curves(demo_results, tmp_path / "b.png")
+    scatter, curves = (figure.axes[0] for figure in figures)
+    assert scatter.get_xscale() == "log"
+    assert "KB" in scatter.get_xlabel()
+    assert scatter.get_ylabel() == curves.get_ylabel() == "HR@10"
+    assert scatter.get_title(loc="left") == "FedMF"
+    assert curves.get_xlabel() == "round"
+    low, high = scatter.get_xlim()
+    places = zip(scatter.get_xticklabels(), scatter.get_xticks(), strict=True)
+    ticks = [tick for tick, place in places if low < place < high]
+    assert len(ticks) >= 2
+    assert all(tick.get_text().replace(",", "").replace(".", "").isdigit() for tick in ticks)
+
+
+def test_wide_ranges_and_single_points(result: Maker, tmp_path: Path) -> None:
+    far = [result("full", 0.5, 10_000_000), result("p-rq", 0.5, 50)]
+    plot_accuracy_against_bytes(far, tmp_path / "wide.png")
+    plot_accuracy_against_bytes([result("p-rq")], tmp_path / "one.png")
+    plot_learning_curves([result("p-rq", rounds=0)], tmp_path / "untrained.png")
+
+
+def test_refuses_nothing_to_draw_and_unknown_metrics(demo_results: Results, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one run"):
+        plot_learning_curves([], tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"expected one of HR@10, NDCG@10, got 'HR@7'"):
+        plot_accuracy_against_bytes(demo_results, tmp_path / "x.png", metric="HR@7")
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=12).map(sorted), st.floats(0.5, 20))
+def test_spread_keeps_order_and_distance_and_moves_only_what_touches(places: list[float], gap: float) -> None:
+    spread = plots._spread(places, gap)
+    assert all(b - a >= gap - 1e-6 for a, b in pairwise(spread))
+    if all(b - a >= gap for a, b in pairwise(places)):
+        assert spread == pytest.approx(places)
+    assert sum(spread) == pytest.approx(sum(places), abs=1e-6)

@@ -1,0 +1,312 @@
+"""The command line: files, precedence of settings, one-sentence errors and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from safetensors import safe_open
+from typer.testing import CliRunner, Result
+
+from fedpeft_ext import __version__
+from fedpeft_ext.cli import app
+from fedpeft_ext.config import load_config
+
+SMALL = [
+    "--dataset=synthetic",
+    "--set=dataset.options={num_users: 40, num_items: 140, interactions_per_user: 8}",
+    "--set=pretrain.features=random",
+    "--set=training.clients_per_round=8",
+    "--set=backbone.dim=8",
+    "--set=embedding.codebook_size=8",
+    "--set=evaluation.every=2",
+    "--threads=1",
+]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("FEDPEFT_DEBUG", raising=False)
+    monkeypatch.delenv("FEDPEFT_DATA", raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.chdir(tmp_path)
+
+
+def fedpeft(*args: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def refused(*args: str | Path) -> str:
+    """The message of a command that must end with exit code 2, without a traceback."""
+    result = fedpeft(*args)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    return result.stderr
+
+
+def test_run_writes_a_readable_folder(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = fedpeft("run", *SMALL, "--embedding", "p-lora", "--rounds", "4", "--seed", "3", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "HR@10" in result.stdout
+    assert str(out) in result.stdout
+    assert "round 4/4" in result.stderr
+    config = load_config(out / "config.yaml")
+    assert (config.embedding.name, config.training.rounds, config.seed) == ("p-lora", 4, 3)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [0, 2, 4]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["metrics"]["HR@10"] == lines[-1]["HR@10"]
+    with safe_open(out / "model.safetensors", "pt") as tensors:
+        assert tensors.keys()
+
+
+def test_a_run_repeats_from_its_own_config(tmp_path: Path) -> None:
+    assert fedpeft("run", *SMALL, "-r", "2", "-q", "-o", tmp_path / "a").exit_code == 0
+    assert fedpeft("run", "-c", tmp_path / "a" / "config.yaml", "-q", "-o", tmp_path / "b").exit_code == 0
+    a, b = (json.loads((tmp_path / name / "summary.json").read_text())["metrics"] for name in "ab")
+    assert a == b
+
+
+def test_quiet_prints_results_alone(tmp_path: Path) -> None:
+    result = fedpeft("run", *SMALL, "-r", "1", "--quiet", "-o", tmp_path / "run")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert "HR@10" in result.stdout
+
+
+def test_later_settings_win(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump({"training": {"rounds": 5, "lr": 0.5, "l2": 0.25}, "seed": 9}))
+    out = tmp_path / "run"
+    args = [
+        "run",
+        *SMALL,
+        "-q",
+        "-c",
+        file,
+        "--rounds",
+        "3",
+        "--set",
+        "training.rounds=1",
+        "--set",
+        "training.lr=0.125",
+    ]
+    assert fedpeft(*args, "-o", out).exit_code == 0
+    config = load_config(out / "config.yaml")
+    assert config.training.rounds == 1  # --set over --rounds over the file
+    assert config.training.lr == 0.125  # --set over the file
+    assert config.training.l2 == 0.25  # the file over the default
+    assert config.seed == 9
+    assert config.training.local_epochs == 2  # the default
+
+
+def test_compare_tabulates_and_draws(tmp_path: Path) -> None:
+    out = tmp_path / "compare"
+    names = "full,c-rq,p-lora,p-hash+senet"
+    result = fedpeft("compare", *SMALL, "-r", "4", "-e", names, "-o", out)
+    assert result.exit_code == 0, result.output
+    results = json.loads((out / "compare.json").read_text())["results"]
+    assert [run["embedding"] for run in results] == names.split(",")
+    full, _, lora, _ = results
+    assert full["bytes_down"] == full["bytes_up"] == 140 * 8 * 4
+    assert full["saving"] == 0.0
+    assert lora["bytes_up"] == 4 * (140 + 8) * 4
+    assert lora["saving"] == 1 - lora["bytes_up"] / full["bytes_up"]
+    for run in results:
+        assert f"{run['metrics']['HR@10']:.4f}" in result.stdout
+        summary = json.loads((out / run["embedding"] / "summary.json").read_text())
+        assert summary["metrics"] == run["metrics"]
+    assert (out / "compare.md").read_text().count("\n| ") == 1 + 1 + len(results)
+    assert len((out / "compare.csv").read_text().splitlines()) == 1 + len(results)
+    for picture in ("accuracy_bytes.png", "curves.png"):
+        with Image.open(out / picture) as image:
+            assert image.format == "PNG"
+
+
+def test_compare_equals_single_runs(tmp_path: Path) -> None:
+    assert (
+        fedpeft("compare", *SMALL, "-q", "-r", "2", "-e", "c-hash,p-rq", "-o", tmp_path / "c").exit_code == 0
+    )
+    assert fedpeft("run", *SMALL, "-q", "-r", "2", "-e", "p-rq", "-o", tmp_path / "r").exit_code == 0
+    folders = (tmp_path / "c" / "p-rq", tmp_path / "r")
+    a, b = (json.loads((folder / "summary.json").read_text()) for folder in folders)
+    assert a["evaluations"] == b["evaluations"]
+
+
+def test_compare_leaves_out_warmup_where_there_is_nothing_to_warm_up(tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    args = ["-e", "c-rq,p-rq", "-r", "2", "--set", "training.warmup_rounds=1", "-o", out]
+    result = fedpeft("compare", *SMALL, "-q", *args)
+    assert result.exit_code == 0, result.output
+    warmup = [run["warmup_rounds"] for run in json.loads((out / "compare.json").read_text())["results"]]
+    assert warmup == [0, 1]
+
+
+def test_an_existing_folder_is_kept_unless_overwriting(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    message = refused("run", *SMALL, "-r", "1", "-o", out)
+    assert str(out) in message
+    assert "--overwrite" in message
+    assert fedpeft("run", *SMALL, "-q", "-r", "1", "-o", out, "--overwrite").exit_code == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    assert "--overwrite" in refused("compare", *SMALL, "-r", "1", "-o", out)
+
+
+def test_a_folder_that_is_a_file_or_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "folder" in refused("run", *SMALL, "-r", "1", "-o", tmp_path / "file")
+    assert "cannot write" in refused("run", *SMALL, "-r", "1", "-o", tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--dataset", "ml-10k"], "ml-100k"),
+        (["--dataset", "no/such/place"], "no/such/place"),
+        (["--embedding", "p-lara"], "lora"),
+        (["--backbone", "fedmv"], "fedmf"),
+        (["--engine", "bached"], "batched"),
+        (["--rounds", "-1"], "training.rounds"),
+        (["--threads", "0"], "threads"),
+        (["--device", "gpu"], "device"),
+        (["--set", "training.roundz=3"], "rounds"),
+        (["--set", "trainig.rounds=3"], "training"),
+        (["--set", "training.lr"], "section.key=value"),
+        (["--set", "training.lr=fast"], "training.lr"),
+        (["--set", "training.clients_per_round=50"], "training.clients_per_round"),
+        (["--set", "dataset.options.num_userz=3"], "num_users"),
+        (["--set", "evaluation.num_negatives=1000"], "num_negatives"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_user_errors_are_one_sentence(args: list[str], expected: str) -> None:
+    small = [arg for arg in SMALL if not (arg.startswith("--dataset=") and "--dataset" in args)]
+    if "--dataset" in args:
+        small = [arg for arg in small if "dataset.options" not in arg]
+    message = refused("run", *small, *args)
+    assert expected in message.splitlines()[-1]
+    errors = [line for line in message.splitlines() if line.startswith("fedpeft: error: ")]
+    assert errors == message.splitlines()[-1:]
+    assert not Path("runs").exists() or not any(Path("runs").rglob("summary.json"))
+
+
+def test_compare_refuses_bad_names_before_any_work(tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    assert "hash" in refused("compare", *SMALL, "-e", "full,p-hesh", "-o", out)
+    assert "twice" in refused("compare", *SMALL, "-e", "p-rq,P-RQ", "-o", out)
+    assert "at least one" in refused("compare", *SMALL, "-e", ",", "-o", out)
+    assert not out.exists()
+
+
+def test_unknown_options_and_commands_name_the_nearest() -> None:
+    assert "--rounds" in refused("run", "--roundz", "3")
+    assert "compare" in refused("compar")
+
+
+def test_debug_shows_the_traceback() -> None:
+    for result in (
+        fedpeft("run", "--embedding", "p-lara", "--debug"),
+        CliRunner().invoke(app, ["run", "--embedding", "p-lara"], env={"FEDPEFT_DEBUG": "1"}),
+    ):
+        assert result.exit_code == 1
+        assert isinstance(result.exception, ValueError)
+
+
+def test_divergence_has_its_own_exit_code(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    args = [
+        "-e",
+        "full",
+        "-r",
+        "20",
+        "--set",
+        "training.optimizer=sgd",
+        "--set",
+        "training.lr=1e30",
+        "-o",
+        out,
+    ]
+    result = fedpeft("run", *SMALL, *args)
+    assert result.exit_code == 3, result.output
+    assert "fedpeft: error:" in result.stderr
+    assert (out / "config.yaml").exists()
+    assert not (out / "summary.json").exists()
+
+
+def test_data_lists_and_checks(tmp_path: Path) -> None:
+    listing = fedpeft("data").stdout
+    assert "ml-100k" in listing
+    assert "synthetic" in listing
+    table = tmp_path / "mine.csv"
+    table.write_text(
+        "who,item_id,rating\n" + "".join(f"u{u},i{u * 3 + k},5\n" for u in range(5) for k in range(4))
+    )
+    report = fedpeft("data", table, "--set", "user_column=who")
+    assert report.exit_code == 0, report.output
+    assert "users" in report.stdout
+    assert "note: no timestamps" in report.stdout
+    assert "user_column" in refused("data", table, "--set", "user_colum=who")
+    assert "KEY=VALUE" in refused("data", table, "--set", "user_column")
+    assert "ml-100k" in refused("data", "ml-10k")
+
+
+def test_info_states_versions_and_kernels() -> None:
+    import torch
+
+    result = fedpeft("info")
+    assert result.exit_code == 0
+    for fact in (__version__, torch.__version__, "CPU kernels", "CUDA kernels", "threads"):
+        assert fact in result.stdout
+    assert fedpeft("--version").stdout == f"fedpeft_ext {__version__}\n"
+
+
+def test_help_imports_no_slow_module() -> None:
+    code = (
+        "import sys\n"
+        "from fedpeft_ext.cli import app\n"
+        "app(['run', '--help'], standalone_mode=False)\n"
+        "slow = {'polars', 'sklearn', 'matplotlib', 'vector_quantize_pytorch', 'fedpeft_ext.simulation'}\n"
+        "sys.exit(', '.join(slow & set(sys.modules)) or None)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment())
+    assert result.returncode == 0, result.stderr
+    assert "--embedding" in result.stdout
+
+
+def test_interruption_leaves_a_readable_folder(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "fedpeft_ext", "run", *SMALL, "--rounds", "1000000", "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_environment())
+    metrics = out / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "no evaluation within two minutes"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert f"interrupted; what was finished is in {out}/" in errors
+    assert load_config(out / "config.yaml").training.rounds == 1_000_000
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["round"] for line in lines[:3]] == [0, 2, 4]
+
+
+def _environment() -> dict[str, str]:
+    """The environment with this checkout importable from any folder, one thread."""
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
