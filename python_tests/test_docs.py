@@ -1,0 +1,82 @@
+"""README and docs say what is so: their Python runs as written, settings and links are complete."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from fedpeft_ext.config import Config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S))
+]
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_python_runs_as_written(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "<documentation>", "exec"), {"__name__": "__main__"})
+
+
+def test_readme_has_an_example() -> None:
+    assert "README-0" in [block.id for block in BLOCKS]
+
+
+def settings(section: type[BaseModel], prefix: str = "") -> dict[str, object]:
+    """Dotted path and default of every setting."""
+    found: dict[str, object] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= settings(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = {} if field.default_factory is not None else field.default
+    return found
+
+
+def test_cli_page_lists_every_setting_with_its_default() -> None:
+    documented: dict[str, str] = {}
+    page = (ROOT / "docs" / "cli.md").read_text()
+    table = page[page.index("## Settings") : page.index("## Exit codes")]
+    for names, defaults in re.findall(r"^\| (`[^|]+`) \| ([^|]+) \|", table, re.M):
+        keys = re.findall(r"`([\w.]+)`", names)
+        values = defaults.split(", ") if len(keys) > 1 else [defaults]
+        assert len(keys) == len(values), names
+        documented |= dict(zip(keys, values, strict=True))
+    for key, default in settings(Config).items():
+        assert key in documented, f"docs/cli.md leaves out {key}"
+        text = documented[key].strip().strip("`")
+        if default is None or isinstance(default, bool):
+            assert text == {None: "null", True: "true", False: "false"}[default], key
+        elif isinstance(default, int | float):
+            assert float(text) == default, key
+        elif isinstance(default, tuple):
+            assert text == str(list(default)), key
+        else:
+            assert text == str(default), key
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            file, _, heading = target.partition("#")
+            linked = page.parent / file if file else page
+            assert linked.is_file(), target
+            headings = [
+                line.lstrip("# ").lower().replace(" ", "-") for line in linked.read_text().splitlines()
+            ]
+            assert not heading or heading in headings, target
+
+
+def test_requirements_pin_exact_versions() -> None:
+    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    assert "torch==2.13.0" in pins
