@@ -6,33 +6,29 @@
 namespace fedpeft::FEDPEFT_ISA {
 namespace {
 
-constexpr int64_t kAhead = 8;
-
 template <typename T>
 void forward(const ClientEmbeddingArgs& a, int64_t begin, int64_t end) {
-  const int64_t D = a.D, table = a.num_rows * D;
-  int64_t client = a.positions ? begin / a.positions : 0;
-  int64_t next_client = (client + 1) * a.positions;
-  for (int64_t n = begin; n < end; ++n) {
-    if (n == next_client) {
-      ++client;
-      next_client += a.positions;
-    }
-    const T* weight = static_cast<const T*>(a.weight) + (a.per_client ? client * table : 0);
-    if (n + kAhead < end) {
-      const int64_t ahead = a.rows[n + kAhead];
-      if (uint64_t(ahead) < uint64_t(a.num_rows)) prefetch_row(weight, ahead, D);
-    }
-    T* out = static_cast<T*>(a.out) + n * D;
+  const int64_t D = a.D, table = a.per_client ? a.num_rows * D : 0;
+  ClientCursor cursor(a.positions, begin);
+  const auto resolve = [&](int64_t n, const T** slot) {
+    cursor.advance(n);
     const int64_t row = a.rows[n];
     const Position kind = classify(row, a.num_rows);
-    if (kind == Position::item) {
-      copy_row(out, weight + row * D, D);
+    if (kind == Position::bad) a.bad_row->report(n);
+    *slot = nullptr;
+    if (kind != Position::item) return;
+    *slot = static_cast<const T*>(a.weight) + cursor.client * table + row * D;
+    prefetch_row(*slot, D);
+  };
+  const auto combine = [&](int64_t n, const T* const* slot) {
+    T* out = static_cast<T*>(a.out) + n * D;
+    if (*slot) {
+      copy_row(out, *slot, D);
     } else {
-      if (kind == Position::bad) a.bad_row->report(n);
       zero_row(out, D);
     }
-  }
+  };
+  pipeline<const T*>(begin, end, 1, resolve, combine);
 }
 
 template <typename T>
@@ -68,7 +64,8 @@ void backward_entries(const ClientEmbeddingArgs& a, const int64_t* positions, in
 const ClientEmbeddingKernels client_embedding_kernels = {
     {forward<float>, forward<double>, forward<Half>, forward<BFloat16>},
     {backward<float>, backward<double>, backward<Half>, backward<BFloat16>},
-    {backward_entries<float>, backward_entries<double>, backward_entries<Half>, backward_entries<BFloat16>},
+    {backward_entries<float>, backward_entries<double>, backward_entries<Half>,
+     backward_entries<BFloat16>},
 };
 
 }  // namespace fedpeft::FEDPEFT_ISA

@@ -1,10 +1,11 @@
-// Torch-free views of arguments: element types, index arrays and the error slot that kernels report into.
+// Torch-free views of arguments: element types, index arrays and the error slot that kernels report
+// into.
 #pragma once
 
 #include <cstdint>
 
-// Kernels inline everything: an out-of-line copy shared between instruction sets could carry instructions
-// that the processor lacks.
+// Kernels inline everything: an out-of-line copy shared between instruction sets could carry
+// instructions that the processor lacks.
 #if defined(__CUDACC__)
 #define FEDPEFT_HD __host__ __device__
 #else

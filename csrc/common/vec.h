@@ -1,5 +1,6 @@
-// One native vector register of accumulators, and the row primitives built on it: the only place that knows
-// about register width. Included by *_cpu.cpp files only; everything is inlined into the including set.
+// One native vector register of accumulators, and the row primitives built on it: the only place
+// that knows about register width. Included by *_cpu.cpp files only; everything is inlined into the
+// including set.
 #pragma once
 
 #include <cstdint>
@@ -224,14 +225,48 @@ FEDPEFT_INLINE void add_row(A* into, const T* row, int64_t D) {
   for (; d < D; ++d) into[d] += to_acc(row[d]);
 }
 
-// Asks for the cache lines of row `index` of a table before it is needed.
+// Asks for the first cache lines of a row before it is needed.
 template <typename T>
-FEDPEFT_INLINE void prefetch_row(const T* table, int64_t index, int64_t D) {
-  if (index < 0) return;
-  const char* row = reinterpret_cast<const char*>(table + index * D);
-  const int64_t bytes = D * int64_t(sizeof(T));
-  for (int64_t b = 0; b < bytes && b < 512; b += 64) __builtin_prefetch(row + b);
+FEDPEFT_INLINE void prefetch_row(const T* row, int64_t D) {
+  const char* bytes = reinterpret_cast<const char*>(row);
+  const int64_t size = D * int64_t(sizeof(T));
+  for (int64_t b = 0, stop = size < 512 ? size : 512; b < stop; b += 64)
+    __builtin_prefetch(bytes + b);
 }
+
+// Runs over positions [begin, end) in blocks: `resolve(n, slots)` finds the rows of position n and
+// prefetches them, `combine(n, slots)` uses them a block later, when they have arrived. `slots` is
+// room for `width` values.
+constexpr int64_t kPipelineSlots = 128;
+template <typename Slot, typename Resolve, typename Combine>
+FEDPEFT_INLINE void pipeline(int64_t begin, int64_t end, int64_t width, const Resolve& resolve,
+                             const Combine& combine) {
+  Slot slots[2][kPipelineSlots];
+  const int64_t fit = kPipelineSlots / (width > 0 ? width : 1);
+  const int64_t block = fit < 1 ? 1 : fit > 8 ? 8 : fit;
+  for (int64_t first = begin, turn = 0; first < end + block; first += block, turn ^= 1) {
+    const int64_t last = first + block < end ? first + block : end;
+    for (int64_t n = first; n < last; ++n) resolve(n, slots[turn] + (n - first) * width);
+    const int64_t previous = first - block;
+    if (previous < begin) continue;
+    const int64_t stop = previous + block < end ? previous + block : end;
+    for (int64_t n = previous; n < stop; ++n) combine(n, slots[turn ^ 1] + (n - previous) * width);
+  }
+}
+
+// Client of position n as n grows, without a division a position.
+struct ClientCursor {
+  int64_t positions, client, next;
+  FEDPEFT_INLINE ClientCursor(int64_t P, int64_t begin)
+      : positions(P), client(P ? begin / P : 0), next((client + 1) * P) {}
+  // True when n is the first position of another client.
+  FEDPEFT_INLINE bool advance(int64_t n) {
+    if (n < next) return false;
+    ++client;
+    next += positions;
+    return true;
+  }
+};
 
 template <typename T>
 FEDPEFT_INLINE void zero_row(T* row, int64_t n) {
@@ -246,8 +281,9 @@ FEDPEFT_INLINE void copy_row(T* out, const T* row, int64_t D) {
   for (; d < D; ++d) out[d] = row[d];
 }
 
-// out[d] = base[d] + sum_l weight(l) * row(l)[d] over `count` rows, in order of l, kept in registers for
-// W vectors of columns at a time. `row(l)` returns a pointer, `weight(l)` a factor (ignored unless Weighted).
+// out[d] = base[d] + sum_l weight(l) * row(l)[d] over `count` rows, in order of l, kept in
+// registers for W vectors of columns at a time. `row(l)` returns a pointer, `weight(l)` a factor
+// (ignored unless Weighted).
 template <int W, bool Weighted, typename T, typename Row, typename Weight>
 FEDPEFT_INLINE void sum_columns(T* out, const T* base, int64_t d, int64_t count, const Row& row,
                                 const Weight& weight) {

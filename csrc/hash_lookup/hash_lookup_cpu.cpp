@@ -1,4 +1,5 @@
-// CPU kernels of hash_lookup. Buckets are computed in the kernel; the weighted rows are summed in registers.
+// CPU kernels of hash_lookup. Buckets are computed in the kernel; the weighted rows are summed in
+// registers.
 #include "hash_lookup/hash_lookup_cpu.h"
 
 #include <math.h>
@@ -9,7 +10,7 @@
 namespace fedpeft::FEDPEFT_ISA {
 namespace {
 
-constexpr int64_t kAhead = 8;
+constexpr int64_t kHashes = 32;  // more are not pipelined
 
 // One client's SENet and the scratch of one position.
 template <typename T>
@@ -104,8 +105,8 @@ FEDPEFT_INLINE A plain_weight(const HashLookupArgs& a) {
 
 FEDPEFT_INLINE void fill_buckets(const HashLookupArgs& a, int64_t item, int64_t* buckets) {
   for (int64_t h = 0; h < a.H; ++h) {
-    buckets[h] = hash_bucket(uint64_t(a.hashes[2 * h]), uint64_t(a.hashes[2 * h + 1]), uint64_t(item),
-                             uint64_t(a.M));
+    buckets[h] = hash_bucket(uint64_t(a.hashes[2 * h]), uint64_t(a.hashes[2 * h + 1]),
+                             uint64_t(item), uint64_t(a.M));
   }
 }
 
@@ -113,34 +114,37 @@ template <typename T>
 void forward(const HashLookupArgs& a, int64_t begin, int64_t end, void* scratch) {
   using A = acc_t<T>;
   const T* base = static_cast<const T*>(a.base);
-  const int64_t D = a.D;
-  const bool senet = a.w1 != nullptr;
+  const int64_t D = a.D, table_size = a.per_client ? a.M * D : 0;
+  const bool senet = a.w1 != nullptr, ahead = a.H <= kHashes;
   const A plain = plain_weight<A>(a);
   SENet<T> net(a, scratch);
-  int64_t client = a.positions ? begin / a.positions : 0;
-  int64_t next_client = (client + 1) * a.positions;
-  if (senet) net.select(a, client);
-  for (int64_t n = begin; n < end; ++n) {
-    if (n == next_client) {
-      ++client;
-      next_client += a.positions;
-      if (senet) net.select(a, client);
-    }
-    if (base && n + kAhead < end) {
-      const int64_t ahead = a.items[n + kAhead];
-      if (uint64_t(ahead) < uint64_t(a.num_items)) prefetch_row(base, ahead, D);
-    }
-    T* out = static_cast<T*>(a.out) + n * D;
+  ClientCursor resolving(a.positions, begin), combining(a.positions, begin);
+  if (senet) net.select(a, combining.client);
+  // Slots: the item, then its buckets.
+  const auto resolve = [&](int64_t n, int64_t* slots) {
+    resolving.advance(n);
     const int64_t item = a.items[n];
     const Position kind = classify(item, a.num_items);
-    if (kind != Position::item) {
-      if (kind == Position::bad) a.bad_item->report(n);
-      zero_row(out, D);
-      continue;
-    }
-    const T* table = static_cast<const T*>(a.table) + (a.per_client ? client * a.M * D : 0);
+    if (kind == Position::bad) a.bad_item->report(n);
+    slots[0] = kind == Position::item ? item : -1;
+    if (kind != Position::item || !ahead) return;
+    const T* table = static_cast<const T*>(a.table) + resolving.client * table_size;
+    fill_buckets(a, item, slots + 1);
+    for (int64_t h = 0; h < a.H; ++h) prefetch_row(table + slots[1 + h] * D, D);
+    if (base) prefetch_row(base + item * D, D);
+  };
+  const auto combine = [&](int64_t n, const int64_t* slots) {
+    if (combining.advance(n) && senet) net.select(a, combining.client);
+    T* out = static_cast<T*>(a.out) + n * D;
+    const int64_t item = slots[0];
+    if (item < 0) return zero_row(out, D);
+    const T* table = static_cast<const T*>(a.table) + combining.client * table_size;
     const T* start = base ? base + item * D : nullptr;
-    fill_buckets(a, item, net.buckets);
+    if (ahead) {
+      for (int64_t h = 0; h < a.H; ++h) net.buckets[h] = slots[1 + h];
+    } else {
+      fill_buckets(a, item, net.buckets);
+    }
     const auto row = [&](int64_t h) { return table + net.buckets[h] * D; };
     if (senet) {
       net.forward(table, D);
@@ -148,7 +152,8 @@ void forward(const HashLookupArgs& a, int64_t begin, int64_t end, void* scratch)
     } else {
       sum_rows<true>(out, start, D, a.H, row, [&](int64_t) { return plain; });
     }
-  }
+  };
+  pipeline<int64_t>(begin, end, ahead ? a.H + 1 : 1, resolve, combine);
 }
 
 // into[d] += scale * grad[d] + shift
@@ -201,7 +206,8 @@ void backward(const HashLookupArgs& a, int64_t begin, int64_t end, void* scratch
 }
 
 template <typename T>
-void backward_senet(const HashLookupArgs& a, int64_t begin, int64_t end, void* into, void* scratch) {
+void backward_senet(const HashLookupArgs& a, int64_t begin, int64_t end, void* into,
+                    void* scratch) {
   using A = acc_t<T>;
   SENet<T> net(a, scratch);
   net.select(a, 0);
@@ -247,7 +253,8 @@ const HashLookupKernels hash_lookup_kernels = {
     {forward<float>, forward<double>, forward<Half>, forward<BFloat16>},
     {backward<float>, backward<double>, backward<Half>, backward<BFloat16>},
     {backward_senet<float>, backward_senet<double>, backward_senet<Half>, backward_senet<BFloat16>},
-    {backward_entries<float>, backward_entries<double>, backward_entries<Half>, backward_entries<BFloat16>},
+    {backward_entries<float>, backward_entries<double>, backward_entries<Half>,
+     backward_entries<BFloat16>},
 };
 
 }  // namespace fedpeft::FEDPEFT_ISA

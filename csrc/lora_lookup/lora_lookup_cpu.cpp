@@ -1,13 +1,11 @@
-// CPU kernels of lora_lookup. B is transposed once a client into rows of D, so that B a and B^T g are sums of,
-// and products with, contiguous rows.
+// CPU kernels of lora_lookup. B is transposed once a client into rows of D, so that B a and B^T g
+// are sums of, and products with, contiguous rows.
 #include "lora_lookup/lora_lookup_cpu.h"
 
 #include "common/vec.h"
 
 namespace fedpeft::FEDPEFT_ISA {
 namespace {
-
-constexpr int64_t kAhead = 8;
 
 template <typename T>
 FEDPEFT_INLINE void transpose_B(const LoraLookupArgs& a, int64_t client, acc_t<T>* Bt) {
@@ -28,53 +26,51 @@ void forward(const LoraLookupArgs& a, int64_t begin, int64_t end, void* scratch)
   A* Bt = static_cast<A*>(scratch);
   const T* base = static_cast<const T*>(a.base);
   const int64_t D = a.D;
-  int64_t client = a.positions ? begin / a.positions : 0;
-  int64_t next_client = (client + 1) * a.positions;
-  bool ready = false;
-  for (int64_t n = begin; n < end; ++n) {
-    if (n == next_client) {
-      ++client;
-      next_client += a.positions;
-      ready = ready && !a.per_client;
-    }
-    if (base && n + kAhead < end) {
-      const int64_t ahead = a.items[n + kAhead];
-      if (uint64_t(ahead) < uint64_t(a.num_items)) prefetch_row(base, ahead, D);
-    }
-    T* out = static_cast<T*>(a.out) + n * D;
+  ClientCursor resolving(a.positions, begin), combining(a.positions, begin);
+  int64_t client_of_Bt = -1;
+  // Slots: the row of A (null at padding), the row of base.
+  const auto resolve = [&](int64_t n, const T** slots) {
+    resolving.advance(n);
     const int64_t item = a.items[n];
     const Position kind = classify(item, a.num_items);
+    slots[0] = nullptr;
     if (kind != Position::item) {
       if (kind == Position::bad) a.bad_item->report(n);
       // The backward sees rows alone, so padding must be marked there too.
       if (a.separate_rows && a.rows[n] != -1) a.bad_row->report(n);
-      zero_row(out, D);
-      continue;
+      return;
     }
-    int64_t row = item;
-    if (a.separate_rows) {
-      row = a.rows[n];
-      if (uint64_t(row) >= uint64_t(a.num_rows)) [[unlikely]] {
-        a.bad_row->report(n);
-        zero_row(out, D);
-        continue;
-      }
+    const int64_t row = a.separate_rows ? a.rows[n] : item;
+    if (uint64_t(row) >= uint64_t(a.num_rows)) [[unlikely]] {
+      a.bad_row->report(n);
+      return;
     }
-    if (!ready) {
+    slots[0] = row_of_A<T>(a, resolving.client, row);
+    slots[1] = base ? base + item * D : nullptr;
+    prefetch_row(slots[0], a.rank);
+    if (base) prefetch_row(slots[1], D);
+  };
+  const auto combine = [&](int64_t n, const T* const* slots) {
+    combining.advance(n);
+    T* out = static_cast<T*>(a.out) + n * D;
+    const T* factors = slots[0];
+    if (!factors) return zero_row(out, D);
+    const int64_t client = a.per_client ? combining.client : 0;
+    if (client != client_of_Bt) {
       transpose_B<T>(a, client, Bt);
-      ready = true;
+      client_of_Bt = client;
     }
-    const T* factors = row_of_A<T>(a, client, row);
     sum_rows<true>(
-        out, base ? base + item * D : static_cast<const T*>(nullptr), D, a.rank,
-        [&](int64_t j) { return static_cast<const A*>(Bt) + j * D; },
+        out, slots[1], D, a.rank, [&](int64_t j) { return static_cast<const A*>(Bt) + j * D; },
         [&](int64_t j) { return to_acc(factors[j]); });
-  }
+  };
+  pipeline<const T*>(begin, end, 2, resolve, combine);
 }
 
 // Gradient of A's row: B^T g.
 template <typename T>
-FEDPEFT_INLINE void add_to_A(const LoraLookupArgs& a, const acc_t<T>* Bt, const T* grad, acc_t<T>* into) {
+FEDPEFT_INLINE void add_to_A(const LoraLookupArgs& a, const acc_t<T>* Bt, const T* grad,
+                             acc_t<T>* into) {
   for (int64_t j = 0; j < a.rank; ++j) into[j] += dot(Bt + j * a.D, grad, a.D);
 }
 
@@ -109,14 +105,16 @@ void backward(const LoraLookupArgs& a, int64_t begin, int64_t end, void* scratch
       const T* grad = static_cast<const T*>(a.grad) + n * a.D;
       const T* factors = row_of_A<T>(a, c, row);
       add_to_A(a, Bt, grad, grad_A + row * a.rank);
-      for (int64_t j = 0; j < a.rank; ++j) add_scaled(grad_Bt + j * a.D, to_acc(factors[j]), grad, a.D);
+      for (int64_t j = 0; j < a.rank; ++j)
+        add_scaled(grad_Bt + j * a.D, to_acc(factors[j]), grad, a.D);
     }
     store_B<T>(a, grad_Bt, static_cast<A*>(a.grad_B) + c * a.D * a.rank);
   }
 }
 
 template <typename T>
-void backward_entries(const LoraLookupArgs& a, const int64_t* positions, int64_t count, void* scratch) {
+void backward_entries(const LoraLookupArgs& a, const int64_t* positions, int64_t count,
+                      void* scratch) {
   using A = acc_t<T>;
   A* Bt = static_cast<A*>(scratch);
   transpose_B<T>(a, 0, Bt);
@@ -138,7 +136,8 @@ void backward_B(const LoraLookupArgs& a, int64_t begin, int64_t end, void* into,
     if (row < 0) continue;
     const T* grad = static_cast<const T*>(a.grad) + n * a.D;
     const T* factors = row_of_A<T>(a, 0, row);
-    for (int64_t j = 0; j < a.rank; ++j) add_scaled(grad_Bt + j * a.D, to_acc(factors[j]), grad, a.D);
+    for (int64_t j = 0; j < a.rank; ++j)
+      add_scaled(grad_Bt + j * a.D, to_acc(factors[j]), grad, a.D);
   }
   store_B<T>(a, grad_Bt, static_cast<A*>(into));
 }
@@ -148,7 +147,8 @@ void backward_B(const LoraLookupArgs& a, int64_t begin, int64_t end, void* into,
 const LoraLookupKernels lora_lookup_kernels = {
     {forward<float>, forward<double>, forward<Half>, forward<BFloat16>},
     {backward<float>, backward<double>, backward<Half>, backward<BFloat16>},
-    {backward_entries<float>, backward_entries<double>, backward_entries<Half>, backward_entries<BFloat16>},
+    {backward_entries<float>, backward_entries<double>, backward_entries<Half>,
+     backward_entries<BFloat16>},
     {backward_B<float>, backward_B<double>, backward_B<Half>, backward_B<BFloat16>},
 };
 
