@@ -1,8 +1,8 @@
 """Where the ops under test run.
 
 A test takes the ops from its target and puts its tensors on the target's device, so that it runs on every
-device that there is: the CPU, the CUDA kernels on the CPU (csrc/emulator), and CUDA. Another implementation of the
-ops joins by becoming a target.
+device that there is: the CPU, the CUDA kernels on the CPU (csrc/emulator), and CUDA. Another implementation
+of the ops joins by becoming a target.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Puts the emulated CUDA kernels behind the ops of fedpeft_ext.
 
-Each call runs twice, with the threads of a block from first to last and from last to first; results that are not
-bitwise equal would show a missing barrier, a read of shared memory that nothing wrote, or a sum whose order is not fixed.
+Each call runs twice, with the threads of a block from first to last and from last to first; results that are
+not bitwise equal would show a missing barrier, a read of shared memory that nothing wrote, or a sum whose
+order is not fixed.
 """
 
 from __future__ import annotations
@@ -31,9 +32,13 @@ EMULATED = [
 ]
 
 
+def _bytes(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().flatten().contiguous().view(torch.uint8)
+
+
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
     if isinstance(a, (tuple, list)):
         return len(a) == len(b) and all(map(_same, a, b))
     return a is None and b is None

@@ -1,12 +1,12 @@
 // Binding of touched_rows and accumulate_updates_: checks, allocation, dispatch.
-#include <torch/csrc/stable/library.h>
-
 #include <cstring>
 #include <memory>
 #include <tuple>
 
 #include "aggregate/aggregate_cpu.h"
+#include "aggregate/aggregate_cuda.h"
 #include "common/check.h"
+#include "common/dispatch.h"
 #include "common/parallel.h"
 
 namespace fedpeft {
@@ -21,33 +21,48 @@ std::tuple<Tensor, Tensor> touched_rows(const Tensor& items) {
   a.items = indices_of(items_, "items");
   Tensor found = torch::stable::empty_like(items_);
   Tensor positions = torch::stable::empty_like(items_);
-  std::vector<int64_t> counts(static_cast<size_t>(C), 0);
   a.rows = found.mutable_data_ptr();
   a.positions = positions.mutable_data_ptr();
-  a.counts = counts.data();
   a.N = N;
   a.bad_item = &bad_item;
-  const AggregateKernels& kernels = select_aggregate_kernels();
-  const size_t scratch_words = size_t(kernels.touched_scratch(a) + 7) / 8;
-  parallel_ranges(C, 16 * N, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<uint64_t[]> scratch(new uint64_t[scratch_words]);
-    kernels.touched(a, begin, end, scratch.get());
-  });
-  raise_bad_index(bad_item, a.items, INT64_MAX, "items");
+  Tensor rows;
+  run_on(
+      items,
+      [&](auto) {
+        std::vector<int64_t> counts(static_cast<size_t>(C), 0);
+        a.counts = counts.data();
+        const AggregateKernels& kernels = select_aggregate_kernels();
+        const size_t scratch_words = size_t(kernels.touched_scratch(a) + 7) / 8;
+        parallel_ranges(C, 16 * N, [&](int64_t begin, int64_t end) {
+          const std::unique_ptr<uint64_t[]> scratch(new uint64_t[scratch_words]);
+          kernels.touched(a, begin, end, scratch.get());
+        });
+        raise_bad_index(bad_item, a.items, INT64_MAX, "items");
 
-  int64_t R = 0;
-  for (const int64_t count : counts) R = std::max(R, count);
-  Tensor rows = torch::stable::new_empty(items_, {C, R});
-  const size_t size = size_t(a.items.bytes);
-  const char* from = static_cast<const char*>(a.rows);
-  char* to = static_cast<char*>(rows.mutable_data_ptr());
-  parallel_ranges(C, R, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const size_t filled = size * size_t(counts[size_t(c)]), all = size * size_t(R);
-      std::memcpy(to + size_t(c) * all, from + size * size_t(c * N), filled);
-      std::memset(to + size_t(c) * all + filled, 0xff, all - filled);  // -1
-    }
-  });
+        int64_t R = 0;
+        for (const int64_t count : counts) R = std::max(R, count);
+        rows = torch::stable::new_empty(items_, {C, R});
+        const size_t size = size_t(a.items.bytes);
+        const char* from = static_cast<const char*>(a.rows);
+        char* to = static_cast<char*>(rows.mutable_data_ptr());
+        parallel_ranges(C, R, [&](int64_t begin, int64_t end) {
+          for (int64_t c = begin; c < end; ++c) {
+            const size_t filled = size * size_t(counts[size_t(c)]), all = size * size_t(R);
+            std::memcpy(to + size_t(c) * all, from + size * size_t(c * N), filled);
+            std::memset(to + size_t(c) * all + filled, 0xff, all - filled);  // -1
+          }
+        });
+      },
+      [&](auto stream) {
+        const auto [sorted, order] = sort_stable(items_);
+        Tensor largest = torch::stable::new_zeros(items_, {1}, ScalarType::Long);
+        auto* count = static_cast<unsigned long long*>(largest.mutable_data_ptr());
+        gpu::touched_rows(a, sorted.const_data_ptr(),
+                          static_cast<const int64_t*>(order.const_data_ptr()), C, count, stream);
+        Tensor filled = found;
+        rows = torch::stable::contiguous(
+            torch::stable::narrow(filled, 1, 0, int64_t(gpu::read_back(count, stream))));
+      });
   return {rows, positions};
 }
 
@@ -94,25 +109,42 @@ void accumulate_updates_(const Tensor& total, const Tensor& updates, const Tenso
   a.total = total_.mutable_data_ptr();
   a.updates = updates_.const_data_ptr();
   a.weights = static_cast<const double*>(weights_.const_data_ptr());
-  const AggregateKernels& kernels = select_aggregate_kernels();
-  if (rows_) {
-    a.rows = indices_of(*rows_, "rows");
-    FirstError bad_row;  // before total is written
-    parallel_ranges(C * a.R, 1, [&](int64_t begin, int64_t end) {
-      kernels.check_rows(a, begin, end, &bad_row);
-    });
-    raise_bad_index(bad_row, a.rows, a.num_rows, "rows");
-    const auto kernel = (in_double ? kernels.rows_double : kernels.rows)[int(dtype)];
-    const bool done = scatter_by_row(
-        C * a.R, 1, a.num_rows, a.width, [&](int64_t entry, int64_t) { return a.rows[entry]; },
-        [&](const int64_t* entries, int64_t count) { kernel(a, entries, count); });
-    if (!done) kernel(a, nullptr, C * a.R);
-  } else {
-    const auto kernel = (in_double ? kernels.dense_double : kernels.dense)[int(dtype)];
-    const int64_t blocks = (a.size + kAccumulateBlock - 1) / kAccumulateBlock;
-    parallel_ranges(blocks, C * std::min(a.size, kAccumulateBlock),
-                    [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-  }
+  if (rows_) a.rows = indices_of(*rows_, "rows");
+  run_on(
+      total,
+      [&](auto) {
+        const AggregateKernels& kernels = select_aggregate_kernels();
+        if (rows_) {
+          FirstError bad_row;  // before total is written
+          parallel_ranges(C * a.R, 1, [&](int64_t begin, int64_t end) {
+            kernels.check_rows(a, begin, end, &bad_row);
+          });
+          raise_bad_index(bad_row, a.rows, a.num_rows, "rows");
+          const auto kernel = (in_double ? kernels.rows_double : kernels.rows)[int(dtype)];
+          const bool done = scatter_by_row(
+              C * a.R, 1, a.num_rows, a.width,
+              [&](int64_t entry, int64_t) { return a.rows[entry]; },
+              [&](const int64_t* entries, int64_t count) { kernel(a, entries, count); });
+          if (!done) kernel(a, nullptr, C * a.R);
+        } else {
+          const auto kernel = (in_double ? kernels.dense_double : kernels.dense)[int(dtype)];
+          const int64_t blocks = (a.size + kAccumulateBlock - 1) / kAccumulateBlock;
+          parallel_ranges(blocks, C * std::min(a.size, kAccumulateBlock),
+                          [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+        }
+      },
+      [&](auto stream) {
+        if (!rows_) {
+          gpu::accumulate_dense(a, dtype, in_double, stream);
+          return;
+        }
+        Tensor keys = torch::stable::new_empty(total_, {C * a.R}, ScalarType::Long);
+        gpu::accumulate_keys(a, static_cast<int64_t*>(keys.mutable_data_ptr()), stream);
+        const auto [sorted, order] = sort_stable(keys);
+        gpu::accumulate_rows(a, dtype, in_double,
+                             static_cast<const int64_t*>(sorted.const_data_ptr()),
+                             static_cast<const int64_t*>(order.const_data_ptr()), stream);
+      });
   if (!total.is_contiguous()) {
     Tensor target = total;
     torch::stable::copy_(target, total_);
@@ -121,7 +153,7 @@ void accumulate_updates_(const Tensor& total, const Tensor& updates, const Tenso
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fedpeft_ext, CPU, m) {
+FEDPEFT_IMPL(m) {
   m.impl("touched_rows", TORCH_BOX(&touched_rows));
   m.impl("accumulate_updates_", TORCH_BOX(&accumulate_updates_));
 }

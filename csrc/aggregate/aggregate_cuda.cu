@@ -1,7 +1,7 @@
-// CUDA kernels of touched_rows (a block a client, over its sorted items) and accumulate_updates_ (a thread an element,
-// clients in order; with rows a group of lanes a row, over entries sorted by row).
+// CUDA kernels of touched_rows (a block a client, over its sorted items) and accumulate_updates_ (a
+// thread an element, clients in order; with rows a group of lanes a row, over entries sorted by
+// row).
 #include "aggregate/aggregate_cuda.h"
-
 #include "common/device.cuh"
 
 namespace fedpeft::gpu {
@@ -10,8 +10,9 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
 template <typename Item>
-__global__ void __launch_bounds__(kThreads, 4) touched(TouchedRowsArgs a, const Item* sorted, const int64_t* order,
-                                                       int64_t clients, unsigned long long* largest) {
+__global__ void __launch_bounds__(kThreads, 4)
+    touched(TouchedRowsArgs a, const Item* sorted, const int64_t* order, int64_t clients,
+            unsigned long long* largest) {
   FEDPEFT_SHARED(int, starts, kWarps);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   for (int64_t c = blockIdx.x; c < clients; c += gridDim.x) {
@@ -47,24 +48,31 @@ __global__ void __launch_bounds__(kThreads, 4) touched(TouchedRowsArgs a, const 
 // Each addition rounds to the type of total, as on the CPU.
 FEDPEFT_DEVICE void add(double& total, double x) { total += x; }
 FEDPEFT_DEVICE void add(float& total, double x) { total = float(double(total) + x); }
-FEDPEFT_DEVICE void add(Half& total, double x) { total = from_acc<Half>(float(double(to_acc(total)) + x)); }
-FEDPEFT_DEVICE void add(BFloat16& total, double x) { total = from_acc<BFloat16>(float(double(to_acc(total)) + x)); }
+FEDPEFT_DEVICE void add(Half& total, double x) {
+  total = from_acc<Half>(float(double(to_acc(total)) + x));
+}
+FEDPEFT_DEVICE void add(BFloat16& total, double x) {
+  total = from_acc<BFloat16>(float(double(to_acc(total)) + x));
+}
 
 template <typename Total, typename T>
 __global__ void __launch_bounds__(kThreads, 4) dense(AccumulateArgs a) {
   Total* total = static_cast<Total*>(a.total);
   const T* updates = static_cast<const T*>(a.updates);
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.size; i += int64_t(gridDim.x) * kThreads) {
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.size;
+       i += int64_t(gridDim.x) * kThreads) {
     Total sum = total[i];
 #pragma unroll 8
-    for (int64_t c = 0; c < a.clients; ++c) add(sum, a.weights[c] * double(to_acc(updates[c * a.size + i])));
+    for (int64_t c = 0; c < a.clients; ++c)
+      add(sum, a.weights[c] * double(to_acc(updates[c * a.size + i])));
     total[i] = sum;
   }
 }
 
 __global__ void __launch_bounds__(kThreads, 4) write_keys(AccumulateArgs a, int64_t* keys) {
   const int64_t entries = a.clients * a.R;
-  for (int64_t e = int64_t(blockIdx.x) * kThreads + threadIdx.x; e < entries; e += int64_t(gridDim.x) * kThreads) {
+  for (int64_t e = int64_t(blockIdx.x) * kThreads + threadIdx.x; e < entries;
+       e += int64_t(gridDim.x) * kThreads) {
     const int64_t row = a.rows[e];
     if (classify(row, a.num_rows) == Position::bad) FEDPEFT_BAD_INDEX("rows", row, e, a.num_rows);
     keys[e] = row < 0 ? a.num_rows : row;
@@ -73,7 +81,8 @@ __global__ void __launch_bounds__(kThreads, 4) write_keys(AccumulateArgs a, int6
 
 // A group of lanes an entry; those of the first entry of a row add the whole row.
 template <typename Total, typename T>
-__global__ void __launch_bounds__(kThreads, 4) add_rows(AccumulateArgs a, const int64_t* keys, const int64_t* order) {
+__global__ void __launch_bounds__(kThreads, 4)
+    add_rows(AccumulateArgs a, const int64_t* keys, const int64_t* order) {
   const int64_t entries = a.clients * a.R;
   const int lanes = lanes_for(a.width), lane = int(threadIdx.x) % lanes, groups = kThreads / lanes;
   for (int64_t e = int64_t(blockIdx.x) * groups + threadIdx.x / lanes; e < entries;
@@ -95,14 +104,14 @@ __global__ void __launch_bounds__(kThreads, 4) add_rows(AccumulateArgs a, const 
 
 }  // namespace
 
-void touched_rows(const TouchedRowsArgs& a, const void* sorted, const int64_t* order, int64_t clients,
-                  unsigned long long* largest, Stream stream) {
+void touched_rows(const TouchedRowsArgs& a, const void* sorted, const int64_t* order,
+                  int64_t clients, unsigned long long* largest, Stream stream) {
   if (a.items.bytes == 8) {
-    launch(touched<int64_t>, clients, kThreads, 0, stream, a, static_cast<const int64_t*>(sorted), order, clients,
-           largest);
+    launch(touched<int64_t>, clients, kThreads, 0, stream, a, static_cast<const int64_t*>(sorted),
+           order, clients, largest);
   } else {
-    launch(touched<int32_t>, clients, kThreads, 0, stream, a, static_cast<const int32_t*>(sorted), order, clients,
-           largest);
+    launch(touched<int32_t>, clients, kThreads, 0, stream, a, static_cast<const int32_t*>(sorted),
+           order, clients, largest);
   }
 }
 
@@ -110,7 +119,8 @@ unsigned long long read_back(const unsigned long long* value, [[maybe_unused]] S
 #if defined(__CUDACC__)
   unsigned long long result = 0;
   const auto on = static_cast<cudaStream_t>(stream.handle);
-  check(cudaMemcpyAsync(&result, value, sizeof(result), cudaMemcpyDeviceToHost, on), "cudaMemcpyAsync");
+  check(cudaMemcpyAsync(&result, value, sizeof(result), cudaMemcpyDeviceToHost, on),
+        "cudaMemcpyAsync");
   check(cudaStreamSynchronize(on), "cudaStreamSynchronize");
   return result;
 #else
@@ -121,7 +131,8 @@ unsigned long long read_back(const unsigned long long* value, [[maybe_unused]] S
 void accumulate_dense(const AccumulateArgs& a, DType dtype, bool in_double, Stream stream) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch(in_double ? dense<double, T> : dense<T, T>, (a.size + kThreads - 1) / kThreads, kThreads, 0, stream, a);
+    launch(in_double ? dense<double, T> : dense<T, T>, (a.size + kThreads - 1) / kThreads, kThreads,
+           0, stream, a);
   });
 }
 
@@ -135,8 +146,8 @@ void accumulate_rows(const AccumulateArgs& a, DType dtype, bool in_double, const
   const int groups = kThreads / lanes_for(a.width);
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch(in_double ? add_rows<double, T> : add_rows<T, T>, (a.clients * a.R + groups - 1) / groups, kThreads, 0,
-           stream, a, sorted, order);
+    launch(in_double ? add_rows<double, T> : add_rows<T, T>,
+           (a.clients * a.R + groups - 1) / groups, kThreads, 0, stream, a, sorted, order);
   });
 }
 

@@ -1,10 +1,10 @@
 // Binding of client_adam_ and client_sgd_: checks, dispatch.
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 
 #include "client_optim/client_optim_cpu.h"
+#include "client_optim/client_optim_cuda.h"
 #include "common/check.h"
+#include "common/dispatch.h"
 #include "common/parallel.h"
 
 namespace fedpeft {
@@ -40,11 +40,8 @@ void check_rate(double value, const char* name) {
 
 // Cuts clients into work items of about 4096 elements. Without L2 rows carry no meaning, so that
 // short and long ones are regrouped.
-void cut(ClientOptimArgs& a, const Tensor& param) {
+[[maybe_unused]] void cut(ClientOptimArgs& a) {
   constexpr int64_t kItem = 4096;
-  const int64_t clients = param.size(0);
-  a.size = clients ? param.numel() / clients : 0;
-  a.row = std::max<int64_t>(param.dim() >= 2 ? param.size(param.dim() - 1) : 1, 1);
   if (a.l2 == 0) a.row = std::clamp<int64_t>(a.row, 128, kItem);
   a.rows = std::max<int64_t>(1, kItem / a.row);
   a.blocks = (a.size + a.rows * a.row - 1) / (a.rows * a.row);
@@ -84,10 +81,18 @@ void client_adam_(const Tensor& param, const Tensor& grad, const Tensor& exp_avg
   a.beta2 = beta2;
   a.eps = eps;
   a.l2 = l2;
-  cut(a, param);
-  const auto kernel = select_client_optim_kernels().adam[int(dtype)];
-  parallel_ranges(param.size(0) * a.blocks, 4 * std::min(a.size, a.rows * a.row),
-                  [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  const int64_t clients = param.size(0);
+  a.size = clients ? param.numel() / clients : 0;
+  a.row = std::max<int64_t>(param.dim() >= 2 ? param.size(param.dim() - 1) : 1, 1);
+  run_on(
+      param,
+      [&](auto) {
+        cut(a);
+        const auto kernel = select_client_optim_kernels().adam[int(dtype)];
+        parallel_ranges(clients * a.blocks, 4 * std::min(a.size, a.rows * a.row),
+                        [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+      },
+      [&](auto stream) { gpu::client_adam(a, dtype, clients, stream); });
   write_back(param, param_);
   write_back(exp_avg, exp_avg_);
   write_back(exp_avg_sq, exp_avg_sq_);
@@ -114,17 +119,25 @@ void client_sgd_(const Tensor& param, const Tensor& grad,
   a.lr = lr;
   a.momentum = momentum;
   a.l2 = l2;
-  cut(a, param);
-  const auto kernel = select_client_optim_kernels().sgd[int(dtype)];
-  parallel_ranges(param.size(0) * a.blocks, 2 * std::min(a.size, a.rows * a.row),
-                  [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  const int64_t clients = param.size(0);
+  a.size = clients ? param.numel() / clients : 0;
+  a.row = std::max<int64_t>(param.dim() >= 2 ? param.size(param.dim() - 1) : 1, 1);
+  run_on(
+      param,
+      [&](auto) {
+        cut(a);
+        const auto kernel = select_client_optim_kernels().sgd[int(dtype)];
+        parallel_ranges(clients * a.blocks, 2 * std::min(a.size, a.rows * a.row),
+                        [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+      },
+      [&](auto stream) { gpu::client_sgd(a, dtype, clients, stream); });
   write_back(param, param_);
   if (buffer_) write_back(*momentum_buffer, *buffer_);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fedpeft_ext, CPU, m) {
+FEDPEFT_IMPL(m) {
   m.impl("client_adam_", TORCH_BOX(&client_adam_));
   m.impl("client_sgd_", TORCH_BOX(&client_sgd_));
 }

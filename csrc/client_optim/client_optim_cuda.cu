@@ -1,8 +1,8 @@
-// CUDA kernels of client_adam_ and client_sgd_: one pass over memory, 16 bytes of parameters a lane. A block serves a
-// range of one client's rows, so that the corrections of Adam are computed once a block. With L2 a group of lanes
-// takes a row and first looks for a gradient in it; without, rows carry no meaning.
+// CUDA kernels of client_adam_ and client_sgd_: one pass over memory, 16 bytes of parameters a
+// lane. A block serves a range of one client's rows, so that the corrections of Adam are computed
+// once a block. With L2 a group of lanes takes a row and first looks for a gradient in it; without,
+// rows carry no meaning.
 #include "client_optim/client_optim_cuda.h"
-
 #include "common/device.cuh"
 
 namespace fedpeft::gpu {
@@ -97,10 +97,12 @@ struct Sgd {
 
 // Block (client, range of `rows` rows of `row` elements).
 template <template <typename> class Optimizer, typename T, int V, bool L2>
-__global__ void __launch_bounds__(kThreads, 2) optimize(ClientOptimArgs a, int64_t clients, int64_t row, int64_t rows) {
+__global__ void __launch_bounds__(kThreads, 2)
+    optimize(ClientOptimArgs a, int64_t clients, int64_t row, int64_t rows) {
   using A = acc_t<T>;
   const int64_t ranges = (a.size + row * rows - 1) / (row * rows), tasks = clients * ranges;
-  const int lanes = L2 ? lanes_for(row / V) : 1, lane = int(threadIdx.x) % lanes, groups = kThreads / lanes;
+  const int lanes = L2 ? lanes_for(row / V) : 1, lane = int(threadIdx.x) % lanes,
+            groups = kThreads / lanes;
   const unsigned group_mask = (lanes == kWarp ? kFullMask : (1u << lanes) - 1)
                               << (int(threadIdx.x) % kWarp / lanes * lanes);
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
@@ -149,9 +151,11 @@ void launch_optimizer(const ClientOptimArgs& a, DType dtype, int64_t clients, St
           const int64_t row = l2 ? a.row : V, rows = row < kItem ? kItem / row : 1;
           const int64_t grid = clients * ((a.size + row * rows - 1) / (row * rows));
           if (l2) {
-            launch(optimize<Optimizer, T, V, true>, grid, kThreads, 0, stream, a, clients, row, rows);
+            launch(optimize<Optimizer, T, V, true>, grid, kThreads, 0, stream, a, clients, row,
+                   rows);
           } else {
-            launch(optimize<Optimizer, T, V, false>, grid, kThreads, 0, stream, a, clients, row, rows);
+            launch(optimize<Optimizer, T, V, false>, grid, kThreads, 0, stream, a, clients, row,
+                   rows);
           }
         },
         a.param, a.grad, a.exp_avg, a.exp_avg_sq, a.momentum_buffer);

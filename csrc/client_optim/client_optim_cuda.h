@@ -1,5 +1,5 @@
-// Optimizer steps on the GPU; the arguments are those of the CPU, of which `rows` and `blocks` are not used. `row` is
-// the last dimension.
+// Optimizer steps on the GPU; the arguments are those of the CPU, of which `rows` and `blocks` are
+// not used. `row` is the last dimension.
 #pragma once
 
 #include "client_optim/client_optim_cpu.h"

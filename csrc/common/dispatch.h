@@ -70,6 +70,19 @@ inline bool host_readable([[maybe_unused]] const Tensor& t) {
 #endif
 }
 
+// Values and their former places along the last dimension, ascending; equal values keep their
+// order.
+inline std::pair<Tensor, Tensor> sort_stable(const Tensor& keys) {
+  // aten::sort.stable(Tensor self, *, bool? stable, int dim=-1, bool descending=False) -> (values,
+  // indices)
+  std::array<StableIValue, 4> stack{
+      torch::stable::detail::from(keys), torch::stable::detail::from(std::optional<bool>(true)),
+      torch::stable::detail::from(int64_t{-1}), torch::stable::detail::from(false)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
 // A scatter into `out` ([clients, rows, width], any shape): write_keys(plan, keys) and run(plan,
 // sorted) launch the op's kernels. `out` comes uninitialised.
 template <typename WriteKeys, typename Run>
@@ -84,15 +97,7 @@ void scatter(const gpu::ScatterPlan& plan, Tensor& out, ScalarType accumulator,
   Tensor keys = torch::stable::new_empty(out, {plan.entries()},
                                          plan.wide_keys ? ScalarType::Long : ScalarType::Int);
   write_keys(plan, keys.mutable_data_ptr());
-  // aten::sort.stable(Tensor self, *, bool? stable, int dim=-1, bool descending=False) -> (values,
-  // indices)
-  std::array<StableIValue, 4> stack{
-      torch::stable::detail::from(keys), torch::stable::detail::from(std::optional<bool>(true)),
-      torch::stable::detail::from(int64_t{-1}), torch::stable::detail::from(false)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  const Tensor values = torch::stable::detail::to<Tensor>(stack[0]);
-  const Tensor order = torch::stable::detail::to<Tensor>(stack[1]);
+  const auto [values, order] = sort_stable(keys);
   Tensor partial = torch::stable::new_empty(out, {plan.tiles(), 2, plan.width}, accumulator);
   sorted.keys = {values.const_data_ptr(), plan.wide_keys ? 8 : 4};
   sorted.order = static_cast<const int64_t*>(order.const_data_ptr());

@@ -103,11 +103,14 @@ void launch(void (*kernel)(Params...), int64_t grid, unsigned block, int64_t sha
 extern "C" __device__ void __assertfail(const char* message, const char* file, unsigned line,
                                         const char* function, size_t char_size)
     __attribute__((noreturn));
-#define FEDPEFT_BAD_VALUE(message) __assertfail(message, __FILE__, __LINE__, __func__, sizeof(char))
+#define FEDPEFT_BAD_VALUE(message, ...) \
+  __assertfail(message, __FILE__, __LINE__, __func__, sizeof(char))
 #define FEDPEFT_BAD_INDEX(name, index, position, size) \
   __assertfail(name ": index out of range", __FILE__, __LINE__, __func__, sizeof(char))
 #else
-#define FEDPEFT_BAD_VALUE(message) throw std::invalid_argument(message)
+// What follows the message is a text with the values, which a device cannot put together.
+#define FEDPEFT_BAD_VALUE(message, ...) \
+  throw std::invalid_argument(emulator::fuller(message __VA_OPT__(, ) __VA_ARGS__))
 #define FEDPEFT_BAD_INDEX(name, index, position, size)                                       \
   throw std::out_of_range(                                                                   \
       name ": index " + std::to_string(index) + " at position " + std::to_string(position) + \

@@ -12,6 +12,7 @@
 #include <functional>
 #include <source_location>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <type_traits>
 
@@ -55,6 +56,9 @@ enum class WarpOp { sync, shuffle, ballot, match };
 // other than 0; match: lanes with the same value.
 uint64_t warp(WarpOp op, unsigned mask, uint64_t value, int source, Site site);
 int lane();
+
+inline std::string fuller(const char* message) { return message; }
+inline std::string fuller(const char*, const std::string& with_values) { return with_values; }
 
 template <typename T>
 T shuffle(unsigned mask, T value, int source, Site site) {

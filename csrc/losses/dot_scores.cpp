@@ -1,11 +1,11 @@
 // Binding of dot_scores and its gradient: checks, allocation, dispatch.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "common/check.h"
+#include "common/dispatch.h"
 #include "common/parallel.h"
 #include "losses/dot_scores_cpu.h"
+#include "losses/dot_scores_cuda.h"
 
 namespace fedpeft {
 namespace {
@@ -40,9 +40,14 @@ Tensor dot_scores(const Tensor& vectors, const Tensor& user) {
   a.vectors = vectors_.const_data_ptr();
   a.user = user_.const_data_ptr();
   a.out = out.mutable_data_ptr();
-  const auto kernel = select_dot_scores_kernels().forward[int(dtype)];
-  parallel_ranges(clients * a.blocks, std::min(a.positions, kScoreBlock) * a.D,
-                  [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  run_on(
+      vectors,
+      [&](auto) {
+        const auto kernel = select_dot_scores_kernels().forward[int(dtype)];
+        parallel_ranges(clients * a.blocks, std::min(a.positions, kScoreBlock) * a.D,
+                        [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+      },
+      [&](auto stream) { gpu::dot_scores(a, dtype, clients, stream); });
   return out;
 }
 
@@ -60,27 +65,37 @@ std::tuple<Tensor, Tensor> dot_scores_backward(const Tensor& grad, const Tensor&
   const Tensor grad_ = dense(grad), vectors_ = dense(vectors), user_ = dense(user);
   Tensor grad_vectors = torch::stable::empty_like(vectors_);
   Tensor grad_user = torch::stable::empty_like(user_);
-  Tensor partial =
-      torch::stable::new_empty(vectors, {clients * a.blocks, a.D}, accumulator_type(vectors));
   a.grad = grad_.const_data_ptr();
   a.vectors = vectors_.const_data_ptr();
   a.user = user_.const_data_ptr();
   a.grad_vectors = grad_vectors.mutable_data_ptr();
   a.grad_user = grad_user.mutable_data_ptr();
-  a.partial = partial.mutable_data_ptr();
-  const DotScoresKernels& kernels = select_dot_scores_kernels();
-  const int kernel = int(dtype);
-  parallel_ranges(clients * a.blocks, 2 * std::min(a.positions, kScoreBlock) * a.D,
-                  [&](int64_t begin, int64_t end) { kernels.backward[kernel](a, begin, end); });
-  parallel_ranges(clients, a.blocks * a.D, [&](int64_t begin, int64_t end) {
-    kernels.backward_user[kernel](a, begin, end);
-  });
+  const ScalarType accumulator = accumulator_type(vectors);
+  run_on(
+      vectors,
+      [&](auto) {
+        Tensor partial = torch::stable::new_empty(vectors, {clients * a.blocks, a.D}, accumulator);
+        a.partial = partial.mutable_data_ptr();
+        const DotScoresKernels& kernels = select_dot_scores_kernels();
+        parallel_ranges(
+            clients * a.blocks, 2 * std::min(a.positions, kScoreBlock) * a.D,
+            [&](int64_t begin, int64_t end) { kernels.backward[int(dtype)](a, begin, end); });
+        parallel_ranges(clients, a.blocks * a.D, [&](int64_t begin, int64_t end) {
+          kernels.backward_user[int(dtype)](a, begin, end);
+        });
+      },
+      [&](auto stream) {
+        gpu::dot_scores_backward_vectors(a, dtype, clients, stream);
+        const gpu::PositionSum sum = gpu::dot_scores_shape_user(a, clients);
+        Tensor partial = torch::stable::new_empty(vectors, {sum.partial_size()}, accumulator);
+        gpu::dot_scores_backward_user(a, dtype, sum, partial.mutable_data_ptr(), stream);
+      });
   return {grad_vectors, grad_user};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fedpeft_ext, CPU, m) {
+FEDPEFT_IMPL(m) {
   m.impl("dot_scores", TORCH_BOX(&dot_scores));
   m.impl("dot_scores_backward", TORCH_BOX(&dot_scores_backward));
 }

@@ -1,7 +1,6 @@
 // CUDA kernels of dot_scores: a group of lanes a position.
-#include "losses/dot_scores_cuda.h"
-
 #include "common/position_sum.cuh"
+#include "losses/dot_scores_cuda.h"
 
 namespace fedpeft::gpu {
 namespace {
@@ -12,7 +11,8 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 4) forward(DotScoresArgs a, int64_t total) {
   using A = acc_t<T>;
   const int lanes = lanes_for(a.D / V), groups = kThreads / lanes, lane = int(threadIdx.x) % lanes;
-  for (int64_t first = int64_t(blockIdx.x) * groups; first < total; first += int64_t(gridDim.x) * groups) {
+  for (int64_t first = int64_t(blockIdx.x) * groups; first < total;
+       first += int64_t(gridDim.x) * groups) {
     const int64_t n = first + threadIdx.x / lanes;
     A product = 0;
     if (n < total) {
@@ -57,7 +57,8 @@ struct Source {
   FEDPEFT_DEVICE bool active(int64_t) const { return true; }
   template <int V>
   FEDPEFT_DEVICE void add(Sum<acc_t<T>, V>& sum, int64_t, int64_t n, int64_t output) const {
-    sum.add_scaled(to_acc(static_cast<const T*>(a.grad)[n]), static_cast<const T*>(a.vectors) + n * a.D + output);
+    sum.add_scaled(to_acc(static_cast<const T*>(a.grad)[n]),
+                   static_cast<const T*>(a.vectors) + n * a.D + output);
   }
 };
 
@@ -78,7 +79,8 @@ void dot_scores(const DotScoresArgs& a, DType dtype, int64_t clients, Stream str
   });
 }
 
-void dot_scores_backward_vectors(const DotScoresArgs& a, DType dtype, int64_t clients, Stream stream) {
+void dot_scores_backward_vectors(const DotScoresArgs& a, DType dtype, int64_t clients,
+                                 Stream stream) {
   const int64_t total = clients * a.positions;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -93,17 +95,19 @@ void dot_scores_backward_vectors(const DotScoresArgs& a, DType dtype, int64_t cl
   });
 }
 
-PositionSum dot_scores_shape_user(const DotScoresArgs& a, int64_t clients) { return {clients, a.positions, a.D}; }
+PositionSum dot_scores_shape_user(const DotScoresArgs& a, int64_t clients) {
+  return {clients, a.positions, a.D};
+}
 
-void dot_scores_backward_user(const DotScoresArgs& a, DType dtype, const PositionSum& shape, void* partial,
-                              Stream stream) {
+void dot_scores_backward_user(const DotScoresArgs& a, DType dtype, const PositionSum& shape,
+                              void* partial, Stream stream) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     with_width<T>(
         a.D,
         [&](auto width) {
-          launch_position_sum<T, decltype(width)::value>(Source<T>{a}, shape, static_cast<T*>(a.grad_user), partial,
-                                                         stream);
+          launch_position_sum<T, decltype(width)::value>(
+              Source<T>{a}, shape, static_cast<T*>(a.grad_user), partial, stream);
         },
         a.vectors, a.grad_user, partial);
   });

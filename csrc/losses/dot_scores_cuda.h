@@ -1,5 +1,5 @@
-// Scores of a client's item vectors on the GPU; the arguments are those of the CPU, of which `blocks` and `partial` are
-// not used.
+// Scores of a client's item vectors on the GPU; the arguments are those of the CPU, of which
+// `blocks` and `partial` are not used.
 #pragma once
 
 #include "common/gpu.h"
@@ -9,10 +9,11 @@
 namespace fedpeft::gpu {
 
 void dot_scores(const DotScoresArgs& a, DType dtype, int64_t clients, Stream stream);
-void dot_scores_backward_vectors(const DotScoresArgs& a, DType dtype, int64_t clients, Stream stream);
+void dot_scores_backward_vectors(const DotScoresArgs& a, DType dtype, int64_t clients,
+                                 Stream stream);
 // Gradient of the user: a sum over positions.
 PositionSum dot_scores_shape_user(const DotScoresArgs& a, int64_t clients);
-void dot_scores_backward_user(const DotScoresArgs& a, DType dtype, const PositionSum& shape, void* partial,
-                              Stream stream);
+void dot_scores_backward_user(const DotScoresArgs& a, DType dtype, const PositionSum& shape,
+                              void* partial, Stream stream);
 
 }  // namespace fedpeft::gpu

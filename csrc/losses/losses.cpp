@@ -1,11 +1,11 @@
 // Binding of bpr_loss, bce_loss and their gradients: checks, allocation, dispatch.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "common/check.h"
+#include "common/dispatch.h"
 #include "common/parallel.h"
 #include "losses/losses_cpu.h"
+#include "losses/losses_cuda.h"
 
 namespace fedpeft {
 namespace {
@@ -46,10 +46,20 @@ struct Inputs {
     args.items = indices_of(items, "items");
     args.positions = positive.size(positive.dim() - 1);
     args.blocks = std::max<int64_t>(1, (args.positions + kLossBlock - 1) / kLossBlock);
+  }
+  Inputs(const Inputs&) = delete;
+
+  // Room on the host for the counts of each work item.
+  void host_counts() {
     counts.resize(size_t(clients * args.blocks));
     args.counts = counts.data();
   }
-  Inputs(const Inputs&) = delete;
+  // On the device, for the clients that are more than one work item; it must outlive the kernels.
+  Tensor device_counts() {
+    Tensor room = torch::stable::new_empty(positive, {clients * args.blocks}, ScalarType::Long);
+    args.counts = static_cast<int64_t*>(room.mutable_data_ptr());
+    return room;
+  }
 
   template <typename Kernel>
   void run(const Kernel& kernel_function, int64_t cost) {
@@ -71,19 +81,35 @@ struct Inputs {
 template <Loss loss>
 Tensor forward(const Tensor& positive, const Tensor& negative, const Tensor& items) {
   Inputs in(positive, negative, items);
-  std::vector<double> sums(in.counts.size());
-  in.args.sums = sums.data();
-  const LossKernels& kernels = select_loss_kernels();
-  in.run((loss == Loss::bpr ? kernels.bpr : kernels.bce)[in.kernel], 20);
-  Tensor mean = torch::stable::new_empty(in.positive, in.client_shape(), ScalarType::Double);
-  double* out = static_cast<double*>(mean.mutable_data_ptr());
-  for (int64_t c = 0; c < in.clients; ++c) {
-    double sum = 0;
-    for (int64_t b = 0; b < in.args.blocks; ++b) sum += sums[size_t(c * in.args.blocks + b)];
-    const int64_t n = in.count(c);
-    out[c] = n == 0 ? 0 : sum / double(loss == Loss::bpr ? n : 2 * n);
-  }
-  return as_dtype(mean, positive.scalar_type());
+  Tensor out;
+  run_on(
+      positive,
+      [&](auto) {
+        in.host_counts();
+        std::vector<double> sums(in.counts.size());
+        in.args.sums = sums.data();
+        const LossKernels& kernels = select_loss_kernels();
+        in.run((loss == Loss::bpr ? kernels.bpr : kernels.bce)[in.kernel], 20);
+        Tensor mean = torch::stable::new_empty(in.positive, in.client_shape(), ScalarType::Double);
+        double* means = static_cast<double*>(mean.mutable_data_ptr());
+        for (int64_t c = 0; c < in.clients; ++c) {
+          double sum = 0;
+          for (int64_t b = 0; b < in.args.blocks; ++b) sum += sums[size_t(c * in.args.blocks + b)];
+          const int64_t n = in.count(c);
+          means[c] = n == 0 ? 0 : sum / double(loss == Loss::bpr ? n : 2 * n);
+        }
+        out = as_dtype(mean, positive.scalar_type());
+      },
+      [&](auto stream) {
+        const Tensor counts = in.device_counts();
+        Tensor sums = torch::stable::new_empty(in.positive, {in.clients * in.args.blocks},
+                                               ScalarType::Double);
+        in.args.sums = static_cast<double*>(sums.mutable_data_ptr());
+        out = torch::stable::new_empty(in.positive, in.client_shape());
+        gpu::ranking_loss(in.args, DType(in.kernel), loss == Loss::bpr, in.clients,
+                          out.mutable_data_ptr(), stream);
+      });
+  return out;
 }
 
 template <Loss loss>
@@ -96,27 +122,37 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& positive,
               ", got ", shape_text(grad));
   check_same_dtype(grad, positive, "grad", "positive");
   check_same_device(grad, positive, "grad", "positive");
-  const LossKernels& kernels = select_loss_kernels();
-  in.run(kernels.count, 1);
-  const Tensor grad_ = dense(as_dtype(grad, ScalarType::Double));
-  const double* g = static_cast<const double*>(grad_.const_data_ptr());
-  std::vector<double> scale(static_cast<size_t>(in.clients));
-  for (int64_t c = 0; c < in.clients; ++c) {
-    const int64_t n = in.count(c);
-    scale[size_t(c)] = n == 0 ? 0 : g[c] / double(loss == Loss::bpr ? n : 2 * n);
-  }
-  in.args.scale = scale.data();
   Tensor grad_positive = torch::stable::empty_like(in.positive);
   Tensor grad_negative = torch::stable::empty_like(in.negative);
   in.args.grad_positive = grad_positive.mutable_data_ptr();
   in.args.grad_negative = grad_negative.mutable_data_ptr();
-  in.run((loss == Loss::bpr ? kernels.bpr_backward : kernels.bce_backward)[in.kernel], 20);
+  run_on(
+      positive,
+      [&](auto) {
+        in.host_counts();
+        const LossKernels& kernels = select_loss_kernels();
+        in.run(kernels.count, 1);
+        const Tensor grad_ = dense(as_dtype(grad, ScalarType::Double));
+        const double* g = static_cast<const double*>(grad_.const_data_ptr());
+        std::vector<double> scale(static_cast<size_t>(in.clients));
+        for (int64_t c = 0; c < in.clients; ++c) {
+          const int64_t n = in.count(c);
+          scale[size_t(c)] = n == 0 ? 0 : g[c] / double(loss == Loss::bpr ? n : 2 * n);
+        }
+        in.args.scale = scale.data();
+        in.run((loss == Loss::bpr ? kernels.bpr_backward : kernels.bce_backward)[in.kernel], 20);
+      },
+      [&](auto stream) {
+        const Tensor counts = in.device_counts(), grad_ = dense(grad);
+        gpu::ranking_loss_backward(in.args, DType(in.kernel), loss == Loss::bpr, in.clients,
+                                   grad_.const_data_ptr(), stream);
+      });
   return {grad_positive, grad_negative};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fedpeft_ext, CPU, m) {
+FEDPEFT_IMPL(m) {
   m.impl("bpr_loss", TORCH_BOX(&forward<Loss::bpr>));
   m.impl("bpr_loss_backward", TORCH_BOX(&backward<Loss::bpr>));
   m.impl("bce_loss", TORCH_BOX(&forward<Loss::bce>));

@@ -1,7 +1,7 @@
-// CUDA kernels of bpr_loss and bce_loss: a block a client and 4096 positions; a client of one block needs one launch.
-#include "losses/losses_cuda.h"
-
+// CUDA kernels of bpr_loss and bce_loss: a block a client and 4096 positions; a client of one block
+// needs one launch.
 #include "common/device.cuh"
+#include "losses/losses_cuda.h"
 
 namespace fedpeft::gpu {
 namespace {
@@ -51,7 +51,8 @@ FEDPEFT_DEVICE Range range_of(const LossArgs& a, int64_t task) {
 
 FEDPEFT_DEVICE int64_t count_items(const LossArgs& a, const Range& range, int64_t* shared) {
   int64_t count = 0;
-  for (int64_t n = range.begin + threadIdx.x; n < range.end; n += kThreads) count += a.items[n] != -1;
+  for (int64_t n = range.begin + threadIdx.x; n < range.end; n += kThreads)
+    count += a.items[n] != -1;
   return block_sum(count, shared);
 }
 
@@ -70,7 +71,8 @@ __global__ void __launch_bounds__(kThreads, 4) forward(LossArgs a, int64_t clien
     double sum = 0;
     for (int64_t n = range.begin + threadIdx.x; n < range.end; n += kThreads) {
       if (a.items[n] == -1) continue;
-      const A x = to_acc(static_cast<const T*>(a.positive)[n]), y = to_acc(static_cast<const T*>(a.negative)[n]);
+      const A x = to_acc(static_cast<const T*>(a.positive)[n]),
+              y = to_acc(static_cast<const T*>(a.negative)[n]);
       sum += double(Bpr ? softplus(y - x) : softplus(-x) + softplus(y));
     }
     sum = block_sum(sum, sums);
@@ -87,7 +89,8 @@ __global__ void __launch_bounds__(kThreads, 4) forward(LossArgs a, int64_t clien
 
 template <typename T, bool Bpr>
 __global__ void __launch_bounds__(kThreads, 4) join(LossArgs a, int64_t clients, T* out) {
-  for (int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x; c < clients; c += int64_t(gridDim.x) * kThreads) {
+  for (int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x; c < clients;
+       c += int64_t(gridDim.x) * kThreads) {
     double sum = 0;
     int64_t count = 0;
     for (int64_t b = c * a.blocks; b < (c + 1) * a.blocks; ++b) {
@@ -107,7 +110,8 @@ __global__ void __launch_bounds__(kThreads, 4) count(LossArgs a, int64_t clients
 }
 
 template <typename T, bool Bpr>
-__global__ void __launch_bounds__(kThreads, 4) backward(LossArgs a, int64_t clients, const T* grad) {
+__global__ void __launch_bounds__(kThreads, 4)
+    backward(LossArgs a, int64_t clients, const T* grad) {
   using A = acc_t<T>;
   FEDPEFT_SHARED(int64_t, counts, kWarps);
   for (int64_t task = blockIdx.x; task < clients * a.blocks; task += gridDim.x) {
@@ -116,14 +120,17 @@ __global__ void __launch_bounds__(kThreads, 4) backward(LossArgs a, int64_t clie
     if (a.blocks == 1) {
       found = count_items(a, range, counts);
     } else {
-      for (int64_t b = threadIdx.x; b < a.blocks; b += kThreads) found += a.counts[range.client * a.blocks + b];
+      for (int64_t b = threadIdx.x; b < a.blocks; b += kThreads)
+        found += a.counts[range.client * a.blocks + b];
       found = block_sum(found, counts);
     }
-    const A scale = A(found == 0 ? 0.0 : double(to_acc(grad[range.client])) / double(Bpr ? found : 2 * found));
+    const A scale =
+        A(found == 0 ? 0.0 : double(to_acc(grad[range.client])) / double(Bpr ? found : 2 * found));
     for (int64_t n = range.begin + threadIdx.x; n < range.end; n += kThreads) {
       A at_positive = 0, at_negative = 0;
       if (a.items[n] != -1) {
-        const A x = to_acc(static_cast<const T*>(a.positive)[n]), y = to_acc(static_cast<const T*>(a.negative)[n]);
+        const A x = to_acc(static_cast<const T*>(a.positive)[n]),
+                y = to_acc(static_cast<const T*>(a.negative)[n]);
         at_negative = scale * sigmoid(Bpr ? y - x : y);
         at_positive = Bpr ? -at_negative : -scale * sigmoid(-x);
       }
@@ -135,27 +142,31 @@ __global__ void __launch_bounds__(kThreads, 4) backward(LossArgs a, int64_t clie
 
 template <typename T, bool Bpr>
 void launch_forward(const LossArgs& a, int64_t clients, void* out, Stream stream) {
-  launch(forward<T, Bpr>, clients * a.blocks, kThreads, 0, stream, a, clients, static_cast<T*>(out));
+  launch(forward<T, Bpr>, clients * a.blocks, kThreads, 0, stream, a, clients,
+         static_cast<T*>(out));
   if (a.blocks > 1)
-    launch(join<T, Bpr>, (clients + kThreads - 1) / kThreads, kThreads, 0, stream, a, clients, static_cast<T*>(out));
+    launch(join<T, Bpr>, (clients + kThreads - 1) / kThreads, kThreads, 0, stream, a, clients,
+           static_cast<T*>(out));
 }
 
 }  // namespace
 
-void ranking_loss(const LossArgs& a, DType dtype, bool bpr, int64_t clients, void* out, Stream stream) {
+void ranking_loss(const LossArgs& a, DType dtype, bool bpr, int64_t clients, void* out,
+                  Stream stream) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    bpr ? launch_forward<T, true>(a, clients, out, stream) : launch_forward<T, false>(a, clients, out, stream);
+    bpr ? launch_forward<T, true>(a, clients, out, stream)
+        : launch_forward<T, false>(a, clients, out, stream);
   });
 }
 
-void ranking_loss_backward(const LossArgs& a, DType dtype, bool bpr, int64_t clients, const void* grad,
-                           Stream stream) {
+void ranking_loss_backward(const LossArgs& a, DType dtype, bool bpr, int64_t clients,
+                           const void* grad, Stream stream) {
   if (a.blocks > 1) launch(count, clients * a.blocks, kThreads, 0, stream, a, clients);
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch(bpr ? backward<T, true> : backward<T, false>, clients * a.blocks, kThreads, 0, stream, a, clients,
-           static_cast<const T*>(grad));
+    launch(bpr ? backward<T, true> : backward<T, false>, clients * a.blocks, kThreads, 0, stream, a,
+           clients, static_cast<const T*>(grad));
   });
 }
 

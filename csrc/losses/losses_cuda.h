@@ -1,5 +1,5 @@
-// Ranking losses on the GPU. Sums are in double and in a fixed order: positions into threads by p mod 256, threads by a
-// tree, blocks of positions in order; padding adds nothing.
+// Ranking losses on the GPU. Sums are in double and in a fixed order: positions into threads by p
+// mod 256, threads by a tree, blocks of positions in order; padding adds nothing.
 #pragma once
 
 #include "common/gpu.h"
@@ -8,9 +8,10 @@
 namespace fedpeft::gpu {
 
 // a.sums and a.counts [C, blocks] are scratch; `out` is [C] of the dtype.
-void ranking_loss(const LossArgs& a, DType dtype, bool bpr, int64_t clients, void* out, Stream stream);
+void ranking_loss(const LossArgs& a, DType dtype, bool bpr, int64_t clients, void* out,
+                  Stream stream);
 // a.counts is scratch; `grad` is [C] of the dtype.
-void ranking_loss_backward(const LossArgs& a, DType dtype, bool bpr, int64_t clients, const void* grad,
-                           Stream stream);
+void ranking_loss_backward(const LossArgs& a, DType dtype, bool bpr, int64_t clients,
+                           const void* grad, Stream stream);
 
 }  // namespace fedpeft::gpu

@@ -1,12 +1,12 @@
 // Binding of rq_encode: checks, allocation, dispatch.
-#include <torch/csrc/stable/library.h>
-
 #include <memory>
 #include <new>
 
 #include "common/check.h"
+#include "common/dispatch.h"
 #include "common/parallel.h"
 #include "rq_encode/rq_encode_cpu.h"
+#include "rq_encode/rq_encode_cuda.h"
 
 namespace fedpeft {
 namespace {
@@ -16,7 +16,7 @@ struct AlignedDelete {
 };
 using Buffer = std::unique_ptr<void, AlignedDelete>;
 
-Buffer aligned_buffer(int64_t bytes) {
+[[maybe_unused]] Buffer aligned_buffer(int64_t bytes) {
   return Buffer(::operator new(size_t(bytes), std::align_val_t{kEncodeAlignment}));
 }
 
@@ -52,29 +52,35 @@ Tensor rq_encode(const Tensor& x, const Tensor& codebooks) {
   Tensor codes = torch::stable::new_empty(x, {a.N, a.L}, code_type);
   a.codes = codes.mutable_data_ptr();
 
-  const RqEncodeKernels& kernels = select_rq_encode_kernels();
-  const int kernel = int(dtype);
-  const int64_t accumulator_bytes = dtype == DType::f64 ? 8 : 4;
-  const Buffer packed = aligned_buffer(kernels.packed_size[kernel](a) * accumulator_bytes);
-  a.packed = packed.get();
-  parallel_ranges(a.L, 2 * a.K * a.D,
-                  [&](int64_t begin, int64_t end) { kernels.pack[kernel](a, begin, end); });
-  const auto raise = [](const FirstError& error, const char* name, int64_t row, const char* what) {
-    check_value(!error.any(), name, ": expected finite values, got NaN or infinity in ", what, " ",
-                row);
-  };
-  raise(bad_codebook, "codebooks", a.D ? bad_codebook.position / (a.K * a.D) : 0, "level");
-  const int64_t blocks = (a.N + kEncodeRows - 1) / kEncodeRows;
-  parallel_ranges(blocks, kEncodeRows * a.L * a.K * a.D / 8, [&](int64_t begin, int64_t end) {
-    const Buffer scratch = aligned_buffer(kEncodeRows * a.D * accumulator_bytes);
-    kernels.encode[kernel](a, begin, end, scratch.get());
-  });
-  raise(bad_x, "x", a.D ? bad_x.position / a.D : 0, "row");
+  run_on(
+      x,
+      [&](auto) {
+        const RqEncodeKernels& kernels = select_rq_encode_kernels();
+        const int kernel = int(dtype);
+        const int64_t accumulator_bytes = dtype == DType::f64 ? 8 : 4;
+        const Buffer packed = aligned_buffer(kernels.packed_size[kernel](a) * accumulator_bytes);
+        a.packed = packed.get();
+        parallel_ranges(a.L, 2 * a.K * a.D,
+                        [&](int64_t begin, int64_t end) { kernels.pack[kernel](a, begin, end); });
+        const auto raise = [](const FirstError& error, const char* name, int64_t row,
+                              const char* what) {
+          check_value(!error.any(), name, ": expected finite values, got NaN or infinity in ", what,
+                      " ", row);
+        };
+        raise(bad_codebook, "codebooks", a.D ? bad_codebook.position / (a.K * a.D) : 0, "level");
+        const int64_t blocks = (a.N + kEncodeRows - 1) / kEncodeRows;
+        parallel_ranges(blocks, kEncodeRows * a.L * a.K * a.D / 8, [&](int64_t begin, int64_t end) {
+          const Buffer scratch = aligned_buffer(kEncodeRows * a.D * accumulator_bytes);
+          kernels.encode[kernel](a, begin, end, scratch.get());
+        });
+        raise(bad_x, "x", a.D ? bad_x.position / a.D : 0, "row");
+      },
+      [&](auto stream) { gpu::rq_encode(a, dtype, stream); });
   return codes;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fedpeft_ext, CPU, m) { m.impl("rq_encode", TORCH_BOX(&rq_encode)); }
+FEDPEFT_IMPL(m) { m.impl("rq_encode", TORCH_BOX(&rq_encode)); }
 
 }  // namespace fedpeft

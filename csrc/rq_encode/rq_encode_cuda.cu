@@ -1,17 +1,17 @@
-// CUDA kernel of rq_encode. A block keeps the residuals of up to 32 rows in shared memory and walks the levels; codes
-// pass through shared memory 32 at a time, 32 columns at a time, so that a lane scores one code for the rows of its
-// warp. score(k) = r . c_k - |c_k|^2 / 2; ties go to the lowest code.
-#include "rq_encode/rq_encode_cuda.h"
-
+// CUDA kernel of rq_encode. A block keeps the residuals of up to 32 rows in shared memory and walks
+// the levels; codes pass through shared memory 32 at a time, 32 columns at a time, so that a lane
+// scores one code for the rows of its warp. score(k) = r . c_k - |c_k|^2 / 2; ties go to the lowest
+// code.
 #include "common/device.cuh"
+#include "rq_encode/rq_encode_cuda.h"
 
 namespace fedpeft::gpu {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kPerWarp = 4;                 // rows of a warp
-constexpr int kRows = kWarps * kPerWarp;    // rows of a block
-constexpr int kStride = kWarp + 1;          // of a tile's row, against bank conflicts
+constexpr int kPerWarp = 4;               // rows of a warp
+constexpr int kRows = kWarps * kPerWarp;  // rows of a block
+constexpr int kStride = kWarp + 1;        // of a tile's row, against bank conflicts
 
 template <typename A>
 FEDPEFT_DEVICE bool finite(A x) {
@@ -65,8 +65,10 @@ __global__ void __launch_bounds__(kThreads, 2) encode(RqEncodeArgs a, int rows) 
         for (int64_t d0 = 0; d0 < D; d0 += kWarp) {
           const int width = int(D - d0 < kWarp ? D - d0 : kWarp);
           for (int j = warp; j < kWarp; j += kWarps) {
-            const A c = k0 + j < K && lane < width ? to_acc(codebook[(k0 + j) * D + d0 + lane]) : A(0);
-            if (!finite(c)) FEDPEFT_BAD_VALUE("codebooks: expected finite values, got NaN or infinity");
+            const A c =
+                k0 + j < K && lane < width ? to_acc(codebook[(k0 + j) * D + d0 + lane]) : A(0);
+            if (!finite(c))
+              FEDPEFT_BAD_VALUE("codebooks: expected finite values, got NaN or infinity");
             tile[j * kStride + lane] = c;
           }
           __syncthreads();
@@ -108,7 +110,8 @@ __global__ void __launch_bounds__(kThreads, 2) encode(RqEncodeArgs a, int rows) 
         // Scores that overflow leave no best code.
         const int64_t nearest = code[r] < K ? code[r] : 0;
         if (lane == 0) store_code(a, (first + row) * a.L + l, nearest);
-        for (int64_t d = lane; d < D; d += kWarp) residual[row * D + d] -= to_acc(codebook[nearest * D + d]);
+        for (int64_t d = lane; d < D; d += kWarp)
+          residual[row * D + d] -= to_acc(codebook[nearest * D + d]);
       }
       __syncthreads();
     }
@@ -127,7 +130,8 @@ void rq_encode(const RqEncodeArgs& a, DType dtype, Stream stream) {
     while (rows > 1 && bytes() > (limit < 48 * 1024 ? limit : 48 * 1024)) rows /= 2;
     if (bytes() > limit) {
       throw std::invalid_argument("x: expected rows that fit in this device's shared memory (" +
-                                  std::to_string(limit) + " bytes), got D = " + std::to_string(a.D));
+                                  std::to_string(limit) +
+                                  " bytes), got D = " + std::to_string(a.D));
     }
     launch(encode<T>, (a.N + rows - 1) / rows, kThreads, bytes(), stream, a, rows);
   });

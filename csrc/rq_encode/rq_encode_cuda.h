@@ -1,5 +1,5 @@
-// Greedy residual quantization on the GPU; the arguments are those of the CPU, of which `packed` and the FirstError slots
-// are not used.
+// Greedy residual quantization on the GPU; the arguments are those of the CPU, of which `packed`
+// and the FirstError slots are not used.
 #pragma once
 
 #include "common/gpu.h"

@@ -1,11 +1,11 @@
 // Binding of sample_negatives and client_dropout: checks, allocation, dispatch.
-#include <torch/csrc/stable/library.h>
-
 #include <cmath>
 
 #include "common/check.h"
+#include "common/dispatch.h"
 #include "common/parallel.h"
 #include "sampling/sampling_cpu.h"
+#include "sampling/sampling_cuda.h"
 
 namespace fedpeft {
 namespace {
@@ -16,7 +16,7 @@ uint32_t check_uint(int64_t value, int64_t limit, const char* name) {
 }
 
 // Client ids in [0, users).
-void check_clients(const IndexArray& clients, int64_t count, int64_t users) {
+[[maybe_unused]] void check_clients(const IndexArray& clients, int64_t count, int64_t users) {
   for (int64_t c = 0; c < count; ++c) {
     if (clients[c] < 0 || clients[c] >= users) [[unlikely]] {
       throw std::out_of_range(text("clients: id ", clients[c], " at position ", c,
@@ -25,7 +25,7 @@ void check_clients(const IndexArray& clients, int64_t count, int64_t users) {
   }
 }
 
-void check_positives(const SampleNegativesArgs& a, int64_t clients, int64_t nnz) {
+[[maybe_unused]] void check_positives(const SampleNegativesArgs& a, int64_t clients, int64_t nnz) {
   FirstError full, bad_range, bad_index;
   parallel_ranges(clients, 64, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
@@ -93,15 +93,23 @@ Tensor sample_negatives(const Tensor& items, const Tensor& clients, const Tensor
   a.seed = uint64_t(seed);
   a.round = check_uint(round, int64_t{1} << 32, "round");
   a.bad_item = &bad_item;
-  check_clients(a.clients, items.size(0), indptr.size(0) - 1);
-  check_positives(a, items.size(0), indices.size(0));
 
   Tensor out = torch::stable::new_empty(items, {items.size(0), epochs, a.positions});
   a.out = out.mutable_data_ptr();
-  const auto kernel = select_sampling_kernels().negatives;
-  parallel_ranges(items.size(0) * epochs * a.blocks, 30 * std::min(a.positions, kNegativesBlock),
-                  [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-  raise_bad_index(bad_item, a.items, num_items, "items");
+  run_on(
+      items,
+      [&](auto) {
+        check_clients(a.clients, items.size(0), indptr.size(0) - 1);
+        check_positives(a, items.size(0), indices.size(0));
+        const auto kernel = select_sampling_kernels().negatives;
+        parallel_ranges(items.size(0) * epochs * a.blocks,
+                        30 * std::min(a.positions, kNegativesBlock),
+                        [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+        raise_bad_index(bad_item, a.items, num_items, "items");
+      },
+      [&](auto stream) {
+        gpu::sample_negatives(a, items.size(0), indptr.size(0) - 1, indices.size(0), stream);
+      });
   return out;
 }
 
@@ -127,19 +135,25 @@ Tensor client_dropout(const Tensor& x, const Tensor& clients, double p, int64_t 
   a.round = check_uint(round, int64_t{1} << 32, "round");
   a.epoch = check_uint(epoch, 1 << 16, "epoch");
   a.layer = check_uint(layer, 1 << 8, "layer");
-  check_clients(a.clients, x.size(0), int64_t{1} << 32);
-  const auto kernel = select_sampling_kernels().dropout[int(dtype_of(x, "x"))];
+  const DType dtype = dtype_of(x, "x");
   if (p == 1) return torch::stable::new_zeros(x, x.sizes());
   Tensor out = torch::stable::empty_like(x_);
   a.out = out.mutable_data_ptr();
-  parallel_ranges(x.size(0) * a.blocks, 4 * std::min(a.size, kDropoutBlock),
-                  [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  run_on(
+      x,
+      [&](auto) {
+        check_clients(a.clients, x.size(0), int64_t{1} << 32);
+        const auto kernel = select_sampling_kernels().dropout[int(dtype)];
+        parallel_ranges(x.size(0) * a.blocks, 4 * std::min(a.size, kDropoutBlock),
+                        [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+      },
+      [&](auto stream) { gpu::client_dropout(a, dtype, x.size(0), stream); });
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fedpeft_ext, CPU, m) {
+FEDPEFT_IMPL(m) {
   m.impl("sample_negatives", TORCH_BOX(&sample_negatives));
   m.impl("client_dropout", TORCH_BOX(&client_dropout));
 }

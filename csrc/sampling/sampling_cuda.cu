@@ -1,8 +1,8 @@
-// CUDA kernels of sample_negatives (a thread a draw) and client_dropout (a thread a Philox block, four elements).
-#include "sampling/sampling_cuda.h"
-
+// CUDA kernels of sample_negatives (a thread a draw) and client_dropout (a thread a Philox block,
+// four elements).
 #include "common/device.cuh"
 #include "common/philox.h"
+#include "sampling/sampling_cuda.h"
 
 namespace fedpeft::gpu {
 namespace {
@@ -10,17 +10,22 @@ namespace {
 constexpr int kThreads = 256;
 
 // The client's positives: checked to lie in memory, to be ascending, and to leave an item to draw.
-__global__ void __launch_bounds__(kThreads, 4) check_positives(SampleNegativesArgs a, int64_t clients, int64_t users,
-                                                              int64_t nnz) {
+__global__ void __launch_bounds__(kThreads, 4)
+    check_positives(SampleNegativesArgs a, int64_t clients, int64_t users, int64_t nnz) {
   for (int64_t c = blockIdx.x; c < clients; c += gridDim.x) {
     const int64_t user = a.clients[c];
     if (uint64_t(user) >= uint64_t(users)) FEDPEFT_BAD_INDEX("clients", user, c, users);
     const int64_t first = a.indptr[user], last = a.indptr[user + 1];
-    if (first < 0 || last < first || last > nnz) FEDPEFT_BAD_VALUE("indptr: expected ascending offsets");
-    if (last - first >= a.num_items) FEDPEFT_BAD_VALUE("clients: a client has met all items: there is no negative to draw");
+    if (first < 0 || last < first || last > nnz)
+      FEDPEFT_BAD_VALUE("indptr: expected ascending offsets");
+    if (last - first >= a.num_items)
+      FEDPEFT_BAD_VALUE("clients: a client has met all items: there is no negative to draw",
+                        "clients: client " + std::to_string(user) + " has met all " +
+                            std::to_string(a.num_items) + " items: there is no negative to draw");
     for (int64_t i = first + threadIdx.x; i < last; i += kThreads) {
       const int64_t item = a.indices[i];
-      if (uint64_t(item) >= uint64_t(a.num_items)) FEDPEFT_BAD_INDEX("indices", item, i, a.num_items);
+      if (uint64_t(item) >= uint64_t(a.num_items))
+        FEDPEFT_BAD_INDEX("indices", item, i, a.num_items);
       if (i > first && item <= a.indices[i - 1])
         FEDPEFT_BAD_VALUE("indices: expected distinct items in ascending order within a client");
     }
@@ -30,7 +35,8 @@ __global__ void __launch_bounds__(kThreads, 4) check_positives(SampleNegativesAr
 template <typename Item>
 __global__ void __launch_bounds__(kThreads, 4) negatives(SampleNegativesArgs a, int64_t clients) {
   const int64_t draws = a.epochs * a.positions, total = clients * draws;
-  for (int64_t e = int64_t(blockIdx.x) * kThreads + threadIdx.x; e < total; e += int64_t(gridDim.x) * kThreads) {
+  for (int64_t e = int64_t(blockIdx.x) * kThreads + threadIdx.x; e < total;
+       e += int64_t(gridDim.x) * kThreads) {
     const int64_t c = divide(e, draws), epoch = divide(e - c * draws, a.positions);
     const int64_t p = e - c * draws - epoch * a.positions, n = c * a.positions + p;
     const int64_t item = a.items[n];
@@ -38,9 +44,11 @@ __global__ void __launch_bounds__(kThreads, 4) negatives(SampleNegativesArgs a, 
     if (kind == Position::bad) FEDPEFT_BAD_INDEX("items", item, n, a.num_items);
     int64_t negative = -1;
     if (kind == Position::item) {
-      const int64_t user = a.clients[c], first = a.indptr[user], positives = a.indptr[user + 1] - first;
-      const PhiloxBlock block = philox(uint32_t(p), uint32_t(user), a.round,
-                                       philox_stream(Purpose::negatives, 0, uint32_t(epoch)), a.seed);
+      const int64_t user = a.clients[c], first = a.indptr[user],
+                    positives = a.indptr[user + 1] - first;
+      const PhiloxBlock block =
+          philox(uint32_t(p), uint32_t(user), a.round,
+                 philox_stream(Purpose::negatives, 0, uint32_t(epoch)), a.seed);
       const int64_t k = int64_t(multiply_high(block.low64(), uint64_t(a.num_items - positives)));
       // The number of positives below the k-th item that is none of them.
       int64_t low = 0, high = positives;
@@ -64,7 +72,8 @@ __global__ void __launch_bounds__(kThreads, 4) dropout(ClientDropoutArgs a, int6
   using A = acc_t<T>;
   const int64_t blocks = (a.size + 3) / 4, total = clients * blocks;
   const A scale = A(a.scale);
-  for (int64_t b = int64_t(blockIdx.x) * kThreads + threadIdx.x; b < total; b += int64_t(gridDim.x) * kThreads) {
+  for (int64_t b = int64_t(blockIdx.x) * kThreads + threadIdx.x; b < total;
+       b += int64_t(gridDim.x) * kThreads) {
     const int64_t c = divide(b, blocks), block = b - c * blocks, client = a.clients[c];
     if (uint64_t(client) >> 32) FEDPEFT_BAD_INDEX("clients", client, c, int64_t{1} << 32);
     const PhiloxBlock words = philox(uint32_t(block), uint32_t(client), a.round,
@@ -81,7 +90,8 @@ __global__ void __launch_bounds__(kThreads, 4) dropout(ClientDropoutArgs a, int6
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (block * 4 + i < a.size) out[i] = from_acc<T>(words.word[i] >= a.threshold ? to_acc(x[i]) * scale : A(0));
+        if (block * 4 + i < a.size)
+          out[i] = from_acc<T>(words.word[i] >= a.threshold ? to_acc(x[i]) * scale : A(0));
       }
     }
   }
@@ -89,7 +99,8 @@ __global__ void __launch_bounds__(kThreads, 4) dropout(ClientDropoutArgs a, int6
 
 }  // namespace
 
-void sample_negatives(const SampleNegativesArgs& a, int64_t clients, int64_t users, int64_t nnz, Stream stream) {
+void sample_negatives(const SampleNegativesArgs& a, int64_t clients, int64_t users, int64_t nnz,
+                      Stream stream) {
   launch(check_positives, clients, kThreads, 0, stream, a, clients, users, nnz);
   const int64_t grid = (clients * a.epochs * a.positions + kThreads - 1) / kThreads;
   if (a.items.bytes == 8) {
@@ -103,7 +114,9 @@ void client_dropout(const ClientDropoutArgs& a, DType dtype, int64_t clients, St
   const int64_t grid = (clients * ((a.size + 3) / 4) + kThreads - 1) / kThreads;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Pack<T, 4>) == 0; };
+    const auto aligned = [](const void* p) {
+      return reinterpret_cast<uintptr_t>(p) % sizeof(Pack<T, 4>) == 0;
+    };
     if (a.size % 4 == 0 && aligned(a.x) && aligned(a.out)) {
       launch(dropout<T, true>, grid, kThreads, 0, stream, a, clients);
     } else {

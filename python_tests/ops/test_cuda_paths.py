@@ -1,0 +1,142 @@
+"""Paths of the CUDA kernels that small cases do not take: long lists, sorted scatters, tables that shared
+memory does not hold, sums over many blocks. The emulator runs them; each must equal the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from emulated import EMULATED, in_both_orders, shared_limit
+
+pytestmark = pytest.mark.skipif(not EMULATED, reason="fedpeft_ext._emulator is not built")
+
+# Shared memory of a block in bytes: what GPUs have, and so little that every scatter sorts its entries.
+LIMITS = [99 << 10, 1 << 10]
+
+
+@contextlib.contextmanager
+def limited(size: int) -> Iterator[None]:
+    with shared_limit(size):
+        yield
+
+
+def both(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return getattr(torch.ops.fedpeft_ext, name), in_both_orders(name)
+
+
+def assert_close(got: Any, expected: Any) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("width", [3, 8, 200])
+@pytest.mark.parametrize("positions", [70, 700])
+def test_row_gradients(limit: int, width: int, positions: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randint(-1, 9, (2, positions), generator=g)
+    rows[0, :40] = 3  # a row long enough to cross tiles of the sorted entries
+    grad = torch.randn(2, positions, width, generator=g)
+    cpu, gpu = both("client_embedding_backward")
+    with limited(limit):
+        assert_close(gpu(grad, rows, 9, True), cpu(grad, rows, 9, True))
+        assert_close(gpu(grad, rows, 9, False), cpu(grad, rows, 9, False))
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_many_rows(limit: int) -> None:
+    g = torch.Generator().manual_seed(1)
+    rows = torch.randint(-1, 9000, (1, 500), generator=g)
+    grad = torch.randn(1, 500, 4, generator=g)
+    cpu, gpu = both("client_embedding_backward")
+    with limited(limit):
+        assert torch.equal(gpu(grad, rows, 9000, True), cpu(grad, rows, 9000, True))
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codebooks(limit: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(2)
+    items = torch.randint(-1, 30, (2, 90), generator=g)
+    codes = torch.randint(0, 5, (30, 3), generator=g, dtype=torch.uint8)
+    codebooks = torch.randn(2, 3, 5, 16, generator=g).to(dtype)
+    cpu, gpu = both("rq_lookup")
+    with limited(
+        limit
+    ):  # with enough memory the codebooks are copied into it: 90 positions for 5 codes a level
+        assert torch.equal(gpu(items, codes, codebooks, None), cpu(items, codes, codebooks, None))
+    grad = torch.randn(2, 90, 16, generator=g).to(dtype)
+    cpu, gpu = both("rq_lookup_backward")
+    with limited(limit):
+        torch.testing.assert_close(gpu(grad, items, codes, 5, True), cpu(grad, items, codes, 5, True))
+        torch.testing.assert_close(gpu(grad, items, codes, 5, False), cpu(grad, items, codes, 5, False))
+
+
+@pytest.mark.parametrize("limit", [99 << 10, 8 << 10])
+@pytest.mark.parametrize("senet", [False, True])
+@pytest.mark.parametrize("per_client", [False, True])
+def test_hash_tables(limit: int, senet: bool, per_client: bool) -> None:
+    g = torch.Generator().manual_seed(3)
+    items = torch.randint(-1, 400, (2, 1100), generator=g)
+    lead = (2,) if per_client else ()
+    table = torch.randn(*lead, 7, 12, generator=g, dtype=torch.float64)
+    hashes = torch.randint(1, 2**61 - 1, (3, 2), generator=g)
+    net = [torch.randn(*lead, *s, generator=g, dtype=torch.float64) for s in ((4, 3), (4,), (3, 4), (3,))]
+    weights = net if senet else [None] * 4
+    cpu, gpu = both("hash_lookup")
+    with limited(limit):
+        assert_close(
+            gpu(items, table, hashes, *weights, True, None), cpu(items, table, hashes, *weights, True, None)
+        )
+    grad = torch.randn(2, 1100, 12, generator=g, dtype=torch.float64)
+    cpu, gpu = both("hash_lookup_backward")
+    with limited(limit):
+        assert_close(
+            gpu(grad, items, table, hashes, *weights, True), cpu(grad, items, table, hashes, *weights, True)
+        )
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("per_client", [False, True])
+def test_low_rank(limit: int, per_client: bool) -> None:
+    g = torch.Generator().manual_seed(4)
+    items = torch.randint(-1, 50, (2, 1100), generator=g)
+    lead = (2,) if per_client else ()
+    A = torch.randn(*lead, 50, 4, generator=g, dtype=torch.float64)
+    B = torch.randn(*lead, 60, 4, generator=g, dtype=torch.float64)
+    cpu, gpu = both("lora_lookup")
+    with limited(limit):  # B takes 1920 bytes
+        assert_close(gpu(items, A, B, None, None), cpu(items, A, B, None, None))
+    grad = torch.randn(2, 1100, 60, generator=g, dtype=torch.float64)
+    cpu, gpu = both("lora_lookup_backward")
+    with limited(limit):
+        assert_close(gpu(grad, items, A, B), cpu(grad, items, A, B))
+
+
+def test_losses_of_many_positions() -> None:
+    g = torch.Generator().manual_seed(5)
+    positive, negative = torch.randn(2, 2, 9000, generator=g)
+    items = torch.randint(-1, 3, (2, 9000), generator=g)
+    for name in ("bpr_loss", "bce_loss"):
+        cpu, gpu = both(name)
+        assert_close(gpu(positive, negative, items), cpu(positive, negative, items))
+        cpu, gpu = both(name + "_backward")
+        grad = torch.tensor([1.0, 2.0])
+        assert_close(gpu(grad, positive, negative, items), cpu(grad, positive, negative, items))
+
+
+def test_codes_of_wide_rows() -> None:
+    g = torch.Generator().manual_seed(6)
+    x, codebooks = torch.randn(70, 600, generator=g), torch.randn(2, 300, 600, generator=g)
+    cpu, gpu = both("rq_encode")
+    assert torch.equal(gpu(x, codebooks), cpu(x, codebooks))
+    with limited(16 << 10), pytest.raises(ValueError, match="rows that fit in this device's shared memory"):
+        gpu(torch.randn(2, 6000), torch.randn(1, 2, 6000))
+
+
+def test_index_errors_name_the_argument() -> None:
+    _, gpu = both("client_embedding")
+    with pytest.raises(IndexError, match="rows: index 5 at position 1 is out of range: expected -1"):
+        gpu(torch.tensor([[0, 5]]), torch.zeros(1, 5, 4))

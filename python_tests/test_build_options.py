@@ -1,0 +1,110 @@
+"""FEDPEFT_CUDA=AUTO|ON|OFF: what CMake decides and says, with and without a CUDA torch and nvcc."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CMAKE = shutil.which(
+    "cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+)
+NINJA = shutil.which(
+    "ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+)
+
+pytestmark = pytest.mark.skipif(
+    CMAKE is None or NINJA is None or not (ROOT / "CMakeLists.txt").exists(),
+    reason="needs cmake and the sources",
+)
+
+
+def fake_torch(folder: Path, cuda: str | None) -> Path:
+    (folder / "torch" / "include").mkdir(parents=True)
+    (folder / "torch" / "__init__.py").touch()
+    (folder / "torch" / "version.py").write_text(
+        f"from typing import Optional\n__version__ = '2.12.0'\ncuda: Optional[str] = {cuda!r}\n"
+    )
+    return folder
+
+
+def fake_nvcc(folder: Path, version: str) -> Path:
+    nvcc = folder / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.1'\n")
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+def configure(tmp_path: Path, option: str, cuda: str | None, nvcc: Path) -> tuple[int, str]:
+    paths = [str(fake_torch(tmp_path / "site", cuda)), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [
+            str(CMAKE),
+            "-S",
+            str(ROOT),
+            "-B",
+            str(tmp_path / "build"),
+            "-G",
+            "Ninja",
+            f"-DFEDPEFT_CUDA={option}",
+            f"-DCMAKE_MAKE_PROGRAM={NINJA}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDACXX": str(nvcc)},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, re.sub(r"\s+", " ", done.stdout + done.stderr)
+
+
+NO_CUDA = "the installed torch 2.12.0 has no CUDA: install a CUDA build of torch"
+NO_NVCC = (
+    "torch 2.12.0 has CUDA 12.8, but nvcc was not found: "
+    "install the CUDA toolkit 12.x or name its nvcc in CUDACXX"
+)
+
+
+@pytest.mark.parametrize(("cuda", "missing"), [(None, NO_CUDA), ("12.8", NO_NVCC)])
+def test_without_what_cuda_needs(tmp_path: Path, cuda: str | None, missing: str) -> None:
+    code, text = configure(tmp_path / "auto", "AUTO", cuda, tmp_path / "absent")
+    assert code == 0
+    assert f"FEDPEFT_CUDA=AUTO: building without CUDA kernels: {missing}" in text
+    code, text = configure(tmp_path / "on", "ON", cuda, tmp_path / "absent")
+    assert code != 0
+    assert f"FEDPEFT_CUDA=ON: {missing}" in text
+
+
+def test_toolkit_of_another_major_version(tmp_path: Path) -> None:
+    code, text = configure(tmp_path, "ON", "12.8", fake_nvcc(tmp_path, "13.0"))
+    assert code != 0
+    assert "torch 2.12.0 has CUDA 12.8, but" in text
+    assert "is of CUDA 13.0: install the CUDA toolkit 12.x" in text
+
+
+def test_off(tmp_path: Path) -> None:
+    code, text = configure(tmp_path, "OFF", "13.0", fake_nvcc(tmp_path, "13.0"))
+    assert code == 0
+    assert "FEDPEFT_CUDA=OFF: building without CUDA kernels" in text
+
+
+def test_unknown_value(tmp_path: Path) -> None:
+    code, text = configure(tmp_path, "MAYBE", None, tmp_path / "absent")
+    assert code != 0
+    assert "FEDPEFT_CUDA: expected AUTO, ON or OFF, got MAYBE" in text
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("option", ["AUTO", "ON"])
+def test_with_cuda(tmp_path: Path, option: str) -> None:
+    nvcc = Path(str(shutil.which("nvcc")))
+    version = re.search(r"release (\d+\.\d+)", subprocess.check_output([str(nvcc), "--version"], text=True))
+    assert version is not None
+    code, text = configure(tmp_path, option, version[1], nvcc)
+    assert f"FEDPEFT_CUDA={option}: building CUDA kernels for sm_75,sm_80,sm_90" in text
+    assert code == 0, text
