@@ -1,7 +1,8 @@
 """fedpeft_ext: parameter-efficient embeddings for federated recommendation.
 
-Importing the package loads the compiled ops (`fedpeft_ext.ops`, also here by name), their plain-PyTorch twins
-(`fedpeft_ext.reference`) and the modules (`fedpeft_ext.nn`). Data, pre-training and the simulator load on first use.
+Importing the package loads the compiled ops (`fedpeft_ext.ops`, also here by name), their plain-PyTorch
+twins (`fedpeft_ext.reference`) and the modules (`fedpeft_ext.nn`). Data, pre-training and the simulator load
+on first use.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ try:
     from . import _C
 except ImportError as error:  # pragma: no cover - an installation without the compiled part
     raise ImportError(
-        "fedpeft_ext._C is missing or does not load: build it with `pip install --no-build-isolation .` in the "
-        f"environment that has torch >= 2.11 ({error})"
+        "fedpeft_ext._C is missing or does not load: build it with `pip install --no-build-isolation .` "
+        f"in the environment that has torch >= 2.11 ({error})"
     ) from error
 
 from . import nn, ops, reference
@@ -24,9 +25,11 @@ from .nn import plug
 from .ops import *  # noqa: F403
 
 if TYPE_CHECKING:
-    from .config import Config, load_config
-    from .data import Dataset, load_dataset
-    from .simulation import Simulator
+    from .config import Config as Config
+    from .config import load_config as load_config
+    from .data import Dataset as Dataset
+    from .data import load_dataset as load_dataset
+    from .simulation import Simulator as Simulator
 
 __version__ = "0.1.0"
 

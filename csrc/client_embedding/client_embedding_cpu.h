@@ -21,7 +21,8 @@ struct ClientEmbeddingArgs {
 struct ClientEmbeddingKernels {
   void (*forward[kDTypes])(const ClientEmbeddingArgs&, int64_t begin, int64_t end);   // positions
   void (*backward[kDTypes])(const ClientEmbeddingArgs&, int64_t begin, int64_t end);  // clients
-  void (*backward_entries[kDTypes])(const ClientEmbeddingArgs&, const int64_t* positions, int64_t count);
+  void (*backward_entries[kDTypes])(const ClientEmbeddingArgs&, const int64_t* positions,
+                                    int64_t count);
 };
 
 FEDPEFT_DECLARE_KERNELS(ClientEmbeddingKernels, client_embedding_kernels)

@@ -1,5 +1,6 @@
-// Argument checks and tensor views for the binding files. Messages name the argument, what was expected and
-// what came; std::invalid_argument reaches Python as ValueError, std::out_of_range as IndexError.
+// Argument checks and tensor views for the binding files. Messages name the argument, what was
+// expected and what came; std::invalid_argument reaches Python as ValueError, std::out_of_range as
+// IndexError.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -54,8 +55,8 @@ inline void check_dim(const Tensor& t, int64_t dim, const char* name, const char
 
 inline void check_size(const Tensor& t, int64_t dim, int64_t size, const char* name,
                        const char* meaning) {
-  check_value(t.size(dim) == size, name, ": expected size ", size, " (", meaning, ") in dimension ", dim,
-              ", got shape ", shape_text(t));
+  check_value(t.size(dim) == size, name, ": expected size ", size, " (", meaning, ") in dimension ",
+              dim, ", got shape ", shape_text(t));
 }
 
 inline DType dtype_of(const Tensor& t, const char* name) {
@@ -76,15 +77,15 @@ inline DType dtype_of(const Tensor& t, const char* name) {
 
 inline void check_same_dtype(const Tensor& t, const Tensor& like, const char* name,
                              const char* like_name) {
-  check_type(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of ", like_name, " (",
-             torch::headeronly::toString(like.scalar_type()), "), got ",
+  check_type(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of ", like_name,
+             " (", torch::headeronly::toString(like.scalar_type()), "), got ",
              torch::headeronly::toString(t.scalar_type()));
 }
 
 inline void check_same_device(const Tensor& t, const Tensor& like, const char* name,
                               const char* like_name) {
-  check_value(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
-              ": expected the device of ", like_name);
+  check_value(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(),
+              name, ": expected the device of ", like_name);
 }
 
 // Views; the tensor must be contiguous and outlive them.
@@ -137,13 +138,14 @@ inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
 inline void raise_bad_index(const FirstError& error, const IndexArray& indices, int64_t size,
                             const char* name) {
   if (error.any()) [[unlikely]] {
-    throw std::out_of_range(text(name, ": index ", indices[error.position], " at position ", error.position,
-                                 " is out of range: expected -1 (padding) or 0 to ", size - 1));
+    throw std::out_of_range(text(name, ": index ", indices[error.position], " at position ",
+                                 error.position, " is out of range: expected -1 (padding) or 0 to ",
+                                 size - 1));
   }
 }
 
-// How positions map to parameters: with per-client parameters `items` is [C, P], without them any shape is
-// one "client" of all its positions.
+// How positions map to parameters: with per-client parameters `items` is [C, P], without them any
+// shape is one "client" of all its positions.
 struct Layout {
   int64_t clients;
   int64_t positions;  // a client
@@ -151,11 +153,12 @@ struct Layout {
   int64_t total() const { return clients * positions; }
 };
 
-inline Layout layout_of(const Tensor& items, bool per_client, int64_t clients, const char* items_name,
-                        const char* parameter) {
+inline Layout layout_of(const Tensor& items, bool per_client, int64_t clients,
+                        const char* items_name, const char* parameter) {
   if (!per_client) return {1, items.numel(), false};
-  check_value(items.dim() == 2 && items.size(0) == clients, items_name, ": expected shape [C, P] with C = ",
-              clients, " as in ", parameter, ", got ", shape_text(items));
+  check_value(items.dim() == 2 && items.size(0) == clients, items_name,
+              ": expected shape [C, P] with C = ", clients, " as in ", parameter, ", got ",
+              shape_text(items));
   return {clients, items.size(1), true};
 }
 

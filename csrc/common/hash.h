@@ -1,4 +1,5 @@
-// Universal hashing (Carter and Wegman, 1979): ((a x + b) mod p) mod M with the Mersenne prime p = 2^61 - 1.
+// Universal hashing (Carter and Wegman, 1979): ((a x + b) mod p) mod M with the Mersenne prime p =
+// 2^61 - 1.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +10,8 @@ namespace fedpeft {
 
 constexpr uint64_t kHashPrime = (uint64_t{1} << 61) - 1;
 
-// (a x + b) mod p for a and b below p and x of any size. Mod a Mersenne prime is a fold of the high bits onto the low
-// ones.
+// (a x + b) mod p for a and b below p and x of any size. Mod a Mersenne prime is a fold of the high
+// bits onto the low ones.
 FEDPEFT_HD FEDPEFT_INLINE uint64_t hash_value(uint64_t a, uint64_t b, uint64_t x) {
   uint64_t folded = (x & kHashPrime) + (x >> 61);
   if (folded >= kHashPrime) folded -= kHashPrime;
@@ -28,7 +29,8 @@ FEDPEFT_HD FEDPEFT_INLINE uint64_t hash_value(uint64_t a, uint64_t b, uint64_t x
   return sum;
 }
 
-FEDPEFT_HD FEDPEFT_INLINE int64_t hash_bucket(uint64_t a, uint64_t b, uint64_t x, uint64_t buckets) {
+FEDPEFT_HD FEDPEFT_INLINE int64_t hash_bucket(uint64_t a, uint64_t b, uint64_t x,
+                                              uint64_t buckets) {
   return int64_t(hash_value(a, b, x) % buckets);
 }
 

@@ -1,5 +1,5 @@
-// Instruction sets: every *_cpu.cpp is compiled once for each into namespace fedpeft::<isa>, and the
-// kernel table of the best one that the processor runs is chosen at load time.
+// Instruction sets: every *_cpu.cpp is compiled once for each into namespace fedpeft::<isa>, and
+// the kernel table of the best one that the processor runs is chosen at load time.
 #pragma once
 
 namespace fedpeft {

@@ -10,8 +10,8 @@
 
 namespace fedpeft {
 
-// Calls f(begin, end) over [0, n); `cost` is a work item's rough cost in elementary operations, so that
-// small calls stay on one thread.
+// Calls f(begin, end) over [0, n); `cost` is a work item's rough cost in elementary operations, so
+// that small calls stay on one thread.
 template <typename F>
 void parallel_ranges(int64_t n, int64_t cost, const F& f) {
   if (n <= 0) return;
@@ -24,16 +24,18 @@ void parallel_ranges(int64_t n, int64_t cost, const F& f) {
   }
 }
 
-// Scatter-add into one shared table. Entries (position * slots + slot) are grouped by ranges of target rows,
-// in position order inside a range, and run(entries, count) is called once a range, in parallel: each row is
-// summed in position order by one task, so the result is that of a serial loop. Returns false, having done
-// nothing, where the serial loop is at least as good.
+// Scatter-add into one shared table. Entries (position * slots + slot) are grouped by ranges of
+// target rows, in position order inside a range, and run(entries, count) is called once a range, in
+// parallel: each row is summed in position order by one task, so the result is that of a serial
+// loop. Returns false, having done nothing, where the serial loop is at least as good.
 template <typename RowOf, typename Run>
-bool scatter_by_row(int64_t positions, int64_t slots, int64_t rows, int64_t width, const RowOf& row_of,
-                    const Run& run) {
+bool scatter_by_row(int64_t positions, int64_t slots, int64_t rows, int64_t width,
+                    const RowOf& row_of, const Run& run) {
   const int64_t entries = positions * slots;
-  const int64_t ranges = std::min<int64_t>({rows, 4 * int64_t(torch::stable::get_num_threads()), 256});
-  if (torch::stable::get_num_threads() == 1 || ranges < 2 || entries * std::max<int64_t>(width, 8) < (1 << 17))
+  const int64_t ranges =
+      std::min<int64_t>({rows, 4 * int64_t(torch::stable::get_num_threads()), 256});
+  if (torch::stable::get_num_threads() == 1 || ranges < 2 ||
+      entries * std::max<int64_t>(width, 8) < (1 << 17))
     return false;
   const int64_t per_range = (rows + ranges - 1) / ranges;
   const int64_t blocks = std::min<int64_t>(torch::stable::get_num_threads(), entries);
@@ -78,8 +80,8 @@ bool scatter_by_row(int64_t positions, int64_t slots, int64_t rows, int64_t widt
   return true;
 }
 
-// total += partial[0], then partial[1], ...: partial is [blocks, ...], total one block, both contiguous and of
-// the accumulator type.
+// total += partial[0], then partial[1], ...: partial is [blocks, ...], total one block, both
+// contiguous and of the accumulator type.
 inline void add_blocks(const torch::stable::Tensor& partial, const torch::stable::Tensor& total) {
   const int64_t n = total.numel(), blocks = partial.size(0);
   const auto add = [&](auto* into, const auto* from) {
@@ -88,9 +90,11 @@ inline void add_blocks(const torch::stable::Tensor& partial, const torch::stable
     }
   };
   if (total.scalar_type() == torch::headeronly::ScalarType::Double) {
-    add(static_cast<double*>(total.mutable_data_ptr()), static_cast<const double*>(partial.const_data_ptr()));
+    add(static_cast<double*>(total.mutable_data_ptr()),
+        static_cast<const double*>(partial.const_data_ptr()));
   } else {
-    add(static_cast<float*>(total.mutable_data_ptr()), static_cast<const float*>(partial.const_data_ptr()));
+    add(static_cast<float*>(total.mutable_data_ptr()),
+        static_cast<const float*>(partial.const_data_ptr()));
   }
 }
 

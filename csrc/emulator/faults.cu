@@ -1,7 +1,6 @@
 // Planted faults. Each kernel takes a flag: with it, it makes the mistake that its name says.
-#include "emulator/faults.h"
-
 #include "common/device.cuh"
+#include "emulator/faults.h"
 
 namespace fedpeft::emulator {
 namespace {
@@ -121,8 +120,8 @@ std::vector<int64_t> run_fault(const std::string& name, bool planted) {
   for (const Planted& fault : kFaults) {
     if (name != fault.name) continue;
     std::vector<int64_t> out(kThreads, -1);
-    gpu::launch(planted ? fault.kernel : fault.correct, 1, kThreads, kThreads * int64_t(sizeof(int)), {},
-                out.data(), planted);
+    gpu::launch(planted ? fault.kernel : fault.correct, 1, kThreads,
+                kThreads * int64_t(sizeof(int)), {}, out.data(), planted);
     return out;
   }
   throw std::invalid_argument("no fault is called " + name);

@@ -1,4 +1,5 @@
-// Small kernels with a fault planted in each, beside their correct twins, to show that the emulator catches it.
+// Small kernels with a fault planted in each, beside their correct twins, to show that the emulator
+// catches it.
 #pragma once
 
 #include <cstdint>

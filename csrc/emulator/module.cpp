@@ -10,7 +10,9 @@
 
 namespace fedpeft {
 
-[[noreturn]] void throw_type_error(const std::string& message) { throw pybind11::type_error(message); }
+[[noreturn]] void throw_type_error(const std::string& message) {
+  throw pybind11::type_error(message);
+}
 
 }  // namespace fedpeft
 

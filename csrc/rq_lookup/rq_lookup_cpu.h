@@ -7,18 +7,18 @@
 namespace fedpeft {
 
 struct RqLookupArgs {
-  IndexArray items;             // [C * P]
-  IndexArray codes;             // [I, L]
-  const void* codebooks;        // [(C,) L, K, D]
-  const void* base;             // [I, D] or null
-  void* out;                    // [C * P, D]
-  const void* grad;             // backward: [C * P, D]
-  void* grad_codebooks;         // backward: [(C,) L, K, D] of the accumulator type
-  int64_t positions;            // P
+  IndexArray items;       // [C * P]
+  IndexArray codes;       // [I, L]
+  const void* codebooks;  // [(C,) L, K, D]
+  const void* base;       // [I, D] or null
+  void* out;              // [C * P, D]
+  const void* grad;       // backward: [C * P, D]
+  void* grad_codebooks;   // backward: [(C,) L, K, D] of the accumulator type
+  int64_t positions;      // P
   int64_t num_items, L, K, D;
   bool per_client;
   FirstError* bad_item;
-  FirstError* bad_code;         // flat index into codes
+  FirstError* bad_code;  // flat index into codes
 };
 
 struct RqLookupKernels {
