@@ -144,7 +144,9 @@ class TrainingConfig(_Section):
     lr: _Positive | None = None
     l2: _NonNegative = 1e-8
     warmup_rounds: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="first rounds that train the full embedding, which is then frozen as the base"
+        default=0,
+        description="p-X: first rounds, which train the full embedding; it is then frozen as the base "
+        "(others have no base, and no warm-up)",
     )
     weighting: Literal["samples", "uniform"] = Field(
         default="samples", description="weight of a client's update"

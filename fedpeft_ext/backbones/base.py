@@ -56,8 +56,8 @@ class Backbone(nn.Module):
     """Parameters besides the item embedding's that the L2 penalty covers: embeddings, not weights of an MLP.
     """
     takes_stacked: ClassVar[bool] = False
-    """Whether `forward`, as it is, also takes parameters [C, ...] and items [C, P] and gives scores [C, P]: if it
-    only calls ops and modules of this package. Engines then do without `vmap`, which is faster."""
+    """Whether `forward`, as it is, also takes parameters [C, ...] and items [C, P] and gives scores [C, P]
+    (if it only calls ops and modules of this package). Engines then do without `vmap`, which is faster."""
     uses_history: ClassVar[bool] = False
     """Whether `forward` reads the client's items (context.history); otherwise evaluation leaves it empty."""
 

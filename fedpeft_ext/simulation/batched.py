@@ -31,7 +31,7 @@ from fedpeft_ext.simulation.local_training import (
     local_steps,
 )
 
-CHUNK_OVERHEAD = 20_000
+CHUNK_OVERHEAD = 6_000
 """Fixed cost of a chunk in padded positions: kernels skip padding, so a position costs little beside a
 dispatch.
 """

@@ -121,14 +121,10 @@ class Simulator:
         self._device = _available_device(config.device)
         spec = parse_spec(config.embedding.name)
         training = config.training
-        if training.warmup_rounds and not spec.plug and str(spec) != "full":
-            raise ValueError(
-                f"training.warmup_rounds: expected 0 with embedding.name={str(spec)!r}, which has no full "
-                f"embedding to warm up, got {training.warmup_rounds}"
-            )
         self.config = config
         self.dataset = dataset
         self._spec = spec
+        self._warmup_rounds = training.warmup_rounds if spec.plug else 0
         self._eligible = _eligible_clients(dataset)
         self._per_round = _clients_per_round(training.clients_per_round, len(self._eligible))
         self._folder = None if out is None else prepare_folder(out, overwrite)
@@ -185,7 +181,7 @@ class Simulator:
     @property
     def phase(self) -> str:
         """ "warm-up" or "training", of the next round."""
-        return "warm-up" if self.rounds_done < self.config.training.warmup_rounds else "training"
+        return "warm-up" if self.rounds_done < self._warmup_rounds else "training"
 
     def _full_table(self) -> Tensor | None:
         return None if self._pretrained is None else self._pretrained.full.to(self._device, self._dtype)
@@ -350,7 +346,7 @@ class Simulator:
             engine=config.engine,
             seed=config.seed,
             rounds=self.rounds_done,
-            warmup_rounds=min(config.training.warmup_rounds, self.rounds_done),
+            warmup_rounds=min(self._warmup_rounds, self.rounds_done),
             metrics=dict(self._evaluations[-1].values),
             best_round=best.round,
             best=dict(best.values),
