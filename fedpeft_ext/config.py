@@ -145,8 +145,15 @@ class TrainingConfig(_Section):
     l2: _NonNegative = 1e-8
     warmup_rounds: Annotated[int, Field(ge=0)] = Field(
         default=0,
-        description="p-X: first rounds, which train the full embedding; it is then frozen as the base "
-        "(others have no base, and no warm-up)",
+        description="first rounds, which train the full embedding; p-X then freezes it as the base, full "
+        "goes on; c-X has none and no warm-up",
+    )
+    warmup_optimizer: Literal["adam", "sgd"] | None = Field(
+        default=None, description="of warm-up rounds (None: as optimizer)"
+    )
+    warmup_lr: _Positive | None = Field(default=None, description="of warm-up rounds (None: as lr)")
+    warmup_server_lr: _Positive | None = Field(
+        default=None, description="of warm-up rounds (None: as server_lr)"
     )
     weighting: Literal["samples", "uniform"] = Field(
         default="samples", description="weight of a client's update"

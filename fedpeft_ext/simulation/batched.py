@@ -55,13 +55,20 @@ class BatchedEngine:
         self._forward = _stacked_forward(federation.model, bool(self._roles.rows))
         self._loss = {"bpr": ops.bpr_loss, "bce": ops.bce_loss}[federation.settings.loss]
         self._chunk_bytes = chunk_bytes
+        self._position_bytes, self._client_bytes = self._memory()
 
     def train(self, clients: np.ndarray, round: int, aggregator: Aggregator) -> np.ndarray:
         """See `local_training.Engine`."""
         sizes = self._federation.interactions.sizes[clients]
         weights = self._federation.settings.weights(sizes)
         losses = np.zeros(len(clients))
-        for chunk in self._chunks(sizes):
+        for chunk in plan_chunks(
+            sizes,
+            overhead=CHUNK_OVERHEAD,
+            position_bytes=self._position_bytes,
+            client_bytes=self._client_bytes,
+            max_bytes=self._chunk_bytes,
+        ):
             try:
                 losses[chunk] = self._train_chunk(clients[chunk], weights[chunk], round, aggregator)
             except Exception as error:
@@ -72,22 +79,16 @@ class BatchedEngine:
                 ) from error
         return losses
 
-    def _chunks(self, sizes: np.ndarray) -> list[slice]:
-        """Chunks of clients sorted by size, within the memory bound."""
+    def _memory(self) -> tuple[int, int]:
+        """Bytes of a padded position and of a client that training takes."""
         draws = 1 + self._federation.settings.epochs
         element = self._federation.model.item_dtype.itemsize
         copies = 5 * element  # value, start, gradient and two moments of each parameter
         widths = sum(self._global[name].shape[1:].numel() for name in self._roles.rows)
-        vectors = (
-            8 * self._federation.model.dim * element
-        )  # of a positive and a negative, their gradients, temporaries
-        return plan_chunks(
-            sizes,
-            overhead=CHUNK_OVERHEAD,
-            position_bytes=draws * (widths * copies + 3 * 8) + vectors,
-            client_bytes=copies * sum(self._global[name].numel() for name in self._roles.small),
-            max_bytes=self._chunk_bytes,
-        )
+        # Vectors of a positive and a negative, their gradients and temporaries.
+        vectors = 8 * self._federation.model.dim * element
+        position = draws * (widths * copies + 3 * 8) + vectors
+        return position, copies * sum(self._global[name].numel() for name in self._roles.small)
 
     def _train_chunk(
         self, clients: np.ndarray, weights: np.ndarray, round: int, aggregator: Aggregator

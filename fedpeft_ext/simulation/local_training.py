@@ -109,9 +109,7 @@ def local_steps(items: Tensor, clients: Tensor, settings: LocalSettings, round: 
     taken = torch.zeros_like(sizes)
     for epoch in range(settings.epochs):
         if settings.batch_size is None:
-            active = sizes > 0
-            taken = taken + active
-            yield Step(epoch, None, torch.where(active, taken, 0))
+            yield Step(epoch, None, (sizes > 0) * (epoch + 1))
             continue
         order = shuffled_positions(items >= 0, clients, settings.seed, round, epoch)
         for start in range(0, items.shape[1], settings.batch_size):

@@ -124,7 +124,7 @@ class Simulator:
         self.config = config
         self.dataset = dataset
         self._spec = spec
-        self._warmup_rounds = training.warmup_rounds if spec.plug else 0
+        self._warmup_rounds = training.warmup_rounds if spec.plug or "full" in spec.parts else 0
         self._eligible = _eligible_clients(dataset)
         self._per_round = _clients_per_round(training.clients_per_round, len(self._eligible))
         self._folder = None if out is None else prepare_folder(out, overwrite)
@@ -221,12 +221,17 @@ class Simulator:
             users = torch.arange(self.dataset.num_users, device=self._device)
             self._store = ClientStore(model.initial_state(users, config.seed, config.backbone.init_std))
         training = config.training
+        optimizer, lr, server_lr = training.optimizer, training.lr, training.server_lr
+        if self.phase == "warm-up":  # which trains other parameters, and may want other steps
+            optimizer = training.warmup_optimizer or optimizer
+            lr = training.warmup_lr or lr
+            server_lr = training.warmup_server_lr or server_lr
         settings = LocalSettings(
             epochs=training.local_epochs,
             batch_size=training.batch_size,
             loss=training.loss,
-            optimizer=training.optimizer,
-            lr=model.default_lr if training.lr is None else training.lr,
+            optimizer=optimizer,
+            lr=model.default_lr if lr is None else lr,
             l2=training.l2,
             weighting=training.weighting,
             seed=config.seed,
@@ -241,7 +246,7 @@ class Simulator:
             message(model),
             frozenset(ParameterRoles.of(model).rows),
             training.server_optimizer,
-            training.server_lr,
+            server_lr,
         )
         self._traffic = traffic(model)
 
