@@ -3,36 +3,40 @@
 #   make demo     build, train five embeddings on ML-100K, print and draw the comparison
 #   make test     the default test suite             make lint     ruff, mypy, clang-format
 #   make build    the extension alone                make format   rewrite the sources in the project's style
+#   make cuda-check   compile the CUDA kernels and bindings, without a GPU
+#   make gpu-check    on a machine with a GPU: tests, sanitizers and benchmarks (DRY=1: what needs no GPU)
 #   make bench    kernel and training benchmarks     make clean    remove what was built (not .venv, not runs)
 #
-# Variables: PYTHON (default python3, 3.11 or newer), WERROR=1 (compiler warnings are errors), ROUNDS and OUT of the demo.
+# Variables: PYTHON (default python3, 3.11 or newer), WERROR=1 (compiler warnings are errors), EMULATOR=1
+# (build the CUDA kernels for the CPU too, for tests), SETTINGS and OUT of the demo.
 # Every step is done once and again only when what it depends on changes.
 
 PYTHON ?= python3
-ROUNDS ?= 120
+SETTINGS ?= examples/ml-100k.yaml
 OUT ?= runs/demo
-DATASET := ml-100k
 EMBEDDINGS := full,c-rq,p-lora,p-hash,p-rq
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile
 READY := $(VENV)/.ready
-BUILT := $(VENV)/.built$(if $(WERROR),-werror)
+BUILT := $(VENV)/.built$(if $(WERROR),-werror)$(if $(EMULATOR),-emulator)
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 FORMATTED := $(filter csrc/%,$(NATIVE))
+comma := ,
+space := $() $()
 say = @printf '\033[1m==>\033[0m %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format build bench clean
+.PHONY: help demo test test-all lint format build bench clean cuda-check gpu-check
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(BUILT)
-	$(call say,Training and comparing $(EMBEDDINGS) on $(DATASET): $(ROUNDS) rounds each)
-	@$(BIN)/fedpeft compare --dataset $(DATASET) --embeddings $(EMBEDDINGS) --rounds $(ROUNDS) --out $(OUT) --overwrite
+	$(call say,Training and comparing $(subst $(comma),$(space),$(EMBEDDINGS)) as $(SETTINGS) says)
+	@$(BIN)/fedpeft compare --config $(SETTINGS) --embeddings $(EMBEDDINGS) --out $(OUT) --overwrite
 
 test: $(BUILT)
 	$(call say,Running the tests)
@@ -58,7 +62,14 @@ build: $(BUILT)
 
 bench: $(BUILT)
 	$(call say,Running the benchmarks)
-	@$(BIN)/python -m pytest benchmarks -q --benchmark-only
+	@$(BIN)/python -m pytest benchmarks -q -o python_files='bench_*.py' --benchmark-only
+
+cuda-check: $(READY)
+	$(call say,Compiling the CUDA kernels for every architecture)
+	@$(BIN)/python .ci/check_cuda
+
+gpu-check: $(BUILT)
+	@$(BIN)/python -m benchmarks.gpu_check $(if $(DRY),--dry-run)
 
 clean:
 	rm -rf build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache fedpeft_ext/*.so $(VENV)/.built*
@@ -81,6 +92,7 @@ $(READY): requirements-dev.txt
 
 $(BUILT): $(READY) $(NATIVE)
 	$(call say,Compiling the extension and installing it in place$(if $(WERROR), with warnings as errors))
-	@$(PIP) --no-build-isolation --no-deps $(if $(WERROR),-C cmake.define.FEDPEFT_WERROR=ON) -e .
+	@$(PIP) --no-build-isolation --no-deps $(if $(WERROR),-C cmake.define.FEDPEFT_WERROR=ON) \
+	  -C cmake.define.FEDPEFT_EMULATOR=$(if $(EMULATOR),ON,OFF) -e .
 	@rm -f $(VENV)/.built*
 	@touch $@

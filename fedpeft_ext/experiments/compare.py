@@ -67,8 +67,7 @@ def compare(
 ) -> Comparison:
     """Train each embedding with the same settings, seed and pre-training, one after the other.
 
-    Warm-up rounds are left out for `c-X`, which has no full embedding to warm up. The tables are rewritten
-    after each run, so that an interrupted comparison leaves what was finished.
+    The tables are rewritten after each run, so that an interrupted comparison leaves what was finished.
 
     Args:
         config: settings of every run; `embedding.name` is replaced.
@@ -127,14 +126,10 @@ def check_embeddings(config: Config, embeddings: Sequence[str]) -> dict[str, Con
         raise ValueError("embeddings: expected at least one name, got none")
     configs: dict[str, Config] = {}
     for text in embeddings:
-        spec = parse_spec(text)
-        name = str(spec)
+        name = str(parse_spec(text))
         if name in configs:
             raise ValueError(f"embeddings: expected each name once, got {name!r} twice")
-        overrides = [f"embedding.name={name}"]
-        if not spec.plug and name != "full":
-            overrides.append("training.warmup_rounds=0")
-        configs[name] = config.updated(overrides)
+        configs[name] = config.updated([f"embedding.name={name}"])
     return configs
 
 
