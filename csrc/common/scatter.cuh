@@ -96,7 +96,7 @@ FEDPEFT_DEVICE void scatter_lists_team(const Source& source, T* out, const Scatt
 
 // A task is a client and a range of its rows.
 template <typename Source, typename T, int V>
-__global__ void __launch_bounds__(256, 3) scatter_lists(Source source, T* out, ScatterPlan plan) {
+__global__ void __launch_bounds__(256, 2) scatter_lists(Source source, T* out, ScatterPlan plan) {
   FEDPEFT_DYNAMIC_SHARED(shared);
   const int teams = int(blockDim.x) / plan.team, team = int(threadIdx.x) / plan.team;
   int* head = reinterpret_cast<int*>(shared + plan.shared_bytes / teams * team);

@@ -195,7 +195,7 @@ FEDPEFT_DEVICE void look_up_gated(const HashLookupArgs& a, SENet<T>& net, const 
 
 // Positions of all clients, tables through L2. Gated: scratch of every group in shared memory.
 template <typename T, int V, bool Gated>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, Gated ? 2 : 4)
     forward(HashLookupArgs a, int64_t total, Modulus modulus) {
   FEDPEFT_DYNAMIC_SHARED(shared);
   const int lanes = lanes_for(a.D / V), groups = int(blockDim.x) / lanes;
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // One block a client, its table in shared memory, before the scratch.
 template <typename T, int V, bool Gated>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, Gated ? 2 : 4)
     forward_staged(HashLookupArgs a, int64_t clients, Modulus modulus) {
   FEDPEFT_DYNAMIC_SHARED(shared);
   T* rows = reinterpret_cast<T*>(shared);
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 // Activations of a position: squeezed [H], gradient before the sigmoid [H], hidden [S], gradient
 // before the ReLU [S].
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 2)
     activate(HashLookupArgs a, int64_t total, Modulus modulus, acc_t<T>* activations) {
   using A = acc_t<T>;
   FEDPEFT_DYNAMIC_SHARED(shared);

@@ -20,7 +20,7 @@ FEDPEFT_DEVICE int64_t row_at(const LoraLookupArgs& a, int64_t n) {
 
 // Blocks of one client take `span` positions each.
 template <typename T, int V, bool Staged>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, Staged ? 4 : 2)
     forward(LoraLookupArgs a, int64_t clients, int64_t span) {
   using A = acc_t<T>;
   FEDPEFT_DYNAMIC_SHARED(shared);
