@@ -84,11 +84,9 @@ template <typename Total, typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     add_rows(AccumulateArgs a, const int64_t* keys, const int64_t* order) {
   const int64_t entries = a.clients * a.R;
-  const int lanes = lanes_for(a.width), lane = int(threadIdx.x) % lanes, groups = kThreads / lanes;
-  for (int64_t e = int64_t(blockIdx.x) * groups + threadIdx.x / lanes; e < entries;
-       e += int64_t(gridDim.x) * groups) {
+  for_rows(entries, a.width, [&](int64_t e, int lane, int lanes) {
     const int64_t row = keys[e];
-    if (row == a.num_rows || (e > 0 && keys[e - 1] == row)) continue;
+    if (row == a.num_rows || (e > 0 && keys[e - 1] == row)) return;
     Total* total = static_cast<Total*>(a.total) + row * a.width;
     for (int64_t column = lane; column < a.width; column += lanes) {
       Total sum = total[column];
@@ -99,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       }
       total[column] = sum;
     }
-  }
+  });
 }
 
 }  // namespace
@@ -143,11 +141,10 @@ void accumulate_keys(const AccumulateArgs& a, int64_t* keys, Stream stream) {
 void accumulate_rows(const AccumulateArgs& a, DType dtype, bool in_double, const int64_t* sorted,
                      const int64_t* order, Stream stream) {
   if (a.width == 0) return;
-  const int groups = kThreads / lanes_for(a.width);
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch(in_double ? add_rows<double, T> : add_rows<T, T>,
-           (a.clients * a.R + groups - 1) / groups, kThreads, 0, stream, a, sorted, order);
+    launch_rows(in_double ? add_rows<double, T> : add_rows<T, T>, a.clients * a.R, a.width, stream,
+                a, sorted, order);
   });
 }
 

@@ -16,10 +16,8 @@ FEDPEFT_DEVICE int64_t row_at(const ClientEmbeddingArgs& a, int64_t n) {
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 4) forward(ClientEmbeddingArgs a, int64_t total) {
-  const int lanes = lanes_for(a.D / V), groups = kThreads / lanes, lane = int(threadIdx.x) % lanes;
   const int64_t table = a.per_client ? a.num_rows * a.D : 0;
-  for (int64_t n = int64_t(blockIdx.x) * groups + threadIdx.x / lanes; n < total;
-       n += int64_t(gridDim.x) * groups) {
+  for_rows(total, a.D / V, [&](int64_t n, int lane, int lanes) {
     const int64_t row = row_at(a, n);
     const T* from = static_cast<const T*>(a.weight) + divide(n, a.positions) * table + row * a.D;
     T* to = static_cast<T*>(a.out) + n * a.D;
@@ -30,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, 4) forward(ClientEmbeddingArgs a, in
         store_zeros<V>(to + column);
       }
     }
-  }
+  });
 }
 
 template <typename T>
@@ -56,8 +54,7 @@ void client_embedding(const ClientEmbeddingArgs& a, DType dtype, int64_t clients
         a.D,
         [&](auto width) {
           constexpr int V = decltype(width)::value;
-          const int groups = kThreads / lanes_for(a.D / V);
-          launch(forward<T, V>, (total + groups - 1) / groups, kThreads, 0, stream, a, total);
+          launch_rows(forward<T, V>, total, a.D / V, stream, a, total);
         },
         a.weight, a.out);
   });

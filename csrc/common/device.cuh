@@ -147,6 +147,10 @@ struct Sum {
 #pragma unroll
     for (int v = 0; v < V; ++v) at[v] += scale * to_acc(pack.at[v]);
   }
+  FEDPEFT_DEVICE void scale(A factor) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) at[v] *= factor;
+  }
   template <typename T>
   FEDPEFT_DEVICE void store(T* p) const {
     Pack<T, V> pack;
@@ -191,6 +195,24 @@ __host__ __device__ inline int lanes_for(int64_t columns) {
   int lanes = 1;
   while (lanes < kWarp && lanes < columns) lanes *= 2;
   return lanes;
+}
+
+// Calls f(n, lane, lanes) for rows n in [0, total) of `columns` accesses each, a group of lanes a
+// row. For kernels that launch_rows launches; lanes of a warp may be at different rows, or done.
+template <typename F>
+FEDPEFT_DEVICE void for_rows(int64_t total, int64_t columns, const F& f) {
+  const int lanes = lanes_for(columns), groups = int(blockDim.x) / lanes;
+  for (int64_t n = int64_t(blockIdx.x) * groups + threadIdx.x / lanes; n < total;
+       n += int64_t(gridDim.x) * groups)
+    f(n, int(threadIdx.x) % lanes, lanes);
+}
+
+template <typename... Params, typename... Args>
+void launch_rows(void (*kernel)(Params...), int64_t total, int64_t columns, Stream stream,
+                 Args&&... args) {
+  constexpr int kThreads = 256;
+  const int groups = kThreads / lanes_for(columns);
+  launch(kernel, (total + groups - 1) / groups, kThreads, 0, stream, std::forward<Args>(args)...);
 }
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

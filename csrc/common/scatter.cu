@@ -6,7 +6,7 @@ namespace {
 
 // Joins the rows that cross tiles, from the tile in which a row begins.
 template <typename T, int V>
-__global__ void __launch_bounds__(256, 4)
+__global__ void __launch_bounds__(256, 2)
     scatter_join(T* out, ScatterPlan plan, IndexArray keys, const acc_t<T>* partial) {
   constexpr int64_t kTile = ScatterPlan::kTile;
   const int lanes = lanes_for(plan.width / V), lane = int(threadIdx.x) % lanes;
@@ -31,8 +31,9 @@ __global__ void __launch_bounds__(256, 4)
     for (int64_t column = lane * V; column < width; column += lanes * V) {
       Sum<acc_t<T>, V> sum;
       sum.set(partial + (tile * 2 + 1) * width + column);
-#pragma unroll 4
+#pragma unroll 2
       for (int64_t t = tile + 1; t <= last; ++t) sum.add(partial + t * 2 * width + column);
+      sum.scale(acc_t<T>(plan.scale));
       sum.store(out + row * width + column);
     }
   }

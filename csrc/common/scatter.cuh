@@ -89,6 +89,7 @@ FEDPEFT_DEVICE void scatter_lists_team(const Source& source, T* out, const Scatt
           sum.add(v);
         }
       }
+      sum.scale(acc_t<T>(plan.scale));
       sum.store(to + column);
     }
   }
@@ -141,6 +142,7 @@ __global__ void __launch_bounds__(256, 2)
                 entries = plan.entries();
   const int64_t width = plan.width;
   const int64_t padding = plan.padding();
+  const A scale = A(plan.scale);
   for (int64_t tile = int64_t(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes;
        tile < tiles; tile += groups) {
     const int64_t begin = tile * ScatterPlan::kTile;
@@ -168,6 +170,7 @@ __global__ void __launch_bounds__(256, 2)
         for (int j = 0; j < kBatch; ++j) {
           if (i + j >= end) break;
           if (key[j] != row) {
+            if (!entered) sum.scale(scale);
             sum.store_either(entered ? partial + tile * 2 * width + column : nullptr,
                              out + row * width + column);
             sum.clear();
@@ -181,6 +184,7 @@ __global__ void __launch_bounds__(256, 2)
       const bool leaves = end < entries && keys[end] == row;
       A* crossing =
           entered ? partial + tile * 2 * width + column : partial + (tile * 2 + 1) * width + column;
+      if (!entered && !leaves) sum.scale(scale);
       sum.store_either(entered || leaves ? crossing : nullptr, out + row * width + column);
     }
   }

@@ -23,6 +23,7 @@ struct ScatterShape {
   int64_t slots;               // rows that a position reads
   int64_t rows, width;         // of a client's table
   bool disjoint_slots;         // different slots never read the same row
+  double scale = 1;            // every row's sum is multiplied by it
 };
 
 struct ScatterPlan : ScatterShape {

@@ -123,7 +123,11 @@ Tensor hash_lookup(const Tensor& items, const Tensor& table, const Tensor& hashe
                         });
         raise_bad_index(in.bad_item, a.items, a.num_items, "items");
       },
-      [&](auto stream) { gpu::hash_lookup(a, dtype, in.layout.clients, stream); });
+      [&](auto stream) {
+        Tensor scratch =
+            torch::stable::new_empty(table, {gpu::hash_lookup_scratch(a, dtype)}, ScalarType::Byte);
+        gpu::hash_lookup(a, dtype, in.layout.clients, scratch.mutable_data_ptr(), stream);
+      });
   return out;
 }
 
@@ -210,7 +214,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
           a.coefficients = coefficients.mutable_data_ptr();
           Tensor activations = torch::stable::new_empty(
               table, {clients * positions, gpu::hash_activations(a)}, accumulator);
-          gpu::hash_lookup_activations(a, dtype, clients, activations.mutable_data_ptr(), stream);
+          Tensor scratch = torch::stable::new_empty(table, {gpu::hash_lookup_scratch(a, dtype)},
+                                                    ScalarType::Byte);
+          gpu::hash_lookup_activations(a, dtype, clients, scratch.mutable_data_ptr(),
+                                       activations.mutable_data_ptr(), stream);
           const gpu::PositionSum sum = gpu::hash_lookup_shape_senet(a, clients);
           Tensor partial = torch::stable::new_empty(table, {sum.partial_size()}, accumulator);
           gpu::hash_lookup_backward_senet(a, dtype, sum, activations.const_data_ptr(),

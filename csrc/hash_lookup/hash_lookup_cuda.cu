@@ -193,12 +193,26 @@ FEDPEFT_DEVICE void look_up_gated(const HashLookupArgs& a, SENet<T>& net, const 
   __syncwarp();
 }
 
-// Positions of all clients, tables through L2. Gated: scratch of every group in shared memory.
-template <typename T, int V, bool Gated>
-__global__ void __launch_bounds__(kThreads, Gated ? 2 : 4)
-    forward(HashLookupArgs a, int64_t total, Modulus modulus) {
+// Where the groups' scratch of the SENet is; `memory` only where shared memory does not hold that
+// of one warp.
+enum class Scratch { none, shared, memory };
+
+template <Scratch Where>
+FEDPEFT_DEVICE unsigned char* scratch_of(unsigned char* shared, unsigned char* memory, int group,
+                                         int groups, int64_t bytes) {
+  if constexpr (Where == Scratch::memory) {
+    return memory + (int64_t(blockIdx.x) * groups + group) * bytes;
+  } else {
+    return shared + group * bytes;
+  }
+}
+
+// Positions of all clients, tables through L2.
+template <typename T, int V, Scratch Where>
+__global__ void __launch_bounds__(kThreads, Where == Scratch::none ? 4 : 2)
+    forward(HashLookupArgs a, int64_t total, Modulus modulus, int lanes, unsigned char* memory) {
   FEDPEFT_DYNAMIC_SHARED(shared);
-  const int lanes = lanes_for(a.D / V), groups = int(blockDim.x) / lanes;
+  const int groups = int(blockDim.x) / lanes;
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
   const int64_t table = a.per_client ? a.M * a.D : 0;
   for (int64_t first = int64_t(blockIdx.x) * groups; first < total;
@@ -207,8 +221,8 @@ __global__ void __launch_bounds__(kThreads, Gated ? 2 : 4)
     const bool active = n < total;
     const int64_t client = active ? divide(n, a.positions) : 0;
     const T* rows = static_cast<const T*>(a.table) + client * table;
-    if constexpr (Gated) {
-      SENet<T> net(a, shared + group * SENet<T>::bytes(a.H, a.S));
+    if constexpr (Where != Scratch::none) {
+      SENet<T> net(a, scratch_of<Where>(shared, memory, group, groups, SENet<T>::bytes(a.H, a.S)));
       net.select(a, client);
       look_up_gated<T, V>(a, net, modulus, rows, n, active, lane, lanes);
     } else {
@@ -248,12 +262,13 @@ __global__ void __launch_bounds__(kThreads, Gated ? 2 : 4)
 
 // Activations of a position: squeezed [H], gradient before the sigmoid [H], hidden [S], gradient
 // before the ReLU [S].
-template <typename T, int V>
+template <typename T, int V, Scratch Where>
 __global__ void __launch_bounds__(kThreads, 2)
-    activate(HashLookupArgs a, int64_t total, Modulus modulus, acc_t<T>* activations) {
+    activate(HashLookupArgs a, int64_t total, Modulus modulus, int lanes, unsigned char* memory,
+             acc_t<T>* activations) {
   using A = acc_t<T>;
   FEDPEFT_DYNAMIC_SHARED(shared);
-  const int lanes = lanes_for(a.D / V), groups = int(blockDim.x) / lanes;
+  const int groups = int(blockDim.x) / lanes;
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
   const int64_t H = a.H, S = a.S, table = a.per_client ? a.M * a.D : 0;
   for (int64_t first = int64_t(blockIdx.x) * groups; first < total;
@@ -263,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t client = active ? divide(n, a.positions) : 0;
     const int64_t item = active ? item_at(a, n) : -1;
     const T* rows = static_cast<const T*>(a.table) + client * table;
-    SENet<T> net(a, shared + group * SENet<T>::bytes(H, S));
+    SENet<T> net(a, scratch_of<Where>(shared, memory, group, groups, SENet<T>::bytes(H, S)));
     net.select(a, client);
     net.template gates<V>(a, modulus, rows, item, item >= 0, lane, lanes);
     A* to = activations + n * (2 * H + 2 * S);
@@ -324,14 +339,12 @@ struct Source {
     using A = acc_t<T>;
     Sum<A, V> v;
     v.set(static_cast<const T*>(a.grad) + n * a.D + column);
-    A scale = plain_weight<A>(a), shift = 0;
     if constexpr (Gated) {
       const A* coefficients = static_cast<const A*>(a.coefficients) + (n * a.H + slot) * 2;
-      scale = coefficients[0];
-      shift = coefficients[1];
-    }
+      const A scale = coefficients[0], shift = coefficients[1];
 #pragma unroll
-    for (int i = 0; i < V; ++i) v.at[i] = scale * v.at[i] + shift;
+      for (int i = 0; i < V; ++i) v.at[i] = scale * v.at[i] + shift;
+    }
     return v;
   }
 };
@@ -364,50 +377,71 @@ struct SourceSENet {
   }
 };
 
-// Threads of a block so that the scratch of its groups fits behind `before` bytes; 0 where not even
-// a warp's does.
+// How the groups of a gated kernel are cut and where their scratch is.
+struct GatedPlan {
+  Scratch where;
+  int lanes, threads;
+  int64_t bytes;       // scratch of a group
+  int64_t max_blocks;  // memory: blocks that have scratch
+
+  int64_t shared() const { return where == Scratch::shared ? threads / lanes * bytes : 0; }
+  int64_t memory() const {
+    return where == Scratch::memory ? max_blocks * (threads / lanes) * bytes : 0;
+  }
+  int64_t grid(int64_t total) const {
+    const int64_t groups = threads / lanes, blocks = (total + groups - 1) / groups;
+    return blocks < max_blocks ? blocks : max_blocks;
+  }
+};
+
+// `before`: bytes of shared memory that something else takes.
 template <typename T>
-int gated_threads(const HashLookupArgs& a, int lanes, int64_t before, int64_t limit) {
+GatedPlan plan_gated(const HashLookupArgs& a, int lanes, const Limits& device, int64_t before = 0) {
+  const int64_t bytes = SENet<T>::bytes(a.H, a.S);
   for (int threads = kThreads; threads >= kWarp; threads /= 2) {
-    if (before + threads / lanes * SENet<T>::bytes(a.H, a.S) <= limit) return threads;
+    if (before + threads / lanes * bytes <= device.shared_bytes)
+      return {Scratch::shared, lanes, threads, bytes, kMaxGrid};
   }
-  return 0;
+  // A whole warp a position needs the least.
+  if (before + bytes <= device.shared_bytes)
+    return {Scratch::shared, kWarp, kWarp, bytes, kMaxGrid};
+  return {Scratch::memory, kWarp, 4 * kWarp, bytes, 2 * device.multiprocessors};
 }
 
-template <typename T>
-int checked_gated_threads(const HashLookupArgs& a, int lanes, int64_t limit) {
-  const int threads = gated_threads<T>(a, lanes, 0, limit);
-  if (threads == 0) {
-    throw std::invalid_argument(
-        "w1: expected H and S whose activations fit in this device's shared memory (" +
-        std::to_string(limit) + " bytes), got H = " + std::to_string(a.H) +
-        ", S = " + std::to_string(a.S));
+template <typename T, int V>
+void launch_plain(const HashLookupArgs& a, int64_t clients, Stream stream) {
+  const int lanes = lanes_for(a.D / V), groups = kThreads / lanes;
+  const int64_t total = clients * a.positions;
+  const int64_t table_bytes = (a.M * a.D * int64_t(sizeof(T)) + 15) / 16 * 16;
+  if (a.per_client && a.positions * a.H >= 2 * a.M && table_bytes <= kStagedBytes &&
+      table_bytes <= limits().shared_bytes) {
+    launch(forward_staged<T, V, false>, clients, kThreads, table_bytes, stream, a, clients,
+           Modulus(a.M));
+  } else {
+    launch(forward<T, V, Scratch::none>, (total + groups - 1) / groups, kThreads, 0, stream, a,
+           total, Modulus(a.M), lanes, nullptr);
   }
-  return threads;
 }
 
-template <typename T, int V, bool Gated>
-void launch_forward(const HashLookupArgs& a, int64_t clients, Stream stream) {
+template <typename T, int V>
+void launch_gated(const HashLookupArgs& a, int64_t clients, void* memory, Stream stream) {
   const Limits device = limits();
-  const Modulus modulus(a.M);
   const int lanes = lanes_for(a.D / V);
-  const int64_t scratch = Gated ? SENet<T>::bytes(a.H, a.S) : 0;
+  const int64_t total = clients * a.positions;
   const int64_t table_bytes = (a.M * a.D * int64_t(sizeof(T)) + 15) / 16 * 16;
   if (a.per_client && a.positions * a.H >= 2 * a.M && table_bytes <= kStagedBytes) {
-    const int threads =
-        Gated ? gated_threads<T>(a, lanes, table_bytes, device.shared_bytes) : kThreads;
-    const int64_t bytes = table_bytes + threads / lanes * scratch;
-    if (threads > 0 && bytes <= device.shared_bytes) {
-      launch(forward_staged<T, V, Gated>, clients, unsigned(threads), bytes, stream, a, clients,
-             modulus);
+    const GatedPlan plan = plan_gated<T>(a, lanes, device, table_bytes);
+    if (plan.where == Scratch::shared && plan.lanes == lanes) {
+      launch(forward_staged<T, V, true>, clients, unsigned(plan.threads),
+             table_bytes + plan.shared(), stream, a, clients, Modulus(a.M));
       return;
     }
   }
-  const int threads = Gated ? checked_gated_threads<T>(a, lanes, device.shared_bytes) : kThreads;
-  const int groups = threads / lanes;
-  const int64_t total = clients * a.positions;
-  launch(forward<T, V, Gated>, (total + groups - 1) / groups, unsigned(threads), groups * scratch,
-         stream, a, total, modulus);
+  const GatedPlan plan = plan_gated<T>(a, lanes, device);
+  const auto kernel = plan.where == Scratch::shared ? forward<T, V, Scratch::shared>
+                                                    : forward<T, V, Scratch::memory>;
+  launch(kernel, plan.grid(total), unsigned(plan.threads), plan.shared(), stream, a, total,
+         Modulus(a.M), plan.lanes, static_cast<unsigned char*>(memory));
 }
 
 }  // namespace
@@ -418,7 +452,18 @@ void hash_buckets(const IndexArray& items, const int64_t* hashes, int64_t* out, 
          Modulus(table_size));
 }
 
-void hash_lookup(const HashLookupArgs& a, DType dtype, int64_t clients, Stream stream) {
+int64_t hash_lookup_scratch(const HashLookupArgs& a, DType dtype) {
+  int64_t bytes = 0;
+  if (a.w1) {
+    // Scratch is in memory only where a warp takes a position, whatever the width of an access.
+    with_dtype(dtype,
+               [&](auto zero) { bytes = plan_gated<decltype(zero)>(a, kWarp, limits()).memory(); });
+  }
+  return bytes;
+}
+
+void hash_lookup(const HashLookupArgs& a, DType dtype, int64_t clients, void* scratch,
+                 Stream stream) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     with_width<T>(
@@ -426,16 +471,16 @@ void hash_lookup(const HashLookupArgs& a, DType dtype, int64_t clients, Stream s
         [&](auto width) {
           constexpr int V = decltype(width)::value;
           if (a.w1) {
-            launch_forward<T, V, true>(a, clients, stream);
+            launch_gated<T, V>(a, clients, scratch, stream);
           } else {
-            launch_forward<T, V, false>(a, clients, stream);
+            launch_plain<T, V>(a, clients, stream);
           }
         },
         a.table, a.base, a.out);
   });
 }
 
-void hash_lookup_activations(const HashLookupArgs& a, DType dtype, int64_t clients,
+void hash_lookup_activations(const HashLookupArgs& a, DType dtype, int64_t clients, void* scratch,
                              void* activations, Stream stream) {
   const int64_t total = clients * a.positions;
   with_dtype(dtype, [&](auto zero) {
@@ -444,11 +489,11 @@ void hash_lookup_activations(const HashLookupArgs& a, DType dtype, int64_t clien
         a.D,
         [&](auto width) {
           constexpr int V = decltype(width)::value;
-          const int lanes = lanes_for(a.D / V);
-          const int threads = checked_gated_threads<T>(a, lanes, limits().shared_bytes);
-          const int groups = threads / lanes;
-          launch(activate<T, V>, (total + groups - 1) / groups, unsigned(threads),
-                 groups * SENet<T>::bytes(a.H, a.S), stream, a, total, Modulus(a.M),
+          const GatedPlan plan = plan_gated<T>(a, lanes_for(a.D / V), limits());
+          const auto kernel = plan.where == Scratch::shared ? activate<T, V, Scratch::shared>
+                                                            : activate<T, V, Scratch::memory>;
+          launch(kernel, plan.grid(total), unsigned(plan.threads), plan.shared(), stream, a, total,
+                 Modulus(a.M), plan.lanes, static_cast<unsigned char*>(scratch),
                  static_cast<acc_t<T>*>(activations));
         },
         a.table, a.grad);
@@ -456,7 +501,8 @@ void hash_lookup_activations(const HashLookupArgs& a, DType dtype, int64_t clien
 }
 
 ScatterShape hash_lookup_shape(const HashLookupArgs& a, int64_t clients) {
-  return {clients, a.positions, a.H, a.M, a.D, false};
+  // Without SENet an entry is the gradient itself, and the mean's 1 / H is left to the row.
+  return {clients, a.positions, a.H, a.M, a.D, false, a.mean && !a.w1 ? 1.0 / double(a.H) : 1.0};
 }
 
 void hash_lookup_keys(const HashLookupArgs& a, const ScatterPlan& plan, void* keys, Stream stream) {

@@ -10,12 +10,16 @@ namespace fedpeft::gpu {
 
 void hash_buckets(const IndexArray& items, const int64_t* hashes, int64_t* out, int64_t count,
                   int64_t H, int64_t table_size, Stream stream);
-void hash_lookup(const HashLookupArgs& a, DType dtype, int64_t clients, Stream stream);
+// Bytes of memory that a lookup with SENet needs: 0 where shared memory holds a position's
+// activations, as for every usual H and S.
+int64_t hash_lookup_scratch(const HashLookupArgs& a, DType dtype);
+void hash_lookup(const HashLookupArgs& a, DType dtype, int64_t clients, void* scratch,
+                 Stream stream);
 
 // With SENet, before the two gradients: a.coefficients [C * P, H, 2] and `activations` [C * P, 2 H
 // + 2 S] of every position, both of the accumulator type.
 inline int64_t hash_activations(const HashLookupArgs& a) { return 2 * a.H + 2 * a.S; }
-void hash_lookup_activations(const HashLookupArgs& a, DType dtype, int64_t clients,
+void hash_lookup_activations(const HashLookupArgs& a, DType dtype, int64_t clients, void* scratch,
                              void* activations, Stream stream);
 
 // Gradient of the table: a scatter of H slots. Gradient of the SENet, [C, senet_size] in the order

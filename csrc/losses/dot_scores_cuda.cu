@@ -8,7 +8,7 @@ namespace {
 constexpr int kThreads = 256;
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 4) forward(DotScoresArgs a, int64_t total) {
+__global__ void __launch_bounds__(kThreads, 3) forward(DotScoresArgs a, int64_t total) {
   using A = acc_t<T>;
   const int lanes = lanes_for(a.D / V), groups = kThreads / lanes, lane = int(threadIdx.x) % lanes;
   for (int64_t first = int64_t(blockIdx.x) * groups; first < total;
@@ -34,9 +34,7 @@ __global__ void __launch_bounds__(kThreads, 4) forward(DotScoresArgs a, int64_t 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 4) backward(DotScoresArgs a, int64_t total) {
   using A = acc_t<T>;
-  const int lanes = lanes_for(a.D / V), groups = kThreads / lanes, lane = int(threadIdx.x) % lanes;
-  for (int64_t n = int64_t(blockIdx.x) * groups + threadIdx.x / lanes; n < total;
-       n += int64_t(gridDim.x) * groups) {
+  for_rows(total, a.D / V, [&](int64_t n, int lane, int lanes) {
     const A grad = to_acc(static_cast<const T*>(a.grad)[n]);
     const T* user = static_cast<const T*>(a.user) + divide(n, a.positions) * a.D;
     T* out = static_cast<T*>(a.grad_vectors) + n * a.D;
@@ -47,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 4) backward(DotScoresArgs a, int64_t
       for (int i = 0; i < V; ++i) v.at[i] *= grad;
       v.store(out + column);
     }
-  }
+  });
 }
 
 template <typename T>
@@ -72,8 +70,7 @@ void dot_scores(const DotScoresArgs& a, DType dtype, int64_t clients, Stream str
         a.D,
         [&](auto width) {
           constexpr int V = decltype(width)::value;
-          const int groups = kThreads / lanes_for(a.D / V);
-          launch(forward<T, V>, (total + groups - 1) / groups, kThreads, 0, stream, a, total);
+          launch_rows(forward<T, V>, total, a.D / V, stream, a, total);
         },
         a.vectors, a.user);
   });
@@ -88,8 +85,7 @@ void dot_scores_backward_vectors(const DotScoresArgs& a, DType dtype, int64_t cl
         a.D,
         [&](auto width) {
           constexpr int V = decltype(width)::value;
-          const int groups = kThreads / lanes_for(a.D / V);
-          launch(backward<T, V>, (total + groups - 1) / groups, kThreads, 0, stream, a, total);
+          launch_rows(backward<T, V>, total, a.D / V, stream, a, total);
         },
         a.user, a.grad_vectors);
   });

@@ -75,7 +75,11 @@ Tensor rq_encode(const Tensor& x, const Tensor& codebooks) {
         });
         raise(bad_x, "x", a.D ? bad_x.position / a.D : 0, "row");
       },
-      [&](auto stream) { gpu::rq_encode(a, dtype, stream); });
+      [&](auto stream) {
+        Tensor scratch =
+            torch::stable::new_empty(x, {gpu::rq_encode_scratch(a, dtype)}, ScalarType::Byte);
+        gpu::rq_encode(a, dtype, scratch.mutable_data_ptr(), stream);
+      });
   return codes;
 }
 

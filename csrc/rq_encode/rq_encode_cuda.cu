@@ -31,13 +31,16 @@ FEDPEFT_DEVICE void store_code(const RqEncodeArgs& a, int64_t at, int64_t code) 
   }
 }
 
-// `rows` of a block, at most kRows: fewer where D is large.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) encode(RqEncodeArgs a, int rows) {
+// `rows` of a block, at most kRows: fewer where D is large. InMemory: residuals are in `memory`,
+// where shared memory does not hold a row.
+template <typename T, bool InMemory>
+__global__ void __launch_bounds__(kThreads, 2)
+    encode(RqEncodeArgs a, int rows, [[maybe_unused]] acc_t<T>* memory) {
   using A = acc_t<T>;
   FEDPEFT_DYNAMIC_SHARED(shared);
-  A* residual = reinterpret_cast<A*>(shared);  // [rows, D]
-  A* tile = residual + rows * a.D;             // [32 codes, kStride]
+  A* tile = reinterpret_cast<A*>(shared);  // [32 codes, kStride]
+  A* residual = tile + kWarp * kStride;    // [rows, D]
+  if constexpr (InMemory) residual = memory + blockIdx.x * (rows * a.D);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const int64_t D = a.D, K = a.K, blocks = (a.N + rows - 1) / rows;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
@@ -119,21 +122,42 @@ __global__ void __launch_bounds__(kThreads, 2) encode(RqEncodeArgs a, int rows) 
   }
 }
 
+struct EncodePlan {
+  bool in_memory;
+  int rows;
+  int64_t grid, shared, memory;  // bytes
+};
+
+template <typename T>
+EncodePlan plan_encode(const RqEncodeArgs& a) {
+  constexpr int64_t kStagedBytes = 48 * 1024;  // so that several blocks share a multiprocessor
+  const Limits device = limits();
+  const int64_t size = int64_t(sizeof(acc_t<T>)), tile = kWarp * kStride * size;
+  const auto blocks = [&](int rows) { return (a.N + rows - 1) / rows; };
+  int rows = kRows;
+  while (rows > 1 && tile + rows * a.D * size > kStagedBytes) rows /= 2;
+  const int64_t shared = tile + rows * a.D * size;
+  if (shared <= device.shared_bytes) return {false, rows, blocks(rows), shared, 0};
+  // A row a warp.
+  const int64_t most = 2 * device.multiprocessors, needed = blocks(kWarps);
+  const int64_t grid = needed < most ? needed : most;
+  return {true, kWarps, grid, tile, grid * kWarps * a.D * size};
+}
+
 }  // namespace
 
-void rq_encode(const RqEncodeArgs& a, DType dtype, Stream stream) {
+int64_t rq_encode_scratch(const RqEncodeArgs& a, DType dtype) {
+  int64_t bytes = 0;
+  with_dtype(dtype, [&](auto zero) { bytes = plan_encode<decltype(zero)>(a).memory; });
+  return bytes;
+}
+
+void rq_encode(const RqEncodeArgs& a, DType dtype, void* scratch, Stream stream) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t limit = limits().shared_bytes, tile = kWarp * kStride * int64_t(sizeof(acc_t<T>));
-    int rows = kRows;
-    const auto bytes = [&] { return rows * a.D * int64_t(sizeof(acc_t<T>)) + tile; };
-    while (rows > 1 && bytes() > (limit < 48 * 1024 ? limit : 48 * 1024)) rows /= 2;
-    if (bytes() > limit) {
-      throw std::invalid_argument("x: expected rows that fit in this device's shared memory (" +
-                                  std::to_string(limit) +
-                                  " bytes), got D = " + std::to_string(a.D));
-    }
-    launch(encode<T>, (a.N + rows - 1) / rows, kThreads, bytes(), stream, a, rows);
+    const EncodePlan plan = plan_encode<T>(a);
+    launch(plan.in_memory ? encode<T, true> : encode<T, false>, plan.grid, kThreads, plan.shared,
+           stream, a, plan.rows, static_cast<acc_t<T>*>(scratch));
   });
 }
 

@@ -7,6 +7,8 @@
 
 namespace fedpeft::gpu {
 
-void rq_encode(const RqEncodeArgs& a, DType dtype, Stream stream);
+// Bytes of memory for the residuals: 0 where shared memory holds a row, as for every usual D.
+int64_t rq_encode_scratch(const RqEncodeArgs& a, DType dtype);
+void rq_encode(const RqEncodeArgs& a, DType dtype, void* scratch, Stream stream);
 
 }  // namespace fedpeft::gpu

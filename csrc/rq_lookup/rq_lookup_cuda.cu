@@ -45,13 +45,11 @@ FEDPEFT_DEVICE void look_up(const RqLookupArgs& a, const T* codebooks, int64_t n
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 4) forward(RqLookupArgs a, int64_t total) {
-  const int lanes = lanes_for(a.D / V), groups = kThreads / lanes;
   const int64_t table = a.per_client ? a.L * a.K * a.D : 0;
-  for (int64_t n = int64_t(blockIdx.x) * groups + threadIdx.x / lanes; n < total;
-       n += int64_t(gridDim.x) * groups) {
+  for_rows(total, a.D / V, [&](int64_t n, int lane, int lanes) {
     const T* codebooks = static_cast<const T*>(a.codebooks) + divide(n, a.positions) * table;
-    look_up<T, V>(a, codebooks, n, int(threadIdx.x) % lanes, lanes);
-  }
+    look_up<T, V>(a, codebooks, n, lane, lanes);
+  });
 }
 
 // One block a client, its codebooks in shared memory.
@@ -104,8 +102,7 @@ void rq_lookup(const RqLookupArgs& a, DType dtype, int64_t clients, Stream strea
           if (staged) {
             launch(forward_staged<T, V>, clients, kThreads, bytes, stream, a, clients);
           } else {
-            const int groups = kThreads / lanes_for(a.D / V);
-            launch(forward<T, V>, (total + groups - 1) / groups, kThreads, 0, stream, a, total);
+            launch_rows(forward<T, V>, total, a.D / V, stream, a, total);
           }
         },
         a.codebooks, a.base, a.out);

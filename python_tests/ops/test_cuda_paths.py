@@ -132,8 +132,34 @@ def test_codes_of_wide_rows() -> None:
     x, codebooks = torch.randn(70, 600, generator=g), torch.randn(2, 300, 600, generator=g)
     cpu, gpu = both("rq_encode")
     assert torch.equal(gpu(x, codebooks), cpu(x, codebooks))
-    with limited(16 << 10), pytest.raises(ValueError, match="rows that fit in this device's shared memory"):
-        gpu(torch.randn(2, 6000), torch.randn(1, 2, 6000))
+    # Residuals in memory, where shared memory does not hold a row; more rows than have room at a time.
+    x, codebooks = torch.randn(130, 600, generator=g), torch.randn(2, 5, 600, generator=g)
+    with limited(6 << 10):
+        assert torch.equal(gpu(x, codebooks), cpu(x, codebooks))
+
+
+# Shared memory for all groups of a block; for a warp a position; for none: activations in memory, with more
+# positions than have room at a time.
+@pytest.mark.parametrize(("limit", "hidden"), [(99 << 10, 9), (1 << 10, 9), (1 << 8, 40)])
+@pytest.mark.parametrize("per_client", [False, True])
+def test_senets_of_any_size(limit: int, hidden: int, per_client: bool) -> None:
+    g = torch.Generator().manual_seed(7)
+    lead = (2,) if per_client else ()
+    items = torch.randint(-1, 400, (2, 60), generator=g)
+    table = torch.randn(*lead, 9, 8, generator=g)
+    hashes = torch.randint(1, 2**61 - 1, (12, 2), generator=g)
+    shapes = ((hidden, 12), (hidden,), (12, hidden), (12,))
+    weights = [torch.randn(*lead, *s, generator=g) for s in shapes]
+    grad = torch.randn(2, 60, 8, generator=g)
+    cpu, gpu = both("hash_lookup")
+    with limited(limit):
+        assert_close(
+            gpu(items, table, hashes, *weights, True, None), cpu(items, table, hashes, *weights, True, None)
+        )
+    cpu, gpu = both("hash_lookup_backward")
+    arguments = (grad, items, table, hashes, *weights, True)
+    with limited(limit):
+        torch.testing.assert_close(gpu(*arguments), cpu(*arguments), rtol=1e-4, atol=1e-4)
 
 
 def test_index_errors_name_the_argument() -> None:
