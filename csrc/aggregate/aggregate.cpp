@@ -121,11 +121,10 @@ void accumulate_updates_(const Tensor& total, const Tensor& updates, const Tenso
           });
           raise_bad_index(bad_row, a.rows, a.num_rows, "rows");
           const auto kernel = (in_double ? kernels.rows_double : kernels.rows)[int(dtype)];
-          const bool done = scatter_by_row(
+          scatter_by_row(
               C * a.R, 1, a.num_rows, a.width,
               [&](int64_t entry, int64_t) { return a.rows[entry]; },
               [&](const int64_t* entries, int64_t count) { kernel(a, entries, count); });
-          if (!done) kernel(a, nullptr, C * a.R);
         } else {
           const auto kernel = (in_double ? kernels.dense_double : kernels.dense)[int(dtype)];
           const int64_t blocks = (a.size + kAccumulateBlock - 1) / kAccumulateBlock;

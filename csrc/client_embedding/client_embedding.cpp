@@ -75,13 +75,15 @@ Tensor client_embedding_backward(const Tensor& grad, const Tensor& rows, int64_t
           const int64_t row = a.rows[n];
           return classify(row, num_rows) == Position::bad ? 0 : row;
         };
-        const auto run = [&](const int64_t* positions, int64_t count) {
-          kernels.backward_entries[int(dtype)](a, positions, count);
-        };
-        if (per_client || !scatter_by_row(layout.positions, 1, num_rows, D, row_of, run)) {
+        if (per_client) {
           parallel_ranges(
               layout.clients, (layout.positions + num_rows) * D,
               [&](int64_t begin, int64_t end) { kernels.backward[int(dtype)](a, begin, end); });
+        } else {
+          scatter_by_row(layout.positions, 1, num_rows, D, row_of,
+                         [&](const int64_t* positions, int64_t count) {
+                           kernels.backward_entries[int(dtype)](a, positions, count);
+                         });
         }
         raise_bad_index(bad_row, a.rows, num_rows, "rows");
         out = as_dtype(sum, grad.scalar_type());

@@ -55,7 +55,7 @@ void backward(const ClientEmbeddingArgs& a, int64_t begin, int64_t end) {
 template <typename T>
 void backward_entries(const ClientEmbeddingArgs& a, const int64_t* positions, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    add_position<T>(a, static_cast<acc_t<T>*>(a.grad_weight), positions[i]);
+    add_position<T>(a, static_cast<acc_t<T>*>(a.grad_weight), positions ? positions[i] : i);
   }
 }
 

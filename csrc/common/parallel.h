@@ -27,16 +27,19 @@ void parallel_ranges(int64_t n, int64_t cost, const F& f) {
 // Scatter-add into one shared table. Entries (position * slots + slot) are grouped by ranges of
 // target rows, in position order inside a range, and run(entries, count) is called once a range, in
 // parallel: each row is summed in position order by one task, so the result is that of a serial
-// loop. Returns false, having done nothing, where the serial loop is at least as good.
+// loop. Where that is at least as good, it is one call run(nullptr, positions * slots): all
+// entries.
 template <typename RowOf, typename Run>
-bool scatter_by_row(int64_t positions, int64_t slots, int64_t rows, int64_t width,
+void scatter_by_row(int64_t positions, int64_t slots, int64_t rows, int64_t width,
                     const RowOf& row_of, const Run& run) {
   const int64_t entries = positions * slots;
   const int64_t ranges =
       std::min<int64_t>({rows, 4 * int64_t(torch::stable::get_num_threads()), 256});
   if (torch::stable::get_num_threads() == 1 || ranges < 2 ||
-      entries * std::max<int64_t>(width, 8) < (1 << 17))
-    return false;
+      entries * std::max<int64_t>(width, 8) < (1 << 17)) {
+    run(static_cast<const int64_t*>(nullptr), entries);
+    return;
+  }
   const int64_t per_range = (rows + ranges - 1) / ranges;
   const int64_t blocks = std::min<int64_t>(torch::stable::get_num_threads(), entries);
   const int64_t block = (entries + blocks - 1) / blocks;
@@ -74,10 +77,10 @@ bool scatter_by_row(int64_t positions, int64_t slots, int64_t rows, int64_t widt
   });
   torch::stable::parallel_for(0, ranges, 1, [&](int64_t r0, int64_t r1) {
     for (int64_t r = r0; r < r1; ++r) {
-      run(sorted.data() + starts[size_t(r)], starts[size_t(r) + 1] - starts[size_t(r)]);
+      const int64_t first = starts[size_t(r)], count = starts[size_t(r) + 1] - first;
+      if (count > 0) run(static_cast<const int64_t*>(sorted.data()) + first, count);
     }
   });
-  return true;
 }
 
 // total += partial[0], then partial[1], ...: partial is [blocks, ...], total one block, both

@@ -178,6 +178,20 @@ FEDPEFT_INLINE void store<Half>(Half* p, vec_t<float> v) {
 }
 #endif
 
+// The first n < kLanes elements; the other lanes are zero.
+template <typename T>
+FEDPEFT_INLINE vec_t<acc_t<T>> load_part(const T* p, int64_t n) {
+  T part[kLanes<acc_t<T>>] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+  return load(static_cast<const T*>(part));
+}
+template <typename T>
+FEDPEFT_INLINE void store_part(T* p, vec_t<acc_t<T>> v, int64_t n) {
+  T part[kLanes<acc_t<T>>];
+  store(static_cast<T*>(part), v);
+  for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+}
+
 // Sum of the lanes, pairwise: the same order whatever the data.
 template <typename A>
 FEDPEFT_INLINE A lane_sum(vec_t<A> v) {
@@ -315,17 +329,20 @@ FEDPEFT_INLINE void sum_rows(T* out, const T* base, int64_t D, int64_t count, co
     d += 4 * N;
   }
   for (; d + N <= D; d += N) sum_columns<1, Weighted>(out, base, d, count, row, weight);
-  for (; d < D; ++d) {
-    A sum = base ? to_acc(base[d]) : A(0);
-    for (int64_t l = 0; l < count; ++l) {
-      if constexpr (Weighted) {
-        sum += weight(l) * to_acc(row(l)[d]);
-      } else {
-        sum += to_acc(row(l)[d]);
-      }
+  if (d == D) return;
+  // The last columns in a vector too: a compiler may vectorize a scalar sum over rows with products
+  // that are rounded in its body and fused in its remainder, which would make it depend on `count`.
+  vec_t<A> sum = base ? load_part(base + d, D - d) : vec_t<A>{};
+  for (int64_t l = 0; l < count; ++l) {
+    const vec_t<A> v = load_part(row(l) + d, D - d);
+    if constexpr (Weighted) {
+      const A f = weight(l);
+      sum += f * v;
+    } else {
+      sum += v;
     }
-    from_acc(sum, out + d);
   }
+  store_part(out + d, sum, D - d);
 }
 
 }  // namespace fedpeft::FEDPEFT_ISA

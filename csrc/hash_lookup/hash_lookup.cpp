@@ -197,11 +197,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
           const auto run = [&](const int64_t* entries, int64_t count) {
             kernels.backward_entries[int(dtype)](a, entries, count);
           };
-          if (!scatter_by_row(positions, a.H, a.M, a.D, row_of, run)) {
-            std::vector<int64_t> all(size_t(positions * a.H));
-            for (size_t e = 0; e < all.size(); ++e) all[e] = int64_t(e);
-            run(all.data(), int64_t(all.size()));
-          }
+          scatter_by_row(positions, a.H, a.M, a.D, row_of, run);
+          parallel_ranges(a.M, a.D, [&](int64_t begin, int64_t end) {
+            kernels.finish[int(dtype)](a, begin, end);
+          });
         }
         raise_bad_index(in.bad_item, a.items, a.num_items, "items");
         grad_table = as_dtype(grad_table, wanted);

@@ -165,6 +165,15 @@ FEDPEFT_INLINE void add_scaled_shifted(A* into, A scale, A shift, const T* grad,
   for (; d < D; ++d) into[d] += scale * to_acc(grad[d]) + shift;
 }
 
+// A mean's 1 / H multiplies the finished sum, not its terms: contributions that cancel then cancel
+// to zero, where fused multiply-adds of rounded terms would leave a residue for Adam to blow up.
+template <typename A>
+FEDPEFT_INLINE void apply_mean(const HashLookupArgs& a, A* into, int64_t n) {
+  if (a.w1 || !a.mean) return;
+  const A factor = A(1) / A(a.H);
+  for (int64_t i = 0; i < n; ++i) into[i] *= factor;
+}
+
 // False where there is nothing to do.
 FEDPEFT_INLINE bool valid_position(const HashLookupArgs& a, int64_t n) {
   const Position kind = classify(a.items[n], a.num_items);
@@ -177,7 +186,6 @@ void backward(const HashLookupArgs& a, int64_t begin, int64_t end, void* scratch
   using A = acc_t<T>;
   const int64_t D = a.D;
   const bool senet = a.w1 != nullptr;
-  const A plain = plain_weight<A>(a);
   SENet<T> net(a, scratch);
   for (int64_t c = begin; c < end; ++c) {
     const T* table = static_cast<const T*>(a.table) + c * a.M * D;
@@ -199,9 +207,10 @@ void backward(const HashLookupArgs& a, int64_t begin, int64_t end, void* scratch
           add_scaled_shifted(into + net.buckets[h] * D, net.gate[h], net.grad_squeezed[h], grad, D);
         }
       } else {
-        for (int64_t h = 0; h < a.H; ++h) add_scaled(into + net.buckets[h] * D, plain, grad, D);
+        for (int64_t h = 0; h < a.H; ++h) add_row(into + net.buckets[h] * D, grad, D);
       }
     }
+    apply_mean(a, into, a.M * D);
   }
 }
 
@@ -230,21 +239,25 @@ template <typename T>
 void backward_entries(const HashLookupArgs& a, const int64_t* entries, int64_t count) {
   using A = acc_t<T>;
   const bool senet = a.w1 != nullptr;
-  const A plain = plain_weight<A>(a);
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t n = entries[i] / a.H, h = entries[i] % a.H;
+    const int64_t entry = entries ? entries[i] : i, n = entry / a.H, h = entry % a.H;
     if (!valid_position(a, n)) continue;
     const int64_t bucket = hash_bucket(uint64_t(a.hashes[2 * h]), uint64_t(a.hashes[2 * h + 1]),
                                        uint64_t(a.items[n]), uint64_t(a.M));
     A* into = static_cast<A*>(a.grad_table) + bucket * a.D;
     const T* grad = static_cast<const T*>(a.grad) + n * a.D;
     if (senet) {
-      const A* coefficients = static_cast<const A*>(a.coefficients) + entries[i] * 2;
+      const A* coefficients = static_cast<const A*>(a.coefficients) + entry * 2;
       add_scaled_shifted(into, coefficients[0], coefficients[1], grad, a.D);
     } else {
-      add_scaled(into, plain, grad, a.D);
+      add_row(into, grad, a.D);
     }
   }
+}
+
+template <typename T>
+void finish(const HashLookupArgs& a, int64_t begin, int64_t end) {
+  apply_mean(a, static_cast<acc_t<T>*>(a.grad_table) + begin * a.D, (end - begin) * a.D);
 }
 
 }  // namespace
@@ -255,6 +268,7 @@ const HashLookupKernels hash_lookup_kernels = {
     {backward_senet<float>, backward_senet<double>, backward_senet<Half>, backward_senet<BFloat16>},
     {backward_entries<float>, backward_entries<double>, backward_entries<Half>,
      backward_entries<BFloat16>},
+    {finish<float>, finish<double>, finish<Half>, finish<BFloat16>},
 };
 
 }  // namespace fedpeft::FEDPEFT_ISA

@@ -42,8 +42,11 @@ struct HashLookupKernels {
   // weights into `into`.
   void (*backward_senet[kDTypes])(const HashLookupArgs&, int64_t begin, int64_t end, void* into,
                                   void* scratch);
-  // Shared table: adds entries (position * H + h).
+  // Shared table: adds entries (position * H + h), null standing for 0 .. count - 1. A mean's 1 / H
+  // is left to `finish`.
   void (*backward_entries[kDTypes])(const HashLookupArgs&, const int64_t* entries, int64_t count);
+  // Shared table: multiplies rows [begin, end) of the summed gradient by the mean's 1 / H.
+  void (*finish[kDTypes])(const HashLookupArgs&, int64_t begin, int64_t end);
 };
 
 FEDPEFT_DECLARE_KERNELS(HashLookupKernels, hash_lookup_kernels)

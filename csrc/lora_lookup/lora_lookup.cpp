@@ -25,6 +25,7 @@ Factors factors_of(const Tensor& A, const Tensor& B) {
   check_value(B.dim() == A.dim(), "B: expected shape ", A.dim() == 3 ? "[C, D, r]" : "[D, r]",
               ", got ", shape_text(B));
   const int64_t d = A.dim() - 2;
+  check_value(A.size(d + 1) > 0, "A: expected a rank of at least 1, got shape ", shape_text(A));
   check_size(B, d + 1, A.size(d + 1), "B", "r, the rank of A");
   if (d == 1) check_size(B, 0, A.size(0), "B", "C, the clients of A");
   check_same_dtype(B, A, "B", "A");
@@ -140,11 +141,7 @@ std::tuple<Tensor, Tensor> lora_lookup_backward(const Tensor& grad, const Tensor
             std::vector<double> scratch(scratch_size);
             kernels.backward_entries[int(dtype)](a, positions, count, scratch.data());
           };
-          if (!scatter_by_row(layout.positions, 1, f.rows, f.rank * f.D, row_of, run)) {
-            std::vector<int64_t> all(size_t(layout.positions));
-            for (size_t n = 0; n < all.size(); ++n) all[n] = int64_t(n);
-            run(all.data(), layout.positions);
-          }
+          scatter_by_row(layout.positions, 1, f.rows, f.rank * f.D, row_of, run);
           const int64_t blocks = (layout.positions + kBlock - 1) / kBlock;
           const Tensor partial = torch::stable::new_empty(B, {blocks, f.D, f.rank}, accumulator);
           char* into = static_cast<char*>(partial.mutable_data_ptr());

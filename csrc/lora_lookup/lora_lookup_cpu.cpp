@@ -119,9 +119,10 @@ void backward_entries(const LoraLookupArgs& a, const int64_t* positions, int64_t
   A* Bt = static_cast<A*>(scratch);
   transpose_B<T>(a, 0, Bt);
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = checked_row(a, positions[i]);
+    const int64_t n = positions ? positions[i] : i;
+    const int64_t row = checked_row(a, n);
     if (row < 0) continue;
-    const T* grad = static_cast<const T*>(a.grad) + positions[i] * a.D;
+    const T* grad = static_cast<const T*>(a.grad) + n * a.D;
     add_to_A(a, Bt, grad, static_cast<A*>(a.grad_A) + row * a.rank);
   }
 }

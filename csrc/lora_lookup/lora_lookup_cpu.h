@@ -30,7 +30,8 @@ struct LoraLookupKernels {
   void (*forward[kDTypes])(const LoraLookupArgs&, int64_t begin, int64_t end, void* scratch);
   // Clients [begin, end): zeroes and fills both gradients; scratch holds 2 * rank * D accumulators.
   void (*backward[kDTypes])(const LoraLookupArgs&, int64_t begin, int64_t end, void* scratch);
-  // Shared A: adds the given positions; scratch holds rank * D accumulators.
+  // Shared A: adds the given positions, null standing for 0 .. count - 1; scratch holds rank * D
+  // accumulators.
   void (*backward_entries[kDTypes])(const LoraLookupArgs&, const int64_t* positions, int64_t count,
                                     void* scratch);
   // Shared B: the gradient of positions [begin, end) alone, into `into` [D, r]; scratch as

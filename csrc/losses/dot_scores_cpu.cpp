@@ -45,22 +45,9 @@ void backward(const DotScoresArgs& a, int64_t begin, int64_t end) {
       for (; d + N <= D; d += N) store(out + d, g * load(user + d));
       for (; d < D; ++d) from_acc(g * to_acc(user[d]), out + d);
     }
-    const int64_t whole = D - D % N;
     sum_rows<true>(
-        partial, static_cast<const A*>(nullptr), whole, last - first,
+        partial, static_cast<const A*>(nullptr), D, last - first,
         [&](int64_t p) { return vectors + p * D; }, [&](int64_t p) { return to_acc(grad[p]); });
-    // The last columns in a vector too: a compiler may vectorize a scalar sum over positions with
-    // products that are rounded in its body and fused in its remainder, which would make it depend
-    // on padding.
-    if (whole < D) {
-      vec_t<A> sum = {};
-      for (int64_t p = 0; p < last - first; ++p) {
-        vec_t<A> v = {};
-        for (int64_t d = whole; d < D; ++d) v[d - whole] = to_acc(vectors[p * D + d]);
-        sum += to_acc(grad[p]) * v;
-      }
-      for (int64_t d = whole; d < D; ++d) partial[d] = sum[d - whole];
-    }
   });
 }
 

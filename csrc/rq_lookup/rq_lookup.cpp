@@ -109,12 +109,11 @@ Tensor rq_lookup_backward(const Tensor& grad, const Tensor& items, const Tensor&
             const int64_t code = a.codes[item * L + level];
             return level * K + (uint64_t(code) < uint64_t(K) ? code : 0);
           };
-          const bool done =
-              K > 0 && scatter_by_row(layout.positions, L, L * K, D, row_of,
-                                      [&](const int64_t* entries, int64_t count) {
-                                        kernels.backward_entries[int(dtype)](a, entries, count);
-                                      });
-          if (!done) kernels.backward[int(dtype)](a, 0, 1);
+          const auto run = [&](const int64_t* entries, int64_t count) {
+            entries ? kernels.backward_entries[int(dtype)](a, entries, count)
+                    : kernels.backward[int(dtype)](a, 0, 1);
+          };
+          scatter_by_row(layout.positions, L, L * K, D, row_of, run);
         }
         raise_errors(a);
         out = as_dtype(sum, grad.scalar_type());

@@ -8,7 +8,7 @@ for Federated Recommendation", AAAI 2026): the *full* embedding e_i, here `base`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,16 @@ from typing_extensions import Self
 
 from fedpeft_ext import ops
 from fedpeft_ext.nn.items import Items
+
+
+class BaseOptions(TypedDict, total=False):
+    """Options of every `ItemEmbedding`, which the subclasses' constructors hand on; see there."""
+
+    padding_idx: int | None
+    base: Tensor | None
+    freeze_base: bool
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 class ItemEmbedding(nn.Module, ABC):
@@ -207,13 +217,11 @@ def require_table(name: str, table: Tensor, shape: tuple[int, int] | None = None
         raise ValueError(f"{name}: expected shape {expected}, got {list(table.shape)}")
 
 
-def new_parameter(
-    *shape: int, base: Tensor | None, device: torch.device | str | None, dtype: torch.dtype | None
-) -> nn.Parameter:
-    """An uninitialised parameter, on the device and of the dtype of `base` where none are named."""
+def new_parameter(*shape: int, base: Tensor | None, options: BaseOptions) -> nn.Parameter:
+    """An uninitialised parameter, on the device and of the dtype of the module's `base`, or as named."""
     if base is not None:
-        device, dtype = base.device, base.dtype
-    return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        return nn.Parameter(base.new_empty(shape))
+    return nn.Parameter(torch.empty(shape, device=options.get("device"), dtype=options.get("dtype")))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing_extensions import Self
 
 from fedpeft_ext import ops
 from fedpeft_ext.nn.embedding import (
+    BaseOptions,
     ItemEmbedding,
     draw_normal,
     new_parameter,
@@ -58,7 +59,8 @@ class FullEmbedding(ItemEmbedding):
         self.init_std = require_std(init_std)
         self._parameter_name = "weight" if self.base is None else "delta"
         self._row_parameters = (self._parameter_name,)
-        table = new_parameter(num_embeddings, embedding_dim, base=self.base, device=device, dtype=dtype)
+        options: BaseOptions = {"device": device, "dtype": dtype}
+        table = new_parameter(num_embeddings, embedding_dim, base=self.base, options=options)
         self.register_parameter(self._parameter_name, table)
         self.reset_parameters(generator)
 

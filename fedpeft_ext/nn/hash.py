@@ -12,9 +12,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from fedpeft_ext import ops
 from fedpeft_ext.nn.embedding import (
+    BaseOptions,
     ItemEmbedding,
     draw_normal,
     draw_uniform,
@@ -45,7 +47,8 @@ class HashEmbedding(ItemEmbedding):
         seed: of the hash functions, the buffer `hashes` [H, 2], which server and clients must agree on.
         init_std: standard deviation of a new table; 0 with a base starts exactly at the base.
         generator: source of the initial draws; None: torch's global one.
-        num_embeddings, embedding_dim, padding_idx, base, freeze_base, device, dtype: see `ItemEmbedding`.
+        num_embeddings, embedding_dim: I and D.
+        **options: padding_idx, base, freeze_base, device and dtype, see `ItemEmbedding`.
     """
 
     hashes: Tensor
@@ -62,22 +65,10 @@ class HashEmbedding(ItemEmbedding):
         senet_hidden: int | None = None,
         seed: int = 0,
         init_std: float = 0.1,
-        padding_idx: int | None = None,
-        base: Tensor | None = None,
-        freeze_base: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
+        **options: Unpack[BaseOptions],
     ) -> None:
-        super().__init__(
-            num_embeddings,
-            embedding_dim,
-            padding_idx,
-            base=base,
-            freeze_base=freeze_base,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_embeddings, embedding_dim, **options)
         require_positive(table_size=table_size, num_hashes=num_hashes)
         if reduce not in ("mean", "sum"):
             raise ValueError(f"reduce: expected 'mean' or 'sum', got {reduce!r}")
@@ -90,7 +81,7 @@ class HashEmbedding(ItemEmbedding):
         self.init_std = require_std(init_std)
 
         def parameter(*shape: int) -> nn.Parameter:
-            return new_parameter(*shape, base=self.base, device=device, dtype=dtype)
+            return new_parameter(*shape, base=self.base, options=options)
 
         self.table = parameter(table_size, embedding_dim)
         self.register_buffer("hashes", ops.make_hashes(num_hashes, seed=seed).to(self.table.device))

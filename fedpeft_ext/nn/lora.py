@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from fedpeft_ext import ops
-from fedpeft_ext.nn.embedding import ItemEmbedding, draw_normal, new_parameter, require_positive, require_std
+from fedpeft_ext.nn.embedding import (
+    BaseOptions,
+    ItemEmbedding,
+    draw_normal,
+    new_parameter,
+    require_positive,
+    require_std,
+)
 from fedpeft_ext.nn.items import Items
 
 
@@ -25,7 +33,8 @@ class LoRAEmbedding(ItemEmbedding):
         rank: r.
         init_std: standard deviation of a new A.
         generator: source of the initial draws; None: torch's global one.
-        num_embeddings, embedding_dim, padding_idx, base, freeze_base, device, dtype: see `ItemEmbedding`.
+        num_embeddings, embedding_dim: I and D.
+        **options: padding_idx, base, freeze_base, device and dtype, see `ItemEmbedding`.
     """
 
     _row_parameters = ("A",)
@@ -37,27 +46,15 @@ class LoRAEmbedding(ItemEmbedding):
         *,
         rank: int = 4,
         init_std: float = 1.0,
-        padding_idx: int | None = None,
-        base: Tensor | None = None,
-        freeze_base: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
+        **options: Unpack[BaseOptions],
     ) -> None:
-        super().__init__(
-            num_embeddings,
-            embedding_dim,
-            padding_idx,
-            base=base,
-            freeze_base=freeze_base,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_embeddings, embedding_dim, **options)
         require_positive(rank=rank)
         self.rank = rank
         self.init_std = require_std(init_std)
-        self.A = new_parameter(num_embeddings, rank, base=self.base, device=device, dtype=dtype)
-        self.B = new_parameter(embedding_dim, rank, base=self.base, device=device, dtype=dtype)
+        self.A = new_parameter(num_embeddings, rank, base=self.base, options=options)
+        self.B = new_parameter(embedding_dim, rank, base=self.base, options=options)
         self.reset_parameters(generator)
 
     def _lookup(self, items: Items, base: Tensor | None) -> Tensor:

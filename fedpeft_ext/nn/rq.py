@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from fedpeft_ext import ops
 from fedpeft_ext.nn.embedding import (
+    BaseOptions,
     ItemEmbedding,
     draw_normal,
     new_parameter,
@@ -37,7 +38,8 @@ class RQEmbedding(ItemEmbedding):
         codebooks: [L, K, D] to start from (a warm start); None draws them normal, as the paper does.
         init_std: standard deviation of new codebooks; 0 with a base starts exactly at the base.
         generator: source of the initial draws; None: torch's global one.
-        num_embeddings, embedding_dim, padding_idx, base, freeze_base, device, dtype: see `ItemEmbedding`.
+        num_embeddings, embedding_dim: I and D.
+        **options: padding_idx, base, freeze_base, device and dtype, see `ItemEmbedding`.
     """
 
     codes: Tensor
@@ -51,22 +53,10 @@ class RQEmbedding(ItemEmbedding):
         codebook_size: int | None = None,
         codebooks: Tensor | None = None,
         init_std: float = 0.1,
-        padding_idx: int | None = None,
-        base: Tensor | None = None,
-        freeze_base: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
+        **options: Unpack[BaseOptions],
     ) -> None:
-        super().__init__(
-            num_embeddings,
-            embedding_dim,
-            padding_idx,
-            base=base,
-            freeze_base=freeze_base,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_embeddings, embedding_dim, **options)
         if codebook_size is None:
             if codebooks is None:
                 raise ValueError(
@@ -86,9 +76,7 @@ class RQEmbedding(ItemEmbedding):
         self.levels = levels
         self.codebook_size = codebook_size
         self.init_std = require_std(init_std)
-        self.codebooks = new_parameter(
-            levels, codebook_size, embedding_dim, base=self.base, device=device, dtype=dtype
-        )
+        self.codebooks = new_parameter(levels, codebook_size, embedding_dim, base=self.base, options=options)
         smallest = (
             torch.uint8 if codebook_size <= 256 else torch.int16 if codebook_size <= 32768 else torch.int32
         )

@@ -238,3 +238,28 @@ def test_items_out_of_range(bad: int, base: torch.Tensor | None, target: Any) ->
     for space in (target.ops, reference):
         with pytest.raises(IndexError, match=f"items: index {bad} at position 2 is out of range"):
             space.hash_lookup(items, torch.zeros(4, 5), GOOD["hashes"], base=base)
+
+
+@pytest.mark.parametrize("per_client", [True, False])
+@pytest.mark.parametrize("positions", [6, 5000])
+@pytest.mark.parametrize("width", [3, 32])
+def test_gradients_of_a_mean_that_cancel_cancel_to_zero(
+    width: int, positions: int, per_client: bool, target: Any
+) -> None:
+    """A rounded 1 / 3 a term would leave a residue of 1e-8, which Adam turns into a full step."""
+    g = torch.Generator().manual_seed(width)
+    half = torch.randint(40, (1, positions // 2), generator=g)
+    items = torch.cat([half, half], dim=1).to(target.device)
+    grad = torch.randn(1, positions // 2, width, generator=g)
+    grad = torch.stack([grad, -grad], dim=2) if positions == 6 else torch.cat([grad, -grad], dim=1)
+    if positions == 6:  # each term beside its opposite
+        items = half.repeat_interleave(2, dim=1).to(target.device)
+        grad = grad.reshape(1, positions, width)
+    else:  # integers: their sums are exact in any order
+        grad = (8 * grad).round()
+    table = torch.zeros((1, 50, width) if per_client else (50, width), device=target.device)
+    table.requires_grad_()
+    hashes = reference.make_hashes(3, 0).to(target.device)
+    out = target.ops.hash_lookup(items if per_client else items[0], table, hashes)
+    out.backward((grad if per_client else grad[0]).to(target.device))
+    assert not table.grad.any()

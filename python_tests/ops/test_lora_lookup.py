@@ -150,3 +150,13 @@ def test_indices_out_of_range(change: dict[str, Any], message: str, target: Any)
     for space in (target.ops, reference):
         with pytest.raises(IndexError, match=message):
             space.lora_lookup(**(GOOD | change))
+
+
+def test_the_raw_op_refuses_rank_0(target: Any) -> None:
+    items, A, B = GOOD["items"].to(target.device), torch.zeros(2, 4, 0), torch.zeros(2, 5, 0)
+    A, B = A.to(target.device), B.to(target.device)
+    raw = torch.ops.fedpeft_ext
+    with pytest.raises(ValueError, match=r"A: expected a rank of at least 1, got shape .2, 4, 0"):
+        raw.lora_lookup(items, A, B, None, None)
+    with pytest.raises(ValueError, match="A: expected a rank of at least 1"):
+        raw.lora_lookup_backward(torch.zeros(2, 3, 5, device=items.device), items, A, B)

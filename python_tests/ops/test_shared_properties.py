@@ -269,3 +269,20 @@ def test_autocast_promotes_and_keeps_precision(case: Case, target: Any) -> None:
     if len(places) > 1:
         with pytest.raises(TypeError, match="expected the dtype of"):
             function(*inputs)
+
+
+@pytest.mark.parametrize("width", [1, 3, 7, 13])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sums_over_weighted_rows_are_one_chain_whatever_the_count(
+    width: int, dtype: torch.dtype, target: Any
+) -> None:
+    """A row whose weight is zero changes no bit, also in the last columns, which fill no register."""
+    g = torch.Generator().manual_seed(width)
+    A, B = torch.randn(40, 19, generator=g, dtype=dtype), torch.randn(width, 19, generator=g, dtype=dtype)
+    items = torch.arange(40, device=target.device)
+    for rank in range(1, 19):
+        short = target.ops.lora_lookup(items, A[:, :rank].to(target.device), B[:, :rank].to(target.device))
+        masked = A.clone()
+        masked[:, rank:] = 0
+        full = target.ops.lora_lookup(items, masked.to(target.device), B.to(target.device))
+        assert torch.equal(short, full), rank

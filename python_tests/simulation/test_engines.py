@@ -117,6 +117,8 @@ def test_batched_equals_sequential(
         {"embedding.freeze_full": False, "embedding.name": "p-lora"},
         {"embedding.freeze_full": False, "embedding.name": "p-rq+lora"},
         {"embedding.reduce": "sum", "embedding.name": "p-hash"},
+        {"embedding.num_hashes": 3, "embedding.name": "p-hash"},
+        {"embedding.num_hashes": 3, "embedding.name": "c-hash+senet"},
         {"embedding.warm_start_codebooks": True},
         {"training.clients_per_round": 1.0},
         {"training.clients_per_round": 1},
