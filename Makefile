@@ -4,7 +4,8 @@
 #   make test     the default test suite             make lint     ruff, mypy, clang-format
 #   make build    the extension alone                make format   rewrite the sources in the project's style
 #   make cuda-check   compile the CUDA kernels and bindings, without a GPU
-#   make gpu-check    on a machine with a GPU: tests, sanitizers and benchmarks (DRY=1: what needs no GPU)
+#   make gpu-check    on a machine with a GPU, in PYTHON's own environment (a CUDA torch, no network needed):
+#                     build, tests, sanitizers and benchmarks (STEPS=...: some; DRY=1: what needs no GPU, here)
 #   make bench    kernel and training benchmarks     make clean    remove what was built (not .venv, not runs)
 #
 # Variables: PYTHON (default python3, 3.11 or newer), WERROR=1 (compiler warnings are errors), EMULATOR=1
@@ -12,6 +13,9 @@
 # Every step is done once and again only when what it depends on changes.
 
 PYTHON ?= python3
+ifdef DRY
+EMULATOR := 1
+endif
 SETTINGS ?= examples/ml-100k.yaml
 OUT ?= runs/demo
 EMBEDDINGS := full,c-rq,p-lora,p-hash,p-rq
@@ -68,8 +72,8 @@ cuda-check: $(READY)
 	$(call say,Compiling the CUDA kernels for every architecture)
 	@$(BIN)/python .ci/check_cuda
 
-gpu-check: $(BUILT)
-	@$(BIN)/python -m benchmarks.gpu_check $(if $(DRY),--dry-run)
+gpu-check: $(if $(DRY),$(BUILT))
+	@$(if $(DRY),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(if $(DRY),--dry-run) $(if $(STEPS),--steps $(STEPS))
 
 clean:
 	rm -rf build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache fedpeft_ext/*.so $(VENV)/.built*

@@ -1,235 +1,347 @@
-"""Everything to run on a machine with a GPU: `make gpu-check`.
+"""Everything to run on a machine with a GPU: `make gpu-check`. It needs no network, no data sets and no
+installed fedpeft_ext: it builds the extension in place, for this GPU and the Python that runs it (3.10 or
+newer, with a CUDA build of torch >= 2.11), and then goes through these steps:
 
-Tests on the device, compute-sanitizer on a subset, streams, graph capture, a table past 2^31 elements, and
-each kernel's achieved bytes/s beside a device-to-device copy and beside the same computation in plain PyTorch
-(eager and compiled) and F.embedding_bag. Writes benchmarks/results/gpu-<name>.json and a Markdown table
-beside it.
+    build      CMake with FEDPEFT_CUDA=ON, warnings as errors
+    tests      the whole suite, every op on the device (the ops and modules alone where other packages lack)
+    memcheck   compute-sanitizer over every op in both directions, torch's caching allocator off
+    racecheck  the same for races in shared memory
+    streams    many streams at a time give what one gives
+    graphs     captured CUDA graphs give on new inputs what calls give
+    large      tables and outputs past 2^31 elements
+    benchmark  time and bytes/s of every op beside a copy, its eager and compiled twins and PyTorch's own op
 
-With --dry-run every step that needs no GPU runs here, on tiny shapes and the emulated kernels, so that the
-script itself is known to work; its numbers mean nothing and go to a temporary folder.
+A step that fails does not stop the others. Results go to benchmarks/results/gpu-<name>.json and a Markdown
+table beside it; those of a run with --steps are added to what the same commit gave before.
+
+With --dry-run all that needs no GPU runs, on tiny shapes with the emulated kernels; the commands of the other
+steps are printed. Its numbers mean nothing and go to a temporary folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
-from fedpeft_ext import ops, reference
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "python_tests"))
+STEPS = ["build", "tests", "memcheck", "racecheck", "streams", "graphs", "large", "benchmark"]
+NEEDS_GPU = ["build", "memcheck", "racecheck"]
+KERNEL_STEPS = ["streams", "graphs", "large", "benchmark"]  # of benchmarks.gpu_kernels
+# What the simulator, data and command line import beyond the ops and modules.
+SIMULATOR = [
+    "polars",
+    "sklearn",
+    "vector_quantize_pytorch",
+    "pydantic",
+    "yaml",
+    "typer",
+    "rich",
+    "safetensors",
+]
 
 
-def step(name: str, command: list[str]) -> None:
-    print(f"==> {name}", flush=True)
-    subprocess.run(command, cwd=ROOT, check=True)
+class StepFailed(Exception):
+    """One step did not pass; its message is for the report."""
 
 
-def seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median time of a call."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop) / 1e3)
-        else:
-            begin = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - begin)
-    return sorted(times)[len(times) // 2]
+def find(tool: str, *folders: Path | None) -> str | None:
+    """A program beside this Python, in `folders` or on the PATH."""
+    places = [Path(sys.executable).parent, *(f for f in folders if f)]
+    return shutil.which(tool, path=os.pathsep.join([*map(str, places), os.environ.get("PATH", "")]))
 
 
-def size(*tensors: torch.Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
-def cases(
-    device: torch.device, scale: int
-) -> dict[str, tuple[Callable[[Any], Any], tuple[torch.Tensor, ...], int]]:
-    """By name: the call on a namespace of ops, the leaves that need a gradient, and the bytes that a forward
-    must move: the indices, a row for each read, and the output."""
-    g = torch.Generator().manual_seed(0)
-    C, P, num_items, D, L, K, M, H, r = 16 * scale, 128, 1000 * scale, 64, 4, 256, 512, 4, 8
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=g).to(device).requires_grad_()
-
-    def integers(high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(high, shape, generator=g).to(device)
-
-    items, base = integers(num_items, C, P), randn(num_items, D).detach()
-    codes = integers(K, num_items, L).to(torch.uint8)
-    codebooks, table, weight = randn(C, L, K, D), randn(C, M, D), randn(C, P, D)
-    A, B, hashes = randn(C, P, r), randn(C, D, r), integers(2**61 - 1, H, 2)
-    rows = integers(P, C, P)
-    out = C * P * D * 4
-    return {
-        "rq_lookup": (
-            lambda o: o.rq_lookup(items, codes, codebooks, base),
-            (codebooks,),
-            size(items) + C * P * (L + (L + 1) * D * 4) + out,
-        ),
-        "hash_lookup": (
-            lambda o: o.hash_lookup(items, table, hashes, base=base),
-            (table,),
-            size(items) + C * P * (H + 1) * D * 4 + out,
-        ),
-        "lora_lookup": (
-            lambda o: o.lora_lookup(items, A, B, base, rows),
-            (A, B),
-            size(items, rows, B) + C * P * (r + D) * 4 + out,
-        ),
-        "client_embedding": (
-            lambda o: o.client_embedding(rows, weight),
-            (weight,),
-            size(rows) + C * P * D * 4 + out,
-        ),
-    }
+def cuda_home() -> Path | None:
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if name in os.environ:
+            return Path(os.environ[name])
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    return Path(nvcc).resolve().parent.parent if nvcc else Path("/usr/local/cuda")
 
 
-def benchmark(device: torch.device, scale: int, repeats: int, compiled: bool) -> dict[str, Any]:
-    source = torch.empty(max(1 << 12, scale << 16), device=device)
-    target = torch.empty_like(source)
-    copy = 2 * size(source) / seconds(lambda: target.copy_(source), device, repeats)
-    results: dict[str, Any] = {"copy_bytes_per_s": copy, "ops": {}}
-    for name, (call, leaves, moved) in cases(device, scale).items():
-        out = call(ops)
-        grad = torch.ones_like(out)
-        backward_bytes = size(grad) + 2 * size(*leaves)
+def missing(steps: list[str]) -> list[str]:
+    """What this machine lacks for the steps, each with what to do."""
+    if not installed("torch"):
+        return [f"torch >= 2.11 with CUDA in this Python ({sys.executable})"]
+    import torch
 
-        def backward(
-            output: torch.Tensor, leaves: tuple[torch.Tensor, ...] = leaves, grad: Any = grad
-        ) -> Any:
-            return torch.autograd.grad(output, leaves, grad, retain_graph=True)
-
-        row: dict[str, float] = {}
-        with torch.no_grad():
-            row["forward_s"] = seconds(lambda c=call: c(ops), device, repeats)  # type: ignore[misc]
-            row["forward_eager_s"] = seconds(lambda c=call: c(reference), device, repeats)  # type: ignore[misc]
-            if compiled:
-                fast = torch.compile(lambda c=call: c(reference))  # type: ignore[misc]
-                row["forward_compiled_s"] = seconds(fast, device, repeats)
-        expected = call(reference)
-        row["backward_s"] = seconds(lambda o=out: backward(o), device, repeats)  # type: ignore[misc]
-        row["backward_eager_s"] = seconds(lambda o=expected: backward(o), device, repeats)  # type: ignore[misc]
-        row["forward_of_copy"] = moved / row["forward_s"] / copy
-        row["backward_of_copy"] = backward_bytes / row["backward_s"] / copy
-        results["ops"][name] = row
-    bag, index = (
-        torch.randn(1000 * scale, 64, device=device),
-        torch.randint(1000, (2048 * scale, 4), device=device),
-    )
-    with torch.no_grad():
-        results["embedding_bag_s"] = seconds(lambda: F.embedding_bag(index, bag, mode="sum"), device, repeats)
-    return results
+    lacking = []
+    if not torch.version.cuda:
+        lacking.append(f"a CUDA build of torch, this is {torch.__version__}")
+    elif not torch.cuda.is_available():
+        lacking.append("a GPU that torch sees; `make gpu-check DRY=1` runs what needs none")
+    if "build" in steps:
+        if find("cmake") is None:
+            lacking.append("cmake >= 3.24 (pip install cmake)")
+        if not installed("pybind11"):
+            lacking.append("pybind11 (pip install pybind11)")
+        if not any((Path(os.environ.get("CUDACXX", "")).is_file(), find("nvcc", _bin()))):
+            lacking.append("nvcc of torch's CUDA version (name it in CUDACXX)")
+    if "tests" in steps:
+        lacking += [f"{m} (pip install {m})" for m in ("numpy", "pytest", "hypothesis") if not installed(m)]
+    if {"memcheck", "racecheck"} & set(steps) and find("compute-sanitizer", _bin()) is None:
+        lacking.append(
+            "compute-sanitizer, which comes with the CUDA toolkit (or leave its steps out: --steps)"
+        )
+    return lacking
 
 
-def markdown(name: str, results: dict[str, Any]) -> str:
-    lines = [
-        f"Kernels on {name}; device-to-device copy {results['copy_bytes_per_s'] / 1e9:.0f} GB/s.",
-        "",
-        "| op | forward, of copy | times eager | backward, of copy | times eager |",
-        "|---|---|---|---|---|",
+def _bin() -> Path | None:
+    home = cuda_home()
+    return home / "bin" if home else None
+
+
+def architecture() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "90-real"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}{minor}-real"
+
+
+def build_commands() -> list[list[str]]:
+    import torch
+
+    version = re.sub(r"[^\w.]+", "-", torch.__version__)
+    folder = ROOT / "build" / f"gpu-check-{sys.implementation.cache_tag}-torch-{version}"
+    cmake, ninja = find("cmake") or "cmake", find("ninja")
+    return [
+        [
+            *(cmake, "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release"),
+            *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
+            *(f"-DPython_EXECUTABLE={sys.executable}", "-DFEDPEFT_CUDA=ON", "-DFEDPEFT_WERROR=ON"),
+            f"-DCMAKE_CUDA_ARCHITECTURES={architecture()}",
+        ],
+        [cmake, "--build", str(folder), "--target", "_C", "--parallel", str(os.cpu_count() or 1)],
+        [cmake, "-E", "copy", f"{folder}/{_library()}", str(ROOT / "fedpeft_ext")],
     ]
-    for op, row in results["ops"].items():
-        forward, backward = (
-            row["forward_eager_s"] / row["forward_s"],
-            row["backward_eager_s"] / row["backward_s"],
+
+
+def _library() -> str:
+    import sysconfig
+
+    return f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def test_command(dry: bool) -> tuple[list[str], str]:
+    """And what is left out, if anything."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if dry:
+        return [*command, "python_tests/test_emulator.py"], ""
+    absent = [module for module in SIMULATOR if not installed(module)]
+    if absent:
+        return [*command, "python_tests/ops", "python_tests/nn"], (
+            f"ops and modules alone: {', '.join(absent)} not installed"
         )
-        lines.append(
-            f"| `{op}` | {row['forward_of_copy']:.0%} | {forward:.1f} "
-            f"| {row['backward_of_copy']:.0%} | {backward:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+    return command, ""
 
 
-def check_streams_and_graphs(device: torch.device) -> None:
-    """Two streams at a time, and a captured graph replayed on new inputs, give what one stream gives."""
-    calls = cases(device, 4)
-    expected = {name: call(ops).detach() for name, (call, _, _) in calls.items()}
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in calls]
-    got = {}
-    for stream, (name, (call, _, _)) in zip(streams, calls.items(), strict=True):
-        with torch.cuda.stream(stream):
-            got[name] = [call(ops).detach() for _ in range(20)]
-    torch.cuda.synchronize()
-    for name, outs in got.items():
-        assert all(torch.equal(out, expected[name]) for out in outs), f"{name} differs on streams"
-    rows, weight = torch.randint(32, (8, 64), device=device), torch.randn(8, 32, 64, device=device)
-    ops.client_embedding(rows, weight)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = ops.client_embedding(rows, weight)
-    weight.copy_(torch.randn_like(weight))
-    graph.replay()
-    assert torch.equal(out, ops.client_embedding(rows, weight)), "a replayed graph differs"
+def kernel_command(step: str, dry: bool, out: Path) -> list[str]:
+    command = [sys.executable, "-m", "benchmarks.gpu_kernels", step, "--json", str(out)]
+    return [*command, "--emulated"] if dry else command
 
 
-def check_large_table(device: torch.device) -> None:
-    """Rows past element 2^31 are read where they are."""
-    rows = (1 << 25) + 16
-    table = torch.zeros(rows, 64, dtype=torch.float16, device=device)
-    last = torch.arange(rows - 16, rows, device=device)
-    table[last] = torch.randn(16, 64, device=device).half()
-    assert torch.equal(ops.client_embedding(last, table), table[last]), "a table past 2^31 elements"
+def sanitizer_command(tool: str) -> list[str]:
+    sanitizer = find("compute-sanitizer", _bin()) or "compute-sanitizer"
+    return [
+        *(sanitizer, "--tool", tool, "--error-exitcode", "1", "--print-limit", "20"),
+        *(sys.executable, "-m", "benchmarks.gpu_kernels", "touch"),
+    ]
 
 
-def main() -> None:
+def call(command: list[str], dry: bool = False, **environment: str) -> None:
+    """Runs a command in the repository, or prints it where it needs a GPU that is not there."""
+    print("    " + shlex.join([*(f"{k}={v}" for k, v in environment.items()), *command]), flush=True)
+    if dry:
+        return
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment})
+    if done.returncode != 0:
+        raise StepFailed(f"exit status {done.returncode} of {shlex.join(command)}")
+
+
+def run_step(step: str, dry: bool, folder: Path) -> dict[str, Any]:
+    if step == "build":
+        for command in build_commands():
+            call(command, dry)
+        return {}
+    if step == "tests":
+        command, note = test_command(dry)
+        call(command)
+        return {"note": note} if note else {}
+    if step in ("memcheck", "racecheck"):
+        # torch's allocator hands out parts of large blocks, past whose end a kernel could write unseen.
+        call(sanitizer_command(step), dry, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        if dry and step == "memcheck":
+            call(kernel_command("touch", dry, folder / "touch.json"))
+        return {}
+    out = folder / f"{step}.json"
+    call(kernel_command(step, dry, out))
+    result: dict[str, Any] = json.loads(out.read_text())[step]
+    return result
+
+
+def commit() -> str:
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip() or "unknown"
+
+
+def machine(dry: bool) -> dict[str, str]:
+    import torch
+
+    name = "emulator" if dry else torch.cuda.get_device_name()
+    cuda = torch.version.cuda or "none"
+    python = platform.python_version()
+    return {"device": name, "torch": torch.__version__, "cuda": cuda, "python": python, "commit": commit()}
+
+
+def _times(row: dict[str, Any], direction: str, rival: str) -> str:
+    """How many times as fast as the rival ours is."""
+    theirs = row.get(f"{direction}_{rival}_s")
+    return "" if theirs is None else f"{theirs / row[f'{direction}_ours_s']:.1f}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def rows_with_flops(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in measured.get("large", {}).values() if "forward_tflops" in row]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The report: steps, then large shapes by bytes/s, then small ones by time and launches."""
+    lines = [
+        f"# CUDA kernels on {results['device']}",
+        "",
+        f"torch {results['torch']}, CUDA {results['cuda']}, Python {results['python']}, "
+        f"commit {results['commit']}.",
+        "",
+        *_table(
+            ["step", "result", "seconds"],
+            [
+                [step, s["result"] + (f" ({s['note']})" if s.get("note") else ""), f"{s['seconds']:.0f}"]
+                for step, s in results["steps"].items()
+            ],
+        ),
+        "",
+    ]
+    for name, reason in results.get("graphs", {}).get("not_capturable", {}).items():
+        lines += [f"A CUDA graph cannot hold `{name}`: {reason}.", ""]
+    measured = results.get("benchmark")
+    if not measured:
+        return "\n".join(lines)
+    lines += [
+        f"A device-to-device copy moves {measured['copy_bytes_per_s'] / 1e9:.0f} GB/s (read and written). "
+        "Shapes larger than L2; *of copy*: the least bytes that the op must move, over its time, beside the "
+        "copy. Other columns: how many times as fast as the plain-PyTorch twin (eager, compiled) and as "
+        "PyTorch's own op. `rq_encode` is bound by arithmetic"
+        + "".join(f": {r['forward_tflops']:.1f} TFLOP/s" for r in rows_with_flops(measured))
+        + ".",
+        "",
+    ]
+    rows = []
+    for op, row in measured.get("large", {}).items():
+        cells = [f"`{op}`"]
+        for direction in ("forward", "backward"):
+            if f"{direction}_ours_s" not in row:
+                cells += [""] * 5
+                continue
+            cells += [
+                f"{row[f'{direction}_bytes'] / 1e6:.0f}",
+                f"{row[f'{direction}_of_copy']:.0%}",
+                *(_times(row, direction, rival) for rival in ("eager", "compiled")),
+                _times(row, direction, "native") + (f" ({row['native_op']})" if "native_op" in row else ""),
+            ]
+        rows.append(cells)
+    columns = ["MB", "of copy", "× eager", "× compiled", "× own op"]
+    lines += _table(["op", *columns, *(f"backward: {c}" for c in columns)], rows)
+    if small := measured.get("small"):
+        lines += ["", "Small shapes, bound by launches: µs a call from Python, and launches.", ""]
+        rows = [
+            [
+                f"`{op}`",
+                *(
+                    cell
+                    for d in ("forward", "backward")
+                    for cell in (
+                        f"{row[f'{d}_ours_s'] * 1e6:.0f}" if f"{d}_ours_s" in row else "",
+                        str(row.get(f"{d}_launches", "")),
+                        f"{row[f'{d}_eager_s'] * 1e6:.0f}" if f"{d}_eager_s" in row else "",
+                    )
+                ),
+            ]
+            for op, row in small.items()
+        ]
+        lines += _table(["op", "µs", "launches", "eager µs", "backward: µs", "launches", "eager µs"], rows)
+    return "\n".join([*lines, ""])
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description="Tests and benchmarks on a GPU")
     parser.add_argument("--dry-run", action="store_true", help="run what needs no GPU, on tiny shapes")
-    dry = parser.parse_args().dry_run
-    if not dry and not torch.cuda.is_available():
-        sys.exit("gpu-check: torch sees no GPU here; `make gpu-check DRY=1` runs what needs none")
-    pytest = [sys.executable, "-m", "pytest", "-q"]
-    if dry:
-        from emulated import emulated_kernels
+    parser.add_argument("--steps", default=",".join(STEPS), help=f"of {','.join(STEPS)} (default: all)")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
+    options = parser.parse_args()
+    steps, dry = [s.strip() for s in options.steps.split(",")], options.dry_run
+    if unknown := [s for s in steps if s not in STEPS]:
+        parser.error(f"--steps: expected some of {','.join(STEPS)}, got {','.join(unknown)}")
+    if not dry and (lacking := missing(steps)):
+        sys.exit("gpu-check: this machine lacks\n  " + "\n  ".join(lacking))
 
-        step("Tests on the emulated device", [*pytest, "python_tests/test_emulator.py"])
-        with emulated_kernels():
-            results = benchmark(torch.device("cpu"), 1, 2, compiled=False)
-        name, folder = "emulator", Path(tempfile.mkdtemp())
-    else:
-        device = torch.device("cuda")
-        step("The whole suite", pytest)
-        sanitizer = shutil.which("compute-sanitizer")
-        if sanitizer is None:
-            sys.exit("gpu-check: compute-sanitizer was not found; it comes with the CUDA toolkit")
-        for tool in ("memcheck", "racecheck"):
-            subset = [*pytest, "python_tests/ops", "-k", "cuda and every_width"]
-            step(f"compute-sanitizer {tool}", [sanitizer, "--tool", tool, "--error-exitcode", "1", *subset])
-        check_streams_and_graphs(device)
-        check_large_table(device)
-        results = benchmark(device, 256, 30, compiled=True)
-        name = torch.cuda.get_device_name()
-        folder = ROOT / "benchmarks" / "results"
+    results: dict[str, Any] = {**machine(dry), "steps": {}}
+    folder = options.out or (Path(tempfile.mkdtemp()) if dry else ROOT / "benchmarks" / "results")
     folder.mkdir(parents=True, exist_ok=True)
-    stem = "gpu-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    (folder / f"{stem}.json").write_text(
-        json.dumps({"device": name, "torch": torch.__version__, **results}, indent=2)
-    )
-    (folder / f"{stem}.md").write_text(markdown(name, results))
-    print(markdown(name, results) + f"\nWritten to {folder}/{stem}.json and .md")
+    report = folder / f"gpu-{re.sub(r'[^a-z0-9]+', '-', results['device'].lower()).strip('-')}.json"
+    if report.exists():
+        former = json.loads(report.read_text())
+        if all(former[key] == results[key] for key in ("device", "torch", "cuda", "python", "commit")):
+            results = former
+    with tempfile.TemporaryDirectory() as scratch:
+        for step in steps:
+            print(f"==> {step}", flush=True)
+            start = time.perf_counter()
+            outcome: dict[str, Any] = {"result": "passed"}
+            if dry and step in NEEDS_GPU:
+                outcome["result"] = "needs a GPU: commands printed"
+            try:
+                found = run_step(step, dry, Path(scratch))
+            except StepFailed as error:
+                outcome = {"result": "FAILED", "note": str(error)}
+                print(f"    FAILED: {error}", file=sys.stderr, flush=True)
+            else:
+                if note := found.pop("note", ""):
+                    outcome["note"] = note
+                if step in KERNEL_STEPS:
+                    results[step] = found
+            results["steps"][step] = {**outcome, "seconds": time.perf_counter() - start}
+            # After every step, so that what was measured outlasts a machine that is taken away.
+            report.write_text(json.dumps(results, indent=1) + "\n")
+            report.with_suffix(".md").write_text(markdown(results))
+            if step == "build" and outcome["result"] == "FAILED":
+                break
+    print("\n" + markdown(results) + f"\nWritten to {report} and {report.with_suffix('.md')}")
+    failed = [step for step in steps if results["steps"].get(step, {}).get("result") == "FAILED"]
+    if failed:
+        print(f"gpu-check: failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

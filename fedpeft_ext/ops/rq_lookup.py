@@ -32,7 +32,7 @@ from ._library import (
     register_fake,
     register_vmap,
 )
-from ._plain import check_index_values, gather_rows, nonempty, pad_to_zero
+from ._plain import check_index_values, gather_rows, nonempty, pad_to_zero, values_available
 
 _OP = raw_op("rq_lookup")
 _BACKWARD = raw_op("rq_lookup_backward")
@@ -106,7 +106,8 @@ def rq_lookup_reference(
     _check(items, codes, codebooks, base)
     check_index_values(items, codes.size(0), "items")
     picked = nonempty(codes)[items.clamp(min=0).long()].long()  # [*items.shape, L]
-    check_index_values(picked[items >= 0], codebooks.size(-2), "codes", padding=False)
+    if values_available(items):
+        check_index_values(picked[items >= 0], codebooks.size(-2), "codes", padding=False)
     codebooks = nonempty(codebooks)
     *clients, levels, size, _ = codebooks.shape
     index = picked + size * torch.arange(levels, device=items.device)
