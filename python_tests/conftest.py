@@ -30,7 +30,8 @@ class Target:
 TARGETS = ["cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-@pytest.fixture(params=TARGETS, scope="session")
+# A module at a time: the emulated kernels must not stay behind the ops when tests without a target come.
+@pytest.fixture(params=TARGETS, scope="module")
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     if request.param != "emulated":
         yield Target(request.param, torch.device(request.param), ops)
@@ -41,6 +42,6 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         yield Target("emulated", torch.device("cpu"), ops)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def device(target: Target) -> torch.device:
     return target.device
