@@ -137,6 +137,10 @@ class TrainingConfig(_Section):
     clients_per_round: int | float = Field(
         default=0.1, description="a share of all clients (float) or a count (int)"
     )
+    client_sampling: Literal["fixed", "poisson"] = Field(
+        default="fixed",
+        description="a round takes this many clients, or each client on its own with this probability",
+    )
     local_epochs: _Count = 2
     batch_size: _Count | None = Field(default=None, description="positives per local step (None: full batch)")
     loss: Literal["bpr", "bce"] = "bpr"
@@ -181,6 +185,64 @@ class TrainingConfig(_Section):
         return self
 
 
+class PrivacyConfig(_Section):
+    """Differential privacy of uploads (`simulation.privacy`). The noise is `noise_multiplier` x `clip`, or
+    `scale`.
+    """
+
+    mode: Literal["none", "cdp", "ldp"] = Field(
+        default="none", description="noise once on the sum (cdp), or on each client's upload (ldp)"
+    )
+    mechanism: Literal["gaussian", "laplace"] = "gaussian"
+    clip: _Positive | None = Field(
+        default=None,
+        description="largest norm of a client's upload, L2 for gaussian, L1 for laplace (None: no clipping)",
+    )
+    noise_multiplier: _NonNegative | None = Field(
+        default=None,
+        description="standard deviation (gaussian) or b (laplace) of the noise, in clips",
+    )
+    scale: _NonNegative | None = Field(default=None, description="the same in units of the update")
+    delta: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=1e-5, description="at which epsilon is told; well below 1 / clients"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PrivacyConfig:
+        given = [name for name in ("clip", "noise_multiplier", "scale") if getattr(self, name) is not None]
+        if self.mode == "none":
+            if given:
+                raise ValueError(f"mode: expected cdp or ldp where {' and '.join(given)} is set, got 'none'")
+        elif (self.noise_multiplier is None) == (self.scale is None):
+            raise ValueError(
+                f"noise_multiplier: expected it or scale with mode {self.mode}, got "
+                f"{'neither' if self.scale is None else 'both'}"
+            )
+        elif self.noise_multiplier is not None and self.clip is None:
+            raise ValueError("clip: expected a bound, of which noise_multiplier is a multiple, got None")
+        return self
+
+    @property
+    def noise_scale(self) -> float:
+        """Standard deviation (Gaussian) or b (Laplace) of the noise, in units of the update; 0 without."""
+        if self.scale is not None:
+            return self.scale
+        return (self.noise_multiplier or 0.0) * (self.clip or 0.0)
+
+    def why_no_guarantee(self) -> tuple[str, ...]:
+        """What keeps these settings from giving an (epsilon, delta); empty where nothing does."""
+        if self.mode == "none":
+            return ("no noise is added",)
+        reasons = []
+        if self.clip is None:
+            reasons.append("uploads are not clipped, so no noise bounds what one client can change")
+        if self.noise_scale == 0.0:
+            reasons.append("the noise is zero")
+        if self.mechanism == "gaussian" and self.delta == 0.0:
+            reasons.append("Gaussian noise gives none at delta 0")
+        return tuple(reasons)
+
+
 class EvaluationConfig(_Section):
     """Ranking of each user's test item, among sampled candidates and among the whole catalogue."""
 
@@ -208,6 +270,7 @@ class Config(_Section):
     embedding: EmbeddingConfig = EmbeddingConfig()
     pretrain: PretrainConfig = PretrainConfig()
     training: TrainingConfig = TrainingConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: Literal["batched", "sequential"] = "batched"
     chunk_memory_mb: _Positive = Field(
@@ -228,6 +291,15 @@ class Config(_Section):
         except RuntimeError as error:
             raise ValueError(f"expected a torch device such as 'cpu' or 'cuda:0', got {device!r}") from error
         return device
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        if self.privacy.mode != "none" and self.training.weighting != "uniform":
+            raise ValueError(
+                "training.weighting: expected 'uniform' with privacy, since the number of a client's samples "
+                f"is private and would scale its influence, got {self.training.weighting!r}"
+            )
+        return self
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -309,7 +381,10 @@ def _explain(error: ValidationError) -> str:
         else:
             message = f"{message}, got {item['input']!r}"
         lines.setdefault(path, []).append(message)
-    return "\n".join(f"{path}: {' or '.join(dict.fromkeys(messages))}" for path, messages in lines.items())
+    return "\n".join(
+        f"{path}: {' or '.join(dict.fromkeys(messages))}" if path else "\n".join(messages)
+        for path, messages in lines.items()
+    )
 
 
 def _settings_path(location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:

@@ -87,11 +87,12 @@ def summary_table(summary: Summary) -> Table:
         f"{summary.bytes_down / KB:,.1f} KB down and {summary.bytes_up / KB:,.1f} KB up per client and round"
         f", {summary.bytes_setup / KB:,.1f} KB once"
     )
+    privacy = "" if summary.privacy is None else f"\nPrivacy: {summary.privacy['guarantee']}"
     table = Table(
         title=f"{summary.backbone} with {summary.embedding} on {summary.dataset}, {summary.rounds} rounds",
         title_justify="left",
         box=box.SIMPLE_HEAD,
-        caption=f"{traffic}; {summary.clients_per_second:,.0f} clients/s; {summary.seconds:.1f} s",
+        caption=f"{traffic}; {summary.clients_per_second:,.0f} clients/s; {summary.seconds:.1f} s{privacy}",
         caption_justify="left",
     )
     everywhere = any(name.startswith("full/") for name in summary.metrics)

@@ -7,6 +7,7 @@ from fedpeft_ext.simulation.callbacks import Callback, Metrics, RoundInfo
 from fedpeft_ext.simulation.communication import Traffic, traffic
 from fedpeft_ext.simulation.evaluation import Evaluator, rank_counts, ranking_metrics
 from fedpeft_ext.simulation.local_training import ClientError
+from fedpeft_ext.simulation.privacy import PrivacyReport
 from fedpeft_ext.simulation.simulator import Simulator, Summary
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ClientError",
     "Evaluator",
     "Metrics",
+    "PrivacyReport",
     "RoundInfo",
     "Simulator",
     "Summary",

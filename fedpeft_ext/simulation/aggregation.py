@@ -4,30 +4,89 @@ Federated averaging (McMahan et al., AISTATS 2017): global += server_lr * sum_c 
 `server_optimizer=adam` the mean is the pseudo-gradient of FedAdam (Reddi et al., "Adaptive Federated
 Optimization", ICLR 2021, algorithm 2: no bias correction). Sums are float64 and in the order of the clients,
 however they come in chunks.
+
+`Aggregator` is what secure aggregation (Bonawitz et al., CCS 2017) would stand in for: it alone sees uploads.
+`Server` is given their weighted sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from fedpeft_ext import ops
+from fedpeft_ext.simulation.uploads import Uploads, UploadStage
+
+if TYPE_CHECKING:
+    from fedpeft_ext.simulation.privacy import Noise
 
 SERVER_LR: Mapping[str, float] = {"avg": 1.0, "adam": 1e-2}
 BETA1, BETA2, TAU = 0.9, 0.99, 1e-3  # of FedAdam, as in its paper
 
 
+class Server:
+    """Moves the global parameters along the mean of uploads, of which it gets the weighted sum and no more.
+
+    Args:
+        parameters: {name: global parameter}, changed in place by `step`.
+        optimizer: `avg` or `adam`.
+        lr: server learning rate; None is 1 for `avg`, 0.01 for `adam`.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        optimizer: Literal["avg", "adam"] = "avg",
+        lr: float | None = None,
+    ) -> None:
+        self._parameters = dict(parameters)
+        self._optimizer = optimizer
+        self._lr = SERVER_LR[optimizer] if lr is None else lr
+        self._moments = (
+            {name: (zeros_for(p), zeros_for(p)) for name, p in self._parameters.items()}
+            if (optimizer == "adam")
+            else {}
+        )
+
+    @torch.no_grad()
+    def step(
+        self, totals: Mapping[str, Tensor], weight: float, rows: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Take a step along totals / weight.
+
+        Args:
+            totals: {name: float64, shape of the parameter}, the weighted sum of uploads.
+            weight: the sum of weights, above 0.
+            rows: {name: distinct rows outside which that total is known to be zero}: saves time and changes
+                no result.
+        """
+        for name, parameter in self._parameters.items():
+            total = totals[name]
+            at = None if rows is None else rows.get(name)
+            if self._optimizer == "adam":
+                mean = total / weight
+                first, second = self._moments[name]
+                first.lerp_(mean, 1.0 - BETA1)
+                second.lerp_(mean.square(), 1.0 - BETA2)
+                parameter.add_((self._lr * first / (second.sqrt() + TAU)).to(parameter.dtype))
+            elif at is None:
+                parameter.add_((total * (self._lr / weight)).to(parameter.dtype))
+            else:
+                parameter[at] += (total[at] * (self._lr / weight)).to(parameter.dtype)
+
+
 class Aggregator:
-    """Streams clients' updates into float64 sums and applies their weighted mean to the global parameters.
+    """Streams clients' updates into float64 sums and has the server take its step along them.
 
     Args:
         parameters: {name: global parameter}, changed in place by `apply`.
         row_parameters: names whose updates come as [C, R, W] at given rows of [I, W].
-        optimizer: `avg` or `adam`.
-        lr: server learning rate; None is 1 for `avg`, 0.01 for `adam`.
+        optimizer, lr: of the `Server`.
+        stages: what uploads go through, in this order, before they are summed.
+        noise: added to the sums.
     """
 
     def __init__(
@@ -36,74 +95,116 @@ class Aggregator:
         row_parameters: frozenset[str],
         optimizer: Literal["avg", "adam"] = "avg",
         lr: float | None = None,
+        stages: Sequence[UploadStage] = (),
+        noise: Noise | None = None,
     ) -> None:
-        self._parameters = dict(parameters)
+        self.server = Server(parameters, optimizer, lr)
+        self._heights = [len(parameters[name]) for name in row_parameters]
         self._row_parameters = row_parameters
-        self._optimizer = optimizer
-        self._lr = SERVER_LR[optimizer] if lr is None else lr
-        self._totals = {name: self._zeros(p) for name, p in self._parameters.items()}
-        self._moments = (
-            {name: (self._zeros(p), self._zeros(p)) for name, p in self._parameters.items()}
-            if (optimizer == "adam")
-            else {}
-        )
+        self._stages = tuple(stages)
+        self._noise = noise
+        self._totals = {name: zeros_for(p) for name, p in parameters.items()}
         self._weight = 0.0
+        self._uploads = 0
         self._rows: list[Tensor] = []
+        self._round = self._attempt = 0
 
-    @staticmethod
-    def _zeros(parameter: Tensor) -> Tensor:
-        return torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
+    def begin(self, round: int, attempt: int = 0) -> None:
+        """Start a round: its 1-based number, and how often it was repeated before; stages and noise draw by
+        them.
+        """
+        self._round, self._attempt = round, attempt
 
-    def add(self, updates: Mapping[str, Tensor], weights: Tensor, rows: Tensor | None = None) -> None:
+    @property
+    def uploads(self) -> int:
+        """Clients in the sums."""
+        return self._uploads
+
+    def add(
+        self,
+        updates: Mapping[str, Tensor],
+        weights: Tensor,
+        rows: Tensor | None = None,
+        clients: Tensor | None = None,
+    ) -> None:
         """Add the uploads of C clients.
 
         Args:
             updates: {name: [C, ...]} local minus global value; [C, R, W] for row parameters when `rows` is
                 given.
             weights: float64 [C].
-            rows: [C, R] rows of the row parameters' updates, -1 at padding; None where they are whole.
+            rows: [C, R] rows of the row parameters' updates, distinct in each client, -1 at padding; None
+                where they are whole.
+            clients: int64 [C], user ids, which stages ask for.
+
+        Raises:
+            ValueError: there are stages and `clients` is None.
         """
+        if not self._stages:
+            self._sum(updates, weights, rows)
+            return
+        if clients is None:
+            raise ValueError("clients: expected int64 [C], the user ids that upload stages need, got None")
+        tables = self._row_parameters if rows is not None else frozenset[str]()
+        parts = [Uploads(updates, weights, rows, tables, clients, self._round, self._attempt)]
+        for stage in self._stages:
+            parts = [out for part in parts for out in stage(part)]
+        for part in parts:
+            self._sum(part.updates, part.weights, part.rows)
+
+    def _sum(self, updates: Mapping[str, Tensor], weights: Tensor, rows: Tensor | None) -> None:
         for name, update in updates.items():
             at = rows if name in self._row_parameters else None
             ops.accumulate_updates_(self._totals[name], update, weights, at)
         self._weight += float(weights.sum())
+        self._uploads += len(weights)
         if rows is not None:
             self._rows.append(rows)
 
+    def first_not_finite(self) -> str | None:
+        """Name of the first parameter whose sum has NaN or infinite values."""
+        return next((name for name, t in self._totals.items() if not bool(torch.isfinite(t).all())), None)
+
     @torch.no_grad()
     def apply(self) -> None:
-        """Take the server's step and forget the round's sums."""
-        if self._weight > 0.0:
-            touched = self._touched()
-            for name, parameter in self._parameters.items():
-                at = touched if name in self._row_parameters else None
-                self._step(name, parameter, at)
-        self._weight = 0.0
-        self._rows = []
-
-    def _step(self, name: str, parameter: Tensor, rows: Tensor | None) -> None:
-        total = self._totals[name]
-        if self._optimizer == "adam":
-            mean = total / self._weight
-            first, second = self._moments[name]
-            first.lerp_(mean, 1.0 - BETA1)
-            second.lerp_(mean.square(), 1.0 - BETA2)
-            parameter.add_((self._lr * first / (second.sqrt() + TAU)).to(parameter.dtype))
-            total.zero_()
-        elif rows is None:
-            parameter.add_((total * (self._lr / self._weight)).to(parameter.dtype))
-            total.zero_()
+        """Have the server take its step, and forget the round's sums."""
+        if self._noise is not None:
+            weight = self._noise.add_(self._totals, self._uploads, self._round)
+            touched = None  # noise is everywhere
         else:
-            parameter[rows] += (total[rows] * (self._lr / self._weight)).to(parameter.dtype)
-            total[rows] = 0.0
+            weight, touched = self._weight, self._touched()
+        if weight > 0.0:
+            rows = None if touched is None else dict.fromkeys(self._row_parameters, touched)
+            self.server.step(self._totals, weight, rows)
+        self.discard() if touched is None else self._clear(touched)
+
+    def discard(self) -> None:
+        """Forget the round's sums without a step."""
+        self._clear(None)
+
+    def _clear(self, touched: Tensor | None) -> None:
+        for name, total in self._totals.items():
+            if touched is not None and name in self._row_parameters:
+                total[touched] = 0.0
+            else:
+                total.zero_()
+        self._weight = 0.0
+        self._uploads = 0
+        self._rows = []
 
     def _touched(self) -> Tensor | None:
         """Distinct rows with an update, or None where going through the whole table is cheaper than finding
         them.
         """
-        heights = [len(self._parameters[name]) for name in self._row_parameters]
-        if not heights or not self._rows or sum(rows.numel() for rows in self._rows) >= max(heights):
+        if not self._heights or not self._rows:
+            return None
+        if sum(rows.numel() for rows in self._rows) >= max(self._heights):
             return None
         rows: Tensor = torch.unique(torch.cat([rows.flatten() for rows in self._rows]))
         touched: Tensor = rows[rows >= 0]
         return touched
+
+
+def zeros_for(parameter: Tensor) -> Tensor:
+    """Float64 zeros of the parameter's shape, where it is."""
+    return torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)

@@ -134,7 +134,7 @@ class BatchedEngine:
             numbers.append(step.numbers)
 
         uploads = {name: local[name] - start[name] for name in (*self._roles.rows, *self._roles.small)}
-        aggregator.add(uploads, torch.from_numpy(weights).to(ids.device), rows)
+        aggregator.add(uploads, torch.from_numpy(weights).to(ids.device), rows, ids)
         self._federation.store.write(ids, {name: local[name] for name in self._roles.local})
         # Steps that a client sat out have loss 0 and do not count.
         taken = (torch.stack(numbers) > 0).sum(0).clamp(min=1)

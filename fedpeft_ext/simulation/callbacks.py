@@ -4,6 +4,7 @@ evaluation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ class RoundInfo:
     Attributes:
         round: 1-based number; `rounds` is how many there are in all.
         phase: "warm-up" while the full embedding is trained first, else "training".
-        loss: mean over the round's clients of their local loss, averaged over local steps.
+        loss: mean over the round's clients of their local loss, averaged over local steps; NaN if there were
+            none.
         clients: how many trained.
         seconds: wall time of the round: choosing clients, local training and aggregation.
         bytes_down, bytes_up: received and sent by each of the clients.
@@ -43,7 +45,7 @@ class RoundInfo:
         """For JSON."""
         return {
             "phase": self.phase,
-            "loss": self.loss,
+            "loss": self.loss if math.isfinite(self.loss) else None,
             "clients": self.clients,
             "clients_per_second": self.clients_per_second,
             "bytes_down": self.bytes_down,

@@ -14,13 +14,24 @@ BATCH_ORDER = 7
 """Philox purpose of the shuffling of a client's positions; 1 to 6 are those of `ops.philox.Purpose`."""
 
 
-def sample_clients(eligible: np.ndarray, count: int, seed: int, round: int) -> np.ndarray:
+def sample_clients(eligible: np.ndarray, count: int, seed: int, round: int, attempt: int = 0) -> np.ndarray:
     """`count` of the `eligible` clients (int64, distinct), a uniform sample without replacement, ascending.
 
-    Each client draws a 64-bit key for the round and the smallest keys take part.
+    Each client draws a 64-bit key for the round and the smallest keys take part; a repeated round has another
+    `attempt`.
     """
-    keys = philox.low64(philox.words(seed, round, eligible, 0, philox.Purpose.CLIENT_SAMPLING))
+    keys = philox.low64(philox.words(seed, round, eligible, attempt, philox.Purpose.CLIENT_SAMPLING))
     return np.sort(eligible[np.argsort(keys, kind="stable")[:count]])
+
+
+def sample_clients_independently(
+    eligible: np.ndarray, probability: float, seed: int, round: int, attempt: int = 0
+) -> np.ndarray:
+    """Each of the `eligible` clients (int64, ascending) with this probability, independently of the others
+    ("Poisson sampling"), by the key that `sample_clients` would sort; ascending, possibly none.
+    """
+    drawn = philox.uniform(seed, round, eligible, attempt, philox.Purpose.CLIENT_SAMPLING)
+    return eligible[drawn < probability]
 
 
 def shuffled_positions(inside: Tensor, clients: Tensor, seed: int, round: int, epoch: int) -> Tensor:

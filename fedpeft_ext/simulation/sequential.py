@@ -88,7 +88,8 @@ class SequentialEngine:
             start = dict(federation.model.named_parameters())
             uploaded = (*self._roles.rows, *self._roles.small)
             updates = {name: (local[name] - start[name]).detach()[None] for name in uploaded}
-            aggregator.add(updates, torch.tensor([weight], dtype=torch.float64, device=ids.device))
+            weights = torch.tensor([weight], dtype=torch.float64, device=ids.device)
+            aggregator.add(updates, weights, clients=ids)
             federation.store.write(ids, {name: local[name].detach()[None] for name in self._roles.local})
             return float(np.mean(losses))
         except Exception as error:

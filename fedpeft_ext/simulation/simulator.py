@@ -36,8 +36,10 @@ from fedpeft_ext.simulation.local_training import (
     first_not_finite,
 )
 from fedpeft_ext.simulation.output import RunFolder, prepare_folder
-from fedpeft_ext.simulation.randomness import sample_clients
+from fedpeft_ext.simulation.privacy import Clipping, Ledger, Noise, PrivacyReport
+from fedpeft_ext.simulation.randomness import sample_clients, sample_clients_independently
 from fedpeft_ext.simulation.sequential import SequentialEngine
+from fedpeft_ext.simulation.uploads import UploadStage
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Summary:
         total_bytes: sent both ways by all clients in all rounds, warm-up included, set-up left out.
         trained_clients: clients trained, summed over rounds.
         training_seconds: wall time of the rounds, evaluation left out; `seconds` is that of the whole run.
+        privacy: `PrivacyReport.as_dict`, with epsilon and delta where there is a guarantee; None without
+            privacy.
     """
 
     dataset: str
@@ -77,6 +81,7 @@ class Summary:
     trained_clients: int
     training_seconds: float
     seconds: float
+    privacy: Mapping[str, Any] | None = None
 
     @property
     def clients_per_second(self) -> float:
@@ -127,6 +132,15 @@ class Simulator:
         self._warmup_rounds = training.warmup_rounds if spec.plug or "full" in spec.parts else 0
         self._eligible = _eligible_clients(dataset)
         self._per_round = _clients_per_round(training.clients_per_round, len(self._eligible))
+        self._ledger: Ledger | None = None
+        if config.privacy.mode != "none":
+            self._ledger = Ledger(
+                config.privacy,
+                training.client_sampling,
+                len(self._eligible),
+                self._per_round,
+                dataset.num_users,
+            )
         self._folder = None if out is None else prepare_folder(out, overwrite)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -247,8 +261,39 @@ class Simulator:
             frozenset(ParameterRoles.of(model).rows),
             training.server_optimizer,
             server_lr,
+            self._upload_stages(),
+            self._noise(),
         )
         self._traffic = traffic(model)
+
+    def _upload_stages(self) -> list[UploadStage]:
+        """What uploads go through before they are summed."""
+        stages: list[UploadStage] = []
+        privacy = self.config.privacy
+        if privacy.clip is not None:
+            stages.append(Clipping(privacy.clip, 2 if privacy.mechanism == "gaussian" else 1))
+        return stages
+
+    def _noise(self) -> Noise | None:
+        privacy = self.config.privacy
+        if privacy.mode == "none":
+            return None
+        return Noise(privacy.mode, privacy.mechanism, privacy.noise_scale, self._per_round, self.config.seed)
+
+    @property
+    def privacy(self) -> PrivacyReport | None:
+        """What the rounds so far guarantee; None without privacy."""
+        return None if self._ledger is None else self._ledger.report()
+
+    def _sample(self, round: int) -> np.ndarray:
+        """Clients of a round, sorted by (size, id)."""
+        seed = self.config.seed
+        if self.config.training.client_sampling == "poisson":
+            share = self._per_round / len(self._eligible)
+            clients = sample_clients_independently(self._eligible, share, seed, round)
+        else:
+            clients = sample_clients(self._eligible, self._per_round, seed, round)
+        return clients[np.lexsort((clients, self._interactions.sizes[clients]))]
 
     # ---- running
     # --------------------------------------------------------------------------------------------------------
@@ -262,11 +307,13 @@ class Simulator:
         """
         number, phase = self.rounds_done + 1, self.phase
         began = time.perf_counter()
-        clients = sample_clients(self._eligible, self._per_round, self.config.seed, number)
-        clients = clients[np.lexsort((clients, self._interactions.sizes[clients]))]
+        clients = self._sample(number)
+        self._aggregator.begin(number)
         losses = self._engine.train(clients, number, self._aggregator)
         first_not_finite(losses, clients, number)
         self._aggregator.apply()
+        if self._ledger is not None:
+            self._ledger.add_round(clients)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - began
@@ -275,7 +322,7 @@ class Simulator:
             round=number,
             rounds=self.config.training.rounds,
             phase=phase,
-            loss=float(np.mean(losses)),
+            loss=float(np.mean(losses)) if len(losses) else float("nan"),
             clients=len(clients),
             seconds=seconds,
             bytes_down=self._traffic.down,
@@ -328,6 +375,9 @@ class Simulator:
         metrics = self.evaluate()
         if folder is not None:
             record = {} if info is None else info.as_dict()
+            if self._ledger is not None:
+                report = self._ledger.report()
+                record["epsilon"] = "no guarantee" if report.epsilon is None else report.epsilon
             folder.add_metrics(
                 {"round": metrics.round, **record, **metrics.values, "total_bytes": self._total_bytes}
             )
@@ -363,6 +413,7 @@ class Simulator:
             trained_clients=self._trained_clients,
             training_seconds=self._training_seconds,
             seconds=seconds,
+            privacy=None if self._ledger is None else self._ledger.report().as_dict(),
         )
 
 

@@ -1,0 +1,325 @@
+"""Differential privacy of what is sent: clipping, noise, and the (epsilon, delta) that they give.
+
+The unit is a client: all interactions of a user together. Each client's whole upload u (every tensor that is
+sent, all item tables included) is scaled to u * min(1, clip / ||u||), with the L2 norm for Gaussian and the
+L1 norm for Laplace noise. Then
+
+- `cdp` (McMahan et al., "Learning Differentially Private Recurrent Language Models", ICLR 2018): a trusted
+  server, or secure aggregation, adds noise of scale s = noise_multiplier * clip once to the sum and divides
+  by the number of clients *expected* in a round, which does not depend on data.
+- `ldp` (Kasiviswanathan et al., "What Can We Learn Privately?", 2011): each of the n clients adds noise of
+  scale s to its own upload. Only the sum of these is ever used, so it is drawn at once from its exact
+  distribution: a sum of n independent N(0, s^2) is N(0, n s^2); a sum of n independent Laplace(s) is
+  s (G1 - G2) with independent G1, G2 of Gamma(n, 1), since a Laplace variable is the difference of two
+  exponential ones (Kotz, Kozubowski, Podgorski, "The Laplace Distribution and Generalizations", 2001,
+  sections 2.2.1 and 2.3).
+
+Noise reaches every element of every averaged parameter, rows that no client touched included. It is a
+function of (seed, round, parameter, element), so results depend neither on chunks nor on processes. Whoever
+knows the seed can subtract it: the stated epsilon is that of a deployment whose noise is secret.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft_ext.config import PrivacyConfig
+from fedpeft_ext.ops import philox
+from fedpeft_ext.simulation.uploads import Uploads
+
+Sampling = Literal["fixed", "poisson"]
+
+
+class Clipping:
+    """The stage that bounds each client's upload.
+
+    The scaling goes into the client's weight, which the sum multiplies in float64. Uploads with NaN or
+    infinite values become zero.
+
+    Args:
+        bound: largest norm of an upload.
+        order: 1 or 2, which norm.
+    """
+
+    def __init__(self, bound: float, order: Literal[1, 2]) -> None:
+        self._bound = bound
+        self._order = order
+
+    def __call__(self, uploads: Uploads) -> Iterable[Uploads]:
+        norms = uploads.norms(self._order)
+        broken = ~torch.isfinite(norms)
+        if bool(broken.any()):
+            uploads = uploads.zeroed(broken)
+            norms = torch.where(broken, 0.0, norms)
+        scale = (self._bound / norms).clamp(max=1.0)  # x / 0 is infinite: an upload of zero stays as it is
+        return [uploads.replaced(weights=uploads.weights * scale)]
+
+
+class Noise:
+    """Draws the noise of a round's sum.
+
+    Args:
+        mode, mechanism: as in `PrivacyConfig`.
+        scale: s, the standard deviation of Gaussian or the parameter b of Laplace noise.
+        expected_clients: the divisor of `cdp`.
+        seed: of the noise.
+    """
+
+    def __init__(
+        self,
+        mode: Literal["cdp", "ldp"],
+        mechanism: Literal["gaussian", "laplace"],
+        scale: float,
+        expected_clients: float,
+        seed: int,
+    ) -> None:
+        self._mode = mode
+        self._mechanism = mechanism
+        self._scale = scale
+        self._expected_clients = expected_clients
+        self._seed = seed
+
+    def add_(self, totals: Mapping[str, Tensor], uploads: int, round: int) -> float:
+        """Add the noise of `uploads` clients to their summed uploads {name: float64}, in place.
+
+        Returns:
+            The weight to divide the sums by.
+        """
+        summands = 1 if self._mode == "cdp" else uploads
+        if summands > 0 and self._scale > 0.0:
+            draw = gaussian_sum if self._mechanism == "gaussian" else laplace_sum
+            for index, total in enumerate(totals.values()):
+                noise = self._scale * draw(total.numel(), summands, self._seed, round, index)
+                total.add_(torch.from_numpy(noise).view(total.shape).to(total.device))
+        return self._expected_clients if self._mode == "cdp" else float(uploads)
+
+
+def _uniform_pairs(count: int, seed: int, round: int, index: int) -> philox.Float64:
+    """Two independent uniform float64 in (0, 1), of 53 bits, from each of `count` blocks: [count, 2]."""
+    block = philox.words(seed, round, index, np.arange(count), philox.Purpose.NOISE)
+    words = np.stack([philox.low64(block), philox.low64(block[:, 2:])], axis=1)
+    return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def gaussian_sum(count: int, summands: int, seed: int, round: int, index: int) -> philox.Float64:
+    """`count` draws of a sum of `summands` standard normals (Box and Muller, 1958): float64 [count]."""
+    uniform = _uniform_pairs(-(-count // 2), seed, round, index)
+    radius = np.sqrt(-2.0 * summands * np.log(uniform[:, 0]))
+    angle = 2.0 * np.pi * uniform[:, 1]
+    result: philox.Float64 = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+    return result[:count]
+
+
+def laplace_sum(count: int, summands: int, seed: int, round: int, index: int) -> philox.Float64:
+    """`count` draws of a sum of `summands` standard Laplace variables: float64 [count].
+
+    The difference of two Gamma(summands, 1) variables, each by inversion of its distribution function.
+    """
+    from scipy.special import gammaincinv
+
+    gammas = gammaincinv(float(summands), _uniform_pairs(count, seed, round, index))
+    result: philox.Float64 = gammas[:, 0] - gammas[:, 1]
+    return result
+
+
+# ---- accounting
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PrivacyReport:
+    """What a run's settings guarantee after the rounds so far.
+
+    Attributes:
+        mode, mechanism, clip: as in `PrivacyConfig`.
+        scale: of the noise, in units of the update.
+        releases: noisy results that count: rounds with `cdp`; with `ldp` uploads of the client that took
+            part most often.
+        neighbours: what epsilon is about: "one client's data replaced", or "one client added or removed".
+        epsilon, delta: the guarantee; None where there is none.
+        reasons: why there is none.
+    """
+
+    mode: str
+    mechanism: str
+    clip: float | None
+    scale: float
+    releases: int
+    neighbours: str
+    epsilon: float | None
+    delta: float | None
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One sentence."""
+        if self.epsilon is None or self.delta is None:
+            return f"no guarantee: {'; '.join(self.reasons)}"
+        return (
+            f"epsilon {self.epsilon:.4g} at delta {self.delta:g} ({self.mode}, {self.mechanism}, "
+            f"{self.neighbours})"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; epsilon and delta appear only where there is a guarantee."""
+        result: dict[str, Any] = {
+            "mode": self.mode,
+            "mechanism": self.mechanism,
+            "clip": self.clip,
+            "scale": self.scale,
+            "releases": self.releases,
+            "neighbours": self.neighbours,
+            "guarantee": str(self),
+        }
+        if self.epsilon is not None:
+            result |= {"epsilon": self.epsilon, "delta": self.delta}
+        return result
+
+
+class Ledger:
+    """Counts what was released and tells its privacy.
+
+    Args:
+        config: the settings; `mode` is not `none`.
+        sampling: how clients are chosen: a `fixed` number of them, or each on its own (`poisson`).
+        population: clients to choose from.
+        expected_clients: how many are chosen, on average.
+        num_users: all users, for the count of each one's uploads.
+
+    Attributes:
+        rounds: rounds released so far.
+        participations: int64 [num_users], rounds that each user was chosen in. Both belong into a checkpoint.
+
+    Raises:
+        ImportError: the accountant's library is not installed.
+    """
+
+    def __init__(
+        self,
+        config: PrivacyConfig,
+        sampling: Sampling,
+        population: int,
+        expected_clients: float,
+        num_users: int,
+    ) -> None:
+        self._config = config
+        self._sampling: Sampling = sampling
+        self._population = population
+        self._expected_clients = expected_clients
+        self.rounds = 0
+        self.participations = np.zeros(num_users, dtype=np.int64)
+        if not config.why_no_guarantee():
+            _accounting()  # to fail now rather than after the first round
+
+    def add_round(self, clients: np.ndarray) -> None:
+        """A round with these clients (user ids) was released."""
+        self.rounds += 1
+        self.participations[clients] += 1
+
+    def report(self) -> PrivacyReport:
+        """The guarantee for everything released so far."""
+        config, reasons = self._config, self._config.why_no_guarantee()
+        local = config.mode == "ldp"
+        releases = int(self.participations.max(initial=0)) if local else self.rounds
+        value = None
+        if not reasons:
+            multiplier = config.noise_scale / float(config.clip or 0.0)
+            share = 1.0 if local else self._expected_clients / self._population
+            value = epsilon(
+                config.mechanism,
+                multiplier,
+                releases,
+                config.delta,
+                share,
+                "ldp" if local else self._sampling,
+            )
+            if not math.isfinite(value):
+                reasons = (f"epsilon is infinite at delta {config.delta:g}",)
+                value = None
+        added = not local and self._sampling == "poisson"
+        return PrivacyReport(
+            config.mode,
+            config.mechanism,
+            config.clip,
+            config.noise_scale,
+            releases,
+            "one client added or removed" if added else "one client's data replaced",
+            value,
+            None if value is None else config.delta,
+            tuple(reasons),
+        )
+
+
+@lru_cache(maxsize=4096)
+def epsilon(
+    mechanism: Literal["gaussian", "laplace"],
+    multiplier: float,
+    releases: int,
+    delta: float,
+    share: float,
+    sampling: Literal["fixed", "poisson", "ldp"],
+) -> float:
+    """The smallest epsilon that the accountant can show at `delta`; infinite where it can show none.
+
+    With `poisson`, neighbours differ by one client and the sum changes by at most clip. With `fixed` and
+    `ldp` a client's data are replaced by others, which changes an upload by at most 2 clip. Tight numerical
+    composition (Doroshenko et al., "Connect the Dots", PoPETs 2022) is used but for fixed samples of Gaussian
+    noise, for which the accountant has the Renyi bound of Wang, Balle and Kasiviswanathan (AISTATS 2019,
+    theorem 27), and of Laplace noise, by amplification of pure privacy (Balle, Barthe, Gaboardi, NeurIPS
+    2018, theorem 9) and optimal composition. Gaussian noise without sampling has a closed form, since n
+    releases are as one with the deviation divided by sqrt(n) (Balle and Wang, ICML 2018).
+
+    Args:
+        mechanism: `gaussian` or `laplace`.
+        multiplier: scale of the noise / clip.
+        releases: how many results.
+        delta: 0 <= delta < 1.
+        share: part of the clients in a round.
+        sampling: `fixed`, `poisson`, or `ldp`, where a client's uploads are seen one by one and sampling
+            hides nothing.
+    """
+    if releases == 0:
+        return 0.0
+    dp = _accounting()
+    from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
+    from dp_accounting.rdp import RdpAccountant
+
+    ratio = multiplier if sampling == "poisson" else multiplier / 2.0  # scale / sensitivity
+    event = dp.GaussianDpEvent(ratio) if mechanism == "gaussian" else dp.LaplaceDpEvent(ratio)
+    if mechanism == "laplace":
+        pure = math.log1p(share * math.expm1(min(1.0 / ratio, 700.0)))
+        if delta == 0.0:
+            return pure * releases
+        if sampling == "fixed" and share < 1.0:
+            parameters = dp.pld.common.DifferentialPrivacyParameters(pure, 0.0)
+            loss = privacy_loss_distribution.from_privacy_parameters(parameters)
+            composed = loss.self_compose(releases).get_epsilon_for_delta(delta)
+            return min(pure * releases, float(composed))
+    elif share >= 1.0:
+        return float(dp.gaussian_mechanism.get_epsilon_gaussian(ratio / math.sqrt(releases), delta))
+    elif sampling == "fixed":
+        accountant = RdpAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
+        size = 2**53  # the accountant uses sample / population alone
+        accountant.compose(dp.SampledWithoutReplacementDpEvent(size, share * size, event), releases)
+        return float(accountant.get_epsilon(delta))
+    tight = PLDAccountant()
+    tight.compose(dp.PoissonSampledDpEvent(share, event) if share < 1.0 else event, releases)
+    value = float(tight.get_epsilon(delta))
+    return min(value, pure * releases) if mechanism == "laplace" else value
+
+
+def _accounting() -> Any:
+    try:
+        import dp_accounting
+    except ImportError as error:
+        raise ImportError(
+            "privacy: expected the accountant library dp-accounting: pip install 'fedpeft_ext[privacy]'"
+        ) from error
+    return dp_accounting
