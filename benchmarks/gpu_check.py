@@ -56,22 +56,21 @@ class StepFailed(Exception):
     """One step did not pass; its message is for the report."""
 
 
-def find(tool: str, *folders: Path | None) -> str | None:
-    """A program beside this Python, in `folders` or on the PATH."""
-    places = [Path(sys.executable).parent, *(f for f in folders if f)]
-    return shutil.which(tool, path=os.pathsep.join([*map(str, places), os.environ.get("PATH", "")]))
+def find(tool: str) -> str | None:
+    """A program beside this Python, on the PATH, or in a CUDA toolkit."""
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [
+        Path(sys.executable).parent,
+        *map(Path, os.environ.get("PATH", "").split(os.pathsep)),
+        *([Path(nvcc).resolve().parent] if nvcc else []),
+        *(Path(home) / "bin" for home in homes if home),
+    ]
+    return shutil.which(tool, path=os.pathsep.join(map(str, folders)))
 
 
 def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
-
-
-def cuda_home() -> Path | None:
-    for name in ("CUDA_HOME", "CUDA_PATH"):
-        if name in os.environ:
-            return Path(os.environ[name])
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
-    return Path(nvcc).resolve().parent.parent if nvcc else Path("/usr/local/cuda")
 
 
 def missing(steps: list[str]) -> list[str]:
@@ -90,20 +89,15 @@ def missing(steps: list[str]) -> list[str]:
             lacking.append("cmake >= 3.24 (pip install cmake)")
         if not installed("pybind11"):
             lacking.append("pybind11 (pip install pybind11)")
-        if not any((Path(os.environ.get("CUDACXX", "")).is_file(), find("nvcc", _bin()))):
+        if not Path(os.environ.get("CUDACXX", "")).is_file() and find("nvcc") is None:
             lacking.append("nvcc of torch's CUDA version (name it in CUDACXX)")
     if "tests" in steps:
         lacking += [f"{m} (pip install {m})" for m in ("numpy", "pytest", "hypothesis") if not installed(m)]
-    if {"memcheck", "racecheck"} & set(steps) and find("compute-sanitizer", _bin()) is None:
+    if {"memcheck", "racecheck"} & set(steps) and find("compute-sanitizer") is None:
         lacking.append(
             "compute-sanitizer, which comes with the CUDA toolkit (or leave its steps out: --steps)"
         )
     return lacking
-
-
-def _bin() -> Path | None:
-    home = cuda_home()
-    return home / "bin" if home else None
 
 
 def architecture() -> str:
@@ -158,7 +152,7 @@ def kernel_command(step: str, dry: bool, out: Path) -> list[str]:
 
 
 def sanitizer_command(tool: str) -> list[str]:
-    sanitizer = find("compute-sanitizer", _bin()) or "compute-sanitizer"
+    sanitizer = find("compute-sanitizer") or "compute-sanitizer"
     return [
         *(sanitizer, "--tool", tool, "--error-exitcode", "1", "--print-limit", "20"),
         *(sys.executable, "-m", "benchmarks.gpu_kernels", "touch"),
@@ -197,8 +191,11 @@ def run_step(step: str, dry: bool, folder: Path) -> dict[str, Any]:
 
 
 def commit() -> str:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return git.stdout.strip() or "unknown"
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    done = subprocess.run([git, "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
 
 
 def machine(dry: bool) -> dict[str, str]:
@@ -213,7 +210,9 @@ def machine(dry: bool) -> dict[str, str]:
 def _times(row: dict[str, Any], direction: str, rival: str) -> str:
     """How many times as fast as the rival ours is."""
     theirs = row.get(f"{direction}_{rival}_s")
-    return "" if theirs is None else f"{theirs / row[f'{direction}_ours_s']:.1f}"
+    if theirs is None:
+        return "fails" if f"{rival}_failed" in row else ""
+    return f"{theirs / row[f'{direction}_ours_s']:.1f}"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
