@@ -217,6 +217,20 @@ def _scores(s: Sizes, draw: Draw) -> Case:
     )
 
 
+def _layer(s: Sizes, draw: Draw) -> Case:
+    x, weight, bias = draw.leaf(s.C, s.P, s.D), draw.leaf(s.C, s.D, s.D), draw.leaf(s.C, s.D)
+    items, clients = draw.integers(s.I, s.C, s.P), torch.arange(s.C, device=x.device)
+    return Case(
+        lambda o: o.client_layer(x, weight, bias, items, clients, 0.5, 1, 2, 3, 4),
+        (x, weight, bias),
+        2 * size(x) + size(weight, bias, items),
+        (x, weight, bias),
+        4 * size(x) + 2 * size(weight, bias) + size(items),
+        flops=2 * s.C * s.P * s.D * s.D,
+        tolerance=1e-3,
+    )
+
+
 def _loss(s: Sizes, draw: Draw, name: str) -> Case:
     positive, negative = draw.leaf(s.C, s.W), draw.leaf(s.C, s.W)
     items = draw.integers(s.I, s.C, s.W)
@@ -338,6 +352,7 @@ CASES: dict[str, Callable[[Sizes, Draw], Case]] = {
     "hash_buckets": _buckets,
     "lora_lookup": _lora,
     "client_embedding": _embedding,
+    "client_layer": _layer,
     "dot_scores": _scores,
     "bpr_loss": lambda s, d: _loss(s, d, "bpr_loss"),
     "bce_loss": lambda s, d: _loss(s, d, "bce_loss"),

@@ -25,6 +25,12 @@ STABLE_TORCH_LIBRARY(FEDPEFT_LIBRARY, m) {
   // Scores and losses of padded clients: [(C,) P, D], [(C,) P].
   m.def("dot_scores(Tensor vectors, Tensor user) -> Tensor");
   m.def("dot_scores_backward(Tensor grad, Tensor vectors, Tensor user) -> (Tensor, Tensor)");
+  m.def(
+      "client_layer(Tensor x, Tensor weight, Tensor bias, Tensor items, Tensor clients, float p, "
+      "int seed, int round, int epoch, int layer) -> Tensor");
+  m.def(
+      "client_layer_backward(Tensor grad, Tensor x, Tensor weight, Tensor out, Tensor items, float "
+      "p) -> (Tensor, Tensor, Tensor)");
   m.def("bpr_loss(Tensor positive, Tensor negative, Tensor items) -> Tensor");
   m.def(
       "bpr_loss_backward(Tensor grad, Tensor positive, Tensor negative, Tensor items) -> (Tensor, "

@@ -60,6 +60,13 @@ class BackboneConfig(_Section):
     name: str = "fedmf"
     dim: _Count = Field(default=32, description="width D of item and user vectors")
     init_std: _Positive = Field(default=0.1, description="standard deviation of a new client's user vector")
+    hidden: Annotated[tuple[_Count, ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="FedNCF, PFedRec: widths of the MLP's hidden layers (None: 64, 128, 64 and 64, 32)",
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="FedNCF, PFedRec: of hidden units (None: 0.5 and 0)"
+    )
 
     @field_validator("name")
     @classmethod
@@ -68,6 +75,15 @@ class BackboneConfig(_Section):
 
         backbone_class(name)
         return name
+
+    @model_validator(mode="after")
+    def _options_of_the_backbone(self) -> BackboneConfig:
+        from fedpeft_ext.backbones import backbone_class
+
+        for option in ("hidden", "dropout"):
+            if getattr(self, option) is not None and option not in backbone_class(self.name).options:
+                raise ValueError(f"{option}: expected none, since {self.name} does not have it")
+        return self
 
 
 class EmbeddingConfig(_Section):

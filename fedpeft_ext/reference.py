@@ -4,6 +4,7 @@ the tests."""
 from .ops.aggregate import accumulate_updates_reference_ as accumulate_updates_
 from .ops.aggregate import touched_rows_reference as touched_rows
 from .ops.client_embedding import client_embedding_reference as client_embedding
+from .ops.client_layer import client_layer_reference as client_layer
 from .ops.dot_scores import dot_scores_reference as dot_scores
 from .ops.hash_lookup import SENetWeights, make_hashes
 from .ops.hash_lookup import hash_buckets_reference as hash_buckets
@@ -26,6 +27,7 @@ __all__ = [
     "client_adam_",
     "client_dropout",
     "client_embedding",
+    "client_layer",
     "client_sgd_",
     "dot_scores",
     "hash_buckets",

@@ -44,13 +44,19 @@ class Backbone(nn.Module):
         item_embedding: module from items to vectors [*, dim].
         dim: width D of item vectors.
 
-    A subclass implements `forward`, and `initial_state` where it has local parameters. Randomness such as
+    A subclass implements `forward`, `initial_state` where it has local parameters, and `reset_parameters`
+    where it has others besides the item embedding. Randomness such as
     dropout must be a function of the context (`ops.client_dropout`), so that results do not depend on how
     clients are grouped.
     """
 
     name: ClassVar[str]
-    local_parameters: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[str, ...]] = ()
+    """Settings of `config.BackboneConfig` that the constructor takes by name, besides `dim`."""
+    local_parameters: tuple[str, ...] = ()
+    averaged_start: tuple[str, ...] = ()
+    """Local parameters that a client without a state of its own starts with the mean of, over those that the
+    last round's clients ended with (before the first round: the values in this module)."""
     default_lr: ClassVar[float] = 1e-3
     l2_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters besides the item embedding's that the L2 penalty covers: embeddings, not weights of an MLP.
@@ -70,6 +76,15 @@ class Backbone(nn.Module):
         """Scores [P] of `items` [P] (padding -1 scores anything; losses skip it)."""
         raise NotImplementedError
 
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw the parameters besides the item embedding's that all clients start from. Default: none."""
+
+    @property
+    def scoring_width(self) -> int:
+        """Numbers held for a client and an item in `catalogue_scores` and `client_scores`, which bounds how
+        many clients are evaluated at once."""
+        return 1
+
     @property
     def item_dtype(self) -> torch.dtype:
         """dtype of the parameters."""
@@ -77,7 +92,7 @@ class Backbone(nn.Module):
 
     def initial_state(self, clients: Tensor, seed: int, init_std: float) -> dict[str, Tensor]:
         """Local parameters of new clients: {name: [C, ...]}, each row a pure function of (seed, client)."""
-        if self.local_parameters:
+        if set(self.local_parameters) - set(self.averaged_start):
             raise NotImplementedError(f"{type(self).__name__} has local parameters but no initial_state")
         return {}
 
@@ -142,3 +157,26 @@ def backbone_class(name: str) -> type[Backbone]:
         hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         raise ValueError(f"expected a backbone out of {', '.join(backbone_names())}, got {name!r}{hint}")
     return cls
+
+
+def build_backbone(
+    name: str, item_embedding: ItemEmbedding, dim: int, seed: int = 0, **options: Any
+) -> Backbone:
+    """The backbone registered under `name`, its shared parameters drawn from `seed`.
+
+    Args:
+        options: settings by name; None leaves the backbone's own default.
+
+    Raises:
+        ValueError: an unknown name, or an option (not None) that the backbone does not have.
+    """
+    cls = backbone_class(name)
+    given = {option: value for option, value in options.items() if value is not None}
+    for option in given:
+        if option not in cls.options:
+            has = f"its options are {', '.join(cls.options)}" if cls.options else "it has no such options"
+            raise ValueError(f"backbone.{option}: {name} does not take it; {has}")
+    model = cls(item_embedding, dim, **given)
+    # Another stream than the item embedding's, which is drawn from `seed` too.
+    model.reset_parameters(torch.Generator().manual_seed(seed ^ 0x6D6C70))
+    return model

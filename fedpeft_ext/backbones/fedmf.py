@@ -23,7 +23,7 @@ class FedMF(Backbone):
     """score(item) = user . item_embedding(item), with `user` [D] local to the client."""
 
     name: ClassVar[str] = "fedmf"
-    local_parameters: ClassVar[tuple[str, ...]] = ("user",)
+    local_parameters = ("user",)
     l2_parameters: ClassVar[tuple[str, ...]] = ("user",)
     default_lr: ClassVar[float] = 1e-2
     takes_stacked: ClassVar[bool] = True

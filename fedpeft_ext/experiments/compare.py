@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fedpeft_ext.backbones import backbone_class
+from fedpeft_ext.backbones import build_backbone
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset, load_dataset
 from fedpeft_ext.experiments.plots import plot_accuracy_against_bytes, plot_learning_curves
@@ -160,7 +160,11 @@ def _full_bytes(config: Config, dataset: Dataset) -> int:
     """Down and up together of one client and round that trains and sends the full embedding."""
     dtype = getattr(torch, config.dtype)
     table = build_embedding("full", dataset.num_items, config.backbone.dim, dtype=dtype)
-    each_way = traffic(backbone_class(config.backbone.name)(table, config.backbone.dim).to(dtype))
+    backbone = config.backbone
+    model = build_backbone(
+        backbone.name, table, backbone.dim, hidden=backbone.hidden, dropout=backbone.dropout
+    )
+    each_way = traffic(model.to(dtype))
     return each_way.down + each_way.up
 
 

@@ -8,6 +8,7 @@ autocast.
 
 from .aggregate import accumulate_updates_, touched_rows
 from .client_embedding import client_embedding
+from .client_layer import client_layer
 from .dot_scores import dot_scores
 from .hash_lookup import SENetWeights, hash_buckets, hash_lookup, make_hashes
 from .lora_lookup import lora_lookup
@@ -25,6 +26,7 @@ __all__ = [
     "client_adam_",
     "client_dropout",
     "client_embedding",
+    "client_layer",
     "client_sgd_",
     "dot_scores",
     "hash_buckets",

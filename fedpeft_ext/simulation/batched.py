@@ -86,9 +86,11 @@ class BatchedEngine:
         copies = 5 * element  # value, start, gradient and two moments of each parameter
         widths = sum(self._global[name].shape[1:].numel() for name in self._roles.rows)
         # Vectors of a positive and a negative, their gradients and temporaries.
-        vectors = 8 * self._federation.model.dim * element
+        model = self._federation.model
+        vectors = (8 * model.dim + 6 * model.scoring_width) * element
         position = draws * (widths * copies + 3 * 8) + vectors
-        return position, copies * sum(self._global[name].numel() for name in self._roles.small)
+        own = (*self._roles.small, *self._roles.local)
+        return position, copies * sum(self._global[name].numel() for name in own)
 
     def _train_chunk(
         self, clients: np.ndarray, weights: np.ndarray, round: int, aggregator: Aggregator

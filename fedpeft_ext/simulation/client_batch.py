@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpeft_ext import ops
+
 if TYPE_CHECKING:
     from fedpeft_ext.data import Dataset
 
@@ -62,19 +64,66 @@ class ClientStore:
 
     Args:
         state: {parameter name: [U, ...]}.
+        starts: {parameter name: [...]} of further parameters, which all clients start from the same value of.
+            Whenever a round ends, its clients' mean becomes the value that clients who have not trained yet
+            start from; their rows are not written, so a round costs nothing for them.
+        num_clients: U, needed with `starts`.
+
+    Attributes:
+        trained: bool [U], the clients that have a state of their own; only kept with `starts`.
     """
 
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        starts: Mapping[str, Tensor] | None = None,
+        num_clients: int = 0,
+    ) -> None:
         self.state = dict(state)
+        self.starts = {name: value.detach().clone() for name, value in (starts or {}).items()}
+        # Zeros take memory when they are first written.
+        self.state |= {
+            name: value.new_zeros(num_clients, *value.shape) for name, value in self.starts.items()
+        }
+        self._sums = {name: torch.zeros_like(v, dtype=torch.float64) for name, v in self.starts.items()}
+        self._count = 0
+        devices = [value.device for value in self.starts.values()]
+        self.trained = torch.zeros(num_clients, dtype=torch.bool, device=devices[0]) if devices else None
 
     def read(self, clients: Tensor) -> dict[str, Tensor]:
-        """Copies [C, ...] of the rows of `clients` [C]."""
-        return {name: values.index_select(0, clients) for name, values in self.state.items()}
+        """Copies [C, ...] of the rows of `clients` [C]; the common start for those that have none."""
+        rows = {name: values.index_select(0, clients) for name, values in self.state.items()}
+        if self.trained is not None:
+            own = self.trained[clients]
+            for name, start in self.starts.items():
+                rows[name] = torch.where(own.view(-1, *[1] * start.dim()), rows[name], start)
+        return rows
+
+    def all(self) -> dict[str, Tensor]:
+        """The state of all clients [U, ...]: the stored tensors, copies where not every row is written."""
+        if self.trained is None:
+            return self.state
+        return self.read(torch.arange(len(self.trained), device=self.trained.device))
 
     def write(self, clients: Tensor, state: Mapping[str, Tensor]) -> None:
         """Replace the rows of `clients` [C] by [C, ...]."""
         for name, values in state.items():
             self.state[name].index_copy_(0, clients, values)
+        if self.trained is not None:
+            self.trained[clients] = True
+            ones = torch.ones(len(clients), dtype=torch.float64, device=clients.device)
+            for name, total in self._sums.items():
+                # Summed client by client, so that chunks make no difference.
+                ops.accumulate_updates_(total, state[name].detach(), ones, None)
+            self._count += len(clients)
+
+    def end_round(self) -> None:
+        """Make the mean of the states written since the last call the start of clients without one."""
+        if self._count:
+            for name, total in self._sums.items():
+                self.starts[name] = (total / self._count).to(self.starts[name].dtype)
+                total.zero_()
+            self._count = 0
 
 
 def plan_chunks(

@@ -129,7 +129,7 @@ class Evaluator:
         catalogue = torch.arange(self._interactions.num_items, device=self._interactions.device)
         vectors = model.item_embedding(catalogue)
         width = len(catalogue) if self.full_ranking else self._candidates.shape[1]
-        block = max(1, BLOCK_BYTES // (width * vectors.element_size()))
+        block = max(1, BLOCK_BYTES // (width * vectors.element_size() * model.scoring_width))
         sampled: list[tuple[Tensor, Tensor]] = []
         full: list[tuple[Tensor, Tensor]] = []
         for start in range(0, self.num_users, block):

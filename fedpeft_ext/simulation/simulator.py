@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft_ext.backbones import Backbone, backbone_class
+from fedpeft_ext.backbones import Backbone, build_backbone
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.nn import build_embedding, parse_spec
@@ -171,6 +171,7 @@ class Simulator:
         self._training_seconds = 0.0
         self._evaluations: list[Metrics] = []
         self._store: ClientStore | None = None
+        self._federation: Federation
         self._begin_phase(self._full_table())
         self._seconds = time.perf_counter() - began
 
@@ -230,10 +231,27 @@ class Simulator:
             seed=config.seed,
             init_std=embedding.init_std,
         )
-        model = backbone_class(config.backbone.name)(table, config.backbone.dim).to(self._device, self._dtype)
+        model = build_backbone(
+            config.backbone.name,
+            table,
+            config.backbone.dim,
+            config.seed,
+            hidden=config.backbone.hidden,
+            dropout=config.backbone.dropout,
+        ).to(self._device, self._dtype)
         if self._store is None:
             users = torch.arange(self.dataset.num_users, device=self._device)
-            self._store = ClientStore(model.initial_state(users, config.seed, config.backbone.init_std))
+            parameters = dict(model.named_parameters())
+            self._store = ClientStore(
+                model.initial_state(users, config.seed, config.backbone.init_std),
+                {name: parameters[name] for name in model.averaged_start},
+                len(users),
+            )
+        else:  # after warm-up: what it trained besides the item embedding goes on
+            before = dict(self._federation.model.named_parameters())
+            for name, parameter in model.named_parameters():
+                if not name.startswith("item_embedding.") and name not in model.local_parameters:
+                    parameter.data.copy_(before[name].data)
         training = config.training
         optimizer, lr, server_lr = training.optimizer, training.lr, training.server_lr
         if self.phase == "warm-up":  # which trains other parameters, and may want other steps
@@ -314,6 +332,9 @@ class Simulator:
         self._aggregator.apply()
         if self._ledger is not None:
             self._ledger.add_round(clients)
+        if self.config.privacy.mode == "none":
+            # No noise covers the mean of the clients' states, so that with privacy it stays unknown.
+            self.store.end_round()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - began
@@ -388,7 +409,7 @@ class Simulator:
         """
         model = self.model
         server = {name: v for name, v in model.state_dict().items() if name not in model.local_parameters}
-        return server | {f"clients.{name}": values for name, values in self.store.state.items()}
+        return server | {f"clients.{name}": values for name, values in self.store.all().items()}
 
     def _summary(self, seconds: float) -> Summary:
         config = self.config

@@ -122,6 +122,13 @@ def cases() -> list[Case]:
     def scores(*lead: int) -> tuple[Tensor, Tensor]:
         return draw(*lead, P), draw(*lead, P)
 
+    def layer(p: float) -> Callable[..., Any]:
+        return lambda ops, *t: ops.client_layer(*t, p, 3, 1, 2, 5)
+
+    def one_layer(ops: Any, x: Tensor, w: Tensor, b: Tensor, i: Tensor, c: Tensor) -> Tensor:
+        out: Tensor = ops.client_layer(x, w, b, i, c[0], 0.4, 3, 1, 2, 5)
+        return out
+
     return [
         Case("rq_shared", lambda o, *a: o.rq_lookup(*a), (items, codes, draw(L, K, D))),
         Case("rq_shared_base", lambda o, *a: o.rq_lookup(*a), (items, codes, draw(L, K, D), draw(I, D))),
@@ -151,6 +158,9 @@ def cases() -> list[Case]:
         Case("bpr_client", lambda o, *a: o.bpr_loss(*a), (*scores(C), items)),
         Case("bce", lambda o, *a: o.bce_loss(*a), (*scores(), items[0])),
         Case("bce_client", lambda o, *a: o.bce_loss(*a), (*scores(C), items)),
+        Case("layer", one_layer, (draw(P, D), draw(S, D), draw(S), items[0], clients)),
+        Case("layer_client", layer(0.0), (draw(C, P, D), draw(C, S, D), draw(C, S), items, clients)),
+        Case("layer_client_dropout", layer(0.4), (draw(C, P, D), draw(C, S, D), draw(C, S), items, clients)),
         Case("dropout", lambda o, x, c: o.client_dropout(x, c, 0.4, 3, 1, 2, 5), (draw(C, P, D), clients)),
     ]
 

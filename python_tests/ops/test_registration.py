@@ -42,6 +42,15 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("client_embedding_backward", (floats(2, 3, 5), ITEMS, 4, True)),
     ("dot_scores", (floats(2, 3, 5), floats(2, 5))),
     ("dot_scores_backward", (floats(2, 3), floats(2, 3, 5), floats(2, 5))),
+    (
+        "client_layer",
+        (floats(2, 3, 5), floats(2, 4, 5), floats(2, 4), ITEMS, torch.tensor([1, 2]), 0.4, 1, 2, 3, 4),
+    ),
+    ("client_layer", (floats(3, 5), floats(4, 5), floats(4), ITEMS[0], torch.tensor(1), 0.0, 1, 2, 3, 4)),
+    (
+        "client_layer_backward",
+        (floats(2, 3, 4), floats(2, 3, 5), floats(2, 4, 5), torch.randn(2, 3, 4), ITEMS, 0.4),
+    ),
     ("bpr_loss", (floats(2, 3), floats(2, 3), ITEMS)),
     ("bpr_loss_backward", (floats(2), floats(2, 3), floats(2, 3), ITEMS)),
     ("bce_loss", (floats(2, 3), floats(2, 3), ITEMS)),
@@ -105,6 +114,7 @@ def test_every_op_has_a_public_function_and_a_twin() -> None:
     [
         "aggregate",
         "client_embedding",
+        "client_layer",
         "dot_scores",
         "hash_lookup",
         "lora_lookup",

@@ -1,0 +1,277 @@
+// CPU kernels of client_layer: register-blocked matrix products over each client's own positions.
+//
+// Every element of a product is one chain of multiply-adds in the order of the summed index, kept
+// in a register or stored and taken up again: its bits depend neither on the tile that it falls
+// into nor on how many positions there are. Runs of positions without padding are worked on, so
+// padding costs nothing and adds nothing.
+#include "client_layer/client_layer_cpu.h"
+
+#include "common/draws.h"
+#include "common/vec.h"
+
+namespace fedpeft::FEDPEFT_ISA {
+namespace {
+
+// Tile of a product: kRows rows of kPanelVectors registers. 16 registers hold 6 x 2 sums, two
+// vectors of the right factor and an element of the left one; 32 registers hold 6 x 4.
+constexpr int kRows = 6;
+constexpr int kPanelVectors = FEDPEFT_VEC_BYTES == 64 ? 4 : 2;
+template <typename A>
+constexpr int64_t kPanel = kPanelVectors * kLanes<A>;
+
+// The first n elements, at most a register of them; the other lanes are zero, or left alone.
+template <typename A>
+FEDPEFT_INLINE vec_t<A> load_up_to(const A* p, int64_t n) {
+  if (n >= kLanes<A>) return load(p);
+  vec_t<A> v = {};
+  for (int64_t i = 0; i < kLanes<A>; ++i) {
+    if (i < n) v[i] = p[i];
+  }
+  return v;
+}
+template <typename A>
+FEDPEFT_INLINE void store_up_to(A* p, vec_t<A> v, int64_t n) {
+  if (n >= kLanes<A>) return store(p, v);
+  for (int64_t i = 0; i < kLanes<A>; ++i) {
+    if (i < n) p[i] = v[i];
+  }
+}
+
+// [depth, columns] into panels [columns / kPanel][depth][kPanel], zeros behind the last column.
+template <typename A, typename T>
+FEDPEFT_INLINE void pack_panels(A* out, const T* from, int64_t depth, int64_t columns,
+                                int64_t depth_stride, int64_t column_stride) {
+  for (int64_t first = 0; first < columns; first += kPanel<A>) {
+    const int64_t count = columns - first < kPanel<A> ? columns - first : kPanel<A>;
+    for (int64_t k = 0; k < depth; ++k, out += kPanel<A>) {
+      const T* row = from + k * depth_stride + first * column_stride;
+      for (int64_t j = 0; j < count; ++j) out[j] = to_acc(row[j * column_stride]);
+      for (int64_t j = count; j < kPanel<A>; ++j) out[j] = A(0);
+    }
+  }
+}
+
+// out[r, :columns] = start[r, :] + sum_k left(r, k) panel[k, :], for R rows of one panel.
+template <int R, typename A, typename T>
+FEDPEFT_INLINE void tile(A* out, int64_t out_stride, const A* start, int64_t start_stride,
+                         const T* left, int64_t row_stride, int64_t depth_stride, const A* panel,
+                         int64_t depth, int64_t columns) {
+  constexpr int V = kPanelVectors;
+  constexpr int64_t N = kLanes<A>;
+  vec_t<A> sum[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v)
+      sum[r][v] =
+          start ? load_up_to(start + r * start_stride + v * N, columns - v * N) : vec_t<A>{};
+  }
+  for (int64_t k = 0; k < depth; ++k, panel += kPanel<A>) {
+    vec_t<A> right[V];
+    for (int v = 0; v < V; ++v) right[v] = load(panel + v * N);
+    for (int r = 0; r < R; ++r) {
+      const A factor = to_acc(left[r * row_stride + k * depth_stride]);
+      for (int v = 0; v < V; ++v) sum[r][v] += factor * right[v];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v)
+      store_up_to(out + r * out_stride + v * N, sum[r][v], columns - v * N);
+  }
+}
+
+// out [rows, columns] = start + left [rows, depth] times the packed [depth, columns].
+template <typename A, typename T>
+FEDPEFT_INLINE void product(A* out, int64_t out_stride, const A* start, int64_t start_stride,
+                            const T* left, int64_t row_stride, int64_t depth_stride,
+                            const A* packed, int64_t rows, int64_t depth, int64_t columns) {
+  for (int64_t first = 0; first < columns; first += kPanel<A>, packed += depth * kPanel<A>) {
+    int64_t r = 0;
+    const auto run = [&]<int R>() __attribute__((always_inline)) {
+      tile<R>(out + r * out_stride + first, out_stride,
+              start ? start + r * start_stride + first : start, start_stride, left + r * row_stride,
+              row_stride, depth_stride, packed, depth, columns - first);
+      r += R;
+    };
+    while (r + kRows <= rows) run.template operator()<kRows>();
+    if (r + 4 <= rows) run.template operator()<4>();
+    while (r < rows) run.template operator()<1>();
+  }
+}
+
+// Calls run(first, last) for the runs of positions without padding in [begin, end).
+template <typename Run>
+FEDPEFT_INLINE void for_runs(const ClientLayerArgs& a, int64_t client, int64_t begin, int64_t end,
+                             const Run& run) {
+  const int64_t start = client * a.positions;
+  for (int64_t p = begin; p < end;) {
+    while (p < end && a.items[start + p] < 0) ++p;
+    const int64_t first = p;
+    while (p < end && a.items[start + p] >= 0) ++p;
+    if (first < p) run(first, p);
+  }
+}
+
+template <typename T>
+void pack(const ClientLayerArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  for (int64_t c = begin; c < end; ++c) {
+    pack_panels(static_cast<A*>(a.packed) + c * a.packed_size,
+                static_cast<const T*>(a.weight) + c * a.out_width * a.in, a.in, a.out_width,
+                int64_t{1}, a.in);
+  }
+}
+
+// ReLU and dropout of positions [begin, end) of a client, of which `begin` starts a block.
+template <typename T>
+FEDPEFT_INLINE void activate(const ClientLayerArgs& a, int64_t client, const acc_t<T>* from, T* out,
+                             int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const int64_t first = begin * a.out_width, count = (end - begin) * a.out_width;
+  const A scale = A(a.scale);
+  const uint32_t id = uint32_t(a.clients[client]), threshold = a.threshold;
+  constexpr int64_t kChunk = 4 * kDrawBatch;
+  uint32_t word[kChunk];
+  for (int64_t i = 0; i < kChunk; ++i) word[i] = 0;
+  for (int64_t e = 0; e < count; e += kChunk) {
+    if (a.drop) {
+      uint64_t low[kDrawBatch], high[kDrawBatch];
+      philox_batch(uint64_t((first + e) / 4), id, a.round, a.stream, a.seed, low, high);
+      for (int64_t i = 0; i < kDrawBatch; ++i) {
+        word[4 * i] = uint32_t(low[i]);
+        word[4 * i + 1] = uint32_t(low[i] >> 32);
+        word[4 * i + 2] = uint32_t(high[i]);
+        word[4 * i + 3] = uint32_t(high[i] >> 32);
+      }
+    }
+    // By way of an array of its own, since `from` and `out` may be the same. The condition is not
+    // x > 0, which would turn a NaN into 0.
+    A value[kChunk];
+    const auto apply = [&](int64_t n) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < n; ++i) {
+        const A x = from[e + i];
+        value[i] = (x < A(0)) | (word[i] < threshold) ? A(0) : x * scale;
+      }
+      for (int64_t i = 0; i < n; ++i) from_acc(value[i], out + e + i);
+    };
+    if (count - e >= kChunk) {
+      apply(kChunk);
+    } else {
+      apply(count - e);
+    }
+  }
+}
+
+template <typename T>
+void forward(const ClientLayerArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const int64_t I = a.in, O = a.out_width;
+  A* scratch = static_cast<A*>(a.scratch) + begin * a.scratch_size;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t c = item / a.tasks, start = (item % a.tasks) * kLayerTask;
+    const int64_t stop = start + kLayerTask < a.positions ? start + kLayerTask : a.positions;
+    const T* x = static_cast<const T*>(a.x) + c * a.positions * I;
+    T* out = static_cast<T*>(a.out) + c * a.positions * O;
+    const A* packed = static_cast<const A*>(a.packed) + c * a.packed_size;
+    // Products and the bias are of the accumulator type: in place where the tensors are too.
+    const A* bias;
+    if constexpr (sizeof(T) == sizeof(A)) {
+      bias = static_cast<const T*>(a.bias) + c * O;
+    } else {
+      A* converted = scratch + kLayerBlock * O;
+      for (int64_t o = 0; o < O; ++o)
+        converted[o] = to_acc(static_cast<const T*>(a.bias)[c * O + o]);
+      bias = converted;
+    }
+    for (int64_t block = start; block < stop; block += kLayerBlock) {
+      const int64_t after = block + kLayerBlock < stop ? block + kLayerBlock : stop;
+      A* sums;
+      if constexpr (sizeof(T) == sizeof(A)) {
+        sums = out + block * O;
+      } else {
+        sums = scratch;
+      }
+      int64_t used = block;
+      for_runs(a, c, block, after, [&](int64_t from, int64_t to) {
+        zero_row(sums + (used - block) * O, (from - used) * O);
+        product(sums + (from - block) * O, O, bias, int64_t{0}, x + from * I, I, int64_t{1}, packed,
+                to - from, I, O);
+        used = to;
+      });
+      activate(a, c, static_cast<const A*>(sums), out + block * O, block, used);
+      zero_row(out + used * O, (after - used) * O);
+    }
+  }
+}
+
+template <typename T>
+void backward(const ClientLayerArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const int64_t I = a.in, O = a.out_width;
+  A* weights = static_cast<A*>(a.scratch) + begin * a.scratch_size;  // [O, I] in panels
+  A* inputs = weights + O * layer_padded(I);                         // a block [rows, I] in panels
+  A* before = inputs + kLayerBlock * layer_padded(I);                // a block [rows, O]
+  A* narrow = before + kLayerBlock * O;                              // a block [rows, I]
+  for (int64_t c = begin; c < end; ++c) {
+    const T* x = static_cast<const T*>(a.x) + c * a.positions * I;
+    const T* kept = static_cast<const T*>(a.kept) + c * a.positions * O;
+    const T* grad = static_cast<const T*>(a.grad) + c * a.positions * O;
+    const T* weight = static_cast<const T*>(a.weight) + c * O * I;
+    T* grad_x = static_cast<T*>(a.grad_x) + c * a.positions * I;
+    T* grad_weight = static_cast<T*>(a.grad_weight) + c * O * I;
+    T* grad_bias = static_cast<T*>(a.grad_bias) + c * O;
+    A *sum_weight, *sum_bias;
+    if constexpr (sizeof(T) == sizeof(A)) {
+      sum_weight = grad_weight;
+      sum_bias = grad_bias;
+    } else {
+      sum_weight = narrow + kLayerBlock * I;
+      sum_bias = sum_weight + O * I;
+    }
+    zero_row(sum_weight, O * I);
+    zero_row(sum_bias, O);
+    pack_panels(weights, weight, O, I, I, int64_t{1});
+    const A scale = A(a.scale);
+    for (int64_t block = 0; block < a.positions; block += kLayerBlock) {
+      const int64_t after = block + kLayerBlock < a.positions ? block + kLayerBlock : a.positions;
+      int64_t done = block;
+      for_runs(a, c, block, after, [&](int64_t first, int64_t last) {
+        const int64_t rows = last - first;
+        zero_row(grad_x + done * I, (first - done) * I);
+        done = last;
+        for (int64_t e = 0; e < rows * O; ++e) {
+          const A g = to_acc(grad[first * O + e]) * scale;
+          before[e] = to_acc(kept[first * O + e]) > A(0) ? g : A(0);
+        }
+        for (int64_t r = 0; r < rows; ++r) add_row(sum_bias, before + r * O, O);
+        pack_panels(inputs, x + first * I, rows, I, I, int64_t{1});
+        product(sum_weight, I, static_cast<const A*>(sum_weight), I, static_cast<const A*>(before),
+                int64_t{1}, O, static_cast<const A*>(inputs), O, rows, I);
+        A* out;
+        if constexpr (sizeof(T) == sizeof(A)) {
+          out = grad_x + first * I;
+        } else {
+          out = narrow;
+        }
+        product(out, I, static_cast<const A*>(nullptr), int64_t{0}, static_cast<const A*>(before),
+                O, int64_t{1}, static_cast<const A*>(weights), rows, O, I);
+        if constexpr (sizeof(T) != sizeof(A)) {
+          for (int64_t e = 0; e < rows * I; ++e) from_acc(narrow[e], grad_x + first * I + e);
+        }
+      });
+      zero_row(grad_x + done * I, (after - done) * I);
+    }
+    if constexpr (sizeof(T) != sizeof(A)) {
+      for (int64_t e = 0; e < O * I; ++e) from_acc(sum_weight[e], grad_weight + e);
+      for (int64_t o = 0; o < O; ++o) from_acc(sum_bias[o], grad_bias + o);
+    }
+  }
+}
+
+}  // namespace
+
+const ClientLayerKernels client_layer_kernels = {
+    {pack<float>, pack<double>, pack<Half>, pack<BFloat16>},
+    {forward<float>, forward<double>, forward<Half>, forward<BFloat16>},
+    {backward<float>, backward<double>, backward<Half>, backward<BFloat16>},
+};
+
+}  // namespace fedpeft::FEDPEFT_ISA
