@@ -41,7 +41,7 @@ def test_batched_equals_sequential(
     # float32 it agrees as far as its gradients do not vanish.
     optimizer = {"training.optimizer": "sgd", "training.lr": 0.5} if dtype == "float32" else {}
     changes = of(backbone, strategy, dtype=dtype, **{"training.loss": loss}, **optimizer)
-    start = trained(dataset, pretrained, **changes, **{"training.rounds": 0})
+    start = trained(dataset, pretrained, **{**changes, "training.rounds": 0})
     batched = trained(dataset, pretrained, **changes)
     assert_equal(batched, trained(dataset, pretrained, **changes, engine="sequential"), tolerance)
     moved = [name for name, value in batched[0].items() if not torch.equal(value, start[0][name])]
