@@ -22,8 +22,9 @@ class PFedRec(Backbone):
     """score(item) = MLP_client(item_embedding(item)), by default [D -> 64 -> 32 -> 1].
 
     A client that has not trained yet starts from the mean of the MLPs that the clients of the last round
-    ended with, before the first round from the server's draw; evaluation takes the same rule. (So the mean of
-    those MLPs is what a round tells the server besides the item embedding.)
+    ended with, before the first round from the server's draw; evaluation takes the same rule. That mean is
+    known to the server, and what it takes to send is counted. With privacy, whose noise does not cover it,
+    no mean is taken and every client starts from the server's draw.
 
     Args:
         item_embedding, dim: see `Backbone`.

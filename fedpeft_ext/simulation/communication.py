@@ -44,7 +44,17 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def traffic(model: Backbone) -> Traffic:
-    """Bytes per client of the protocol for this model."""
+def traffic(model: Backbone, starts_averaged: bool = True) -> Traffic:
+    """Bytes per client of the protocol for this model.
+
+    `starts_averaged`: whether clients send the state whose mean newcomers start from (`averaged_start`).
+    Newcomers receive it once.
+    """
     each_way = num_bytes(message(model).values())
-    return Traffic(down=each_way, up=each_way, setup=num_bytes(setup_message(model).values()))
+    parameters = dict(model.named_parameters())
+    start = num_bytes(parameters[name] for name in model.averaged_start)
+    return Traffic(
+        down=each_way,
+        up=each_way + start * starts_averaged,
+        setup=num_bytes(setup_message(model).values()) + start,
+    )

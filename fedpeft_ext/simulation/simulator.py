@@ -282,7 +282,7 @@ class Simulator:
             self._upload_stages(),
             self._noise(),
         )
-        self._traffic = traffic(model)
+        self._traffic = traffic(model, starts_averaged=config.privacy.mode == "none")
 
     def _upload_stages(self) -> list[UploadStage]:
         """What uploads go through before they are summed."""
