@@ -4,6 +4,7 @@
 // Backward: a scatter of the table, and, with SENet, the activations of every position first and a
 // sum over positions for the weights.
 #include "common/hash.h"
+#include "common/logistic.cuh"
 #include "common/position_sum.cuh"
 #include "common/scatter.cuh"
 #include "hash_lookup/hash_lookup_cuda.h"
@@ -92,9 +93,6 @@ struct SENet {
     b2 = static_cast<const T*>(a.b2) + c * H;
   }
 
-  static FEDPEFT_DEVICE float exp_of(float x) { return expf(x); }
-  static FEDPEFT_DEVICE double exp_of(double x) { return exp(x); }
-
   // Gates of an item; the lanes of a warp call together, those without an item with active = false.
   template <int V>
   FEDPEFT_DEVICE void gates(const HashLookupArgs& a, const Modulus& modulus, const T* table,
@@ -129,7 +127,7 @@ struct SENet {
       for (int64_t h = lane; h < H; h += lanes) {
         A sum = to_acc(b2[h]);
         for (int64_t s = 0; s < S; ++s) sum += to_acc(w2[h * S + s]) * hidden[s];
-        gate[h] = A(1) / (A(1) + exp_of(-sum));
+        gate[h] = sigmoid(sum);
       }
     }
     __syncwarp();
