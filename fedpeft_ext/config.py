@@ -259,6 +259,47 @@ class PrivacyConfig(_Section):
         return tuple(reasons)
 
 
+class CompressionConfig(_Section):
+    """How uploads are encoded (`simulation.compression`)."""
+
+    method: Literal["none", "fp16", "int8", "top-k"] = "none"
+    top_k: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.05, description="top-k: share of all elements that is sent"
+    )
+
+
+class FaultsConfig(_Section):
+    """Faulty clients (`simulation.faults`): simulated ones, and what is done about any."""
+
+    dropout_rate: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of a round's clients that drop out of it"
+    )
+    corrupt_rate: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="share of updates that become NaN, infinite or a million times as large"
+    )
+    reject: bool = Field(
+        default=False,
+        description="leave NaN, infinite, exploding and empty updates out, and count them (false: NaN and "
+        "infinite ones end the run)",
+    )
+    max_norm: _Positive | None = Field(
+        default=None, description="L2 norm from which on an update is exploding (None: any is fine)"
+    )
+    min_clients: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="accepted updates that a round needs"
+    )
+    too_few: Literal["skip", "repeat"] = Field(
+        default="skip", description="a round with fewer: goes without a step, or again with other clients"
+    )
+    max_repeats: _Count = Field(default=3, description="repeat: how often, before it is skipped")
+
+    @model_validator(mode="after")
+    def _limit_is_used(self) -> FaultsConfig:
+        if self.max_norm is not None and not self.reject:
+            raise ValueError(f"max_norm: expected None unless reject is true, got {self.max_norm}")
+        return self
+
+
 class EvaluationConfig(_Section):
     """Ranking of each user's test item, among sampled candidates and among the whole catalogue."""
 
@@ -287,6 +328,8 @@ class Config(_Section):
     pretrain: PretrainConfig = PretrainConfig()
     training: TrainingConfig = TrainingConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    compression: CompressionConfig = CompressionConfig()
+    faults: FaultsConfig = FaultsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: Literal["batched", "sequential"] = "batched"
     chunk_memory_mb: _Positive = Field(
@@ -314,6 +357,16 @@ class Config(_Section):
             raise ValueError(
                 "training.weighting: expected 'uniform' with privacy, since the number of a client's samples "
                 f"is private and would scale its influence, got {self.training.weighting!r}"
+            )
+        if self.privacy.mode == "ldp" and self.compression.method != "none":
+            raise ValueError(
+                "compression.method: expected 'none' with privacy.mode ldp, whose noise is drawn for the "
+                f"sum of uploads, got {self.compression.method!r}"
+            )
+        if self.privacy.mode != "none" and self.faults.min_clients > 0:
+            raise ValueError(
+                "faults.min_clients: expected 0 with privacy, since a round that is skipped for its updates "
+                f"tells about them, got {self.faults.min_clients}"
             )
         return self
 

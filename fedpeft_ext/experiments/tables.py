@@ -88,6 +88,9 @@ def summary_table(summary: Summary) -> Table:
         f", {summary.bytes_setup / KB:,.1f} KB once"
     )
     privacy = "" if summary.privacy is None else f"\nPrivacy: {summary.privacy['guarantee']}"
+    faults = {name: count for name, count in (summary.faults or {}).items() if count}
+    if faults:
+        privacy += "\nFaults: " + ", ".join(f"{count:,} {name}" for name, count in faults.items())
     table = Table(
         title=f"{summary.backbone} with {summary.embedding} on {summary.dataset}, {summary.rounds} rounds",
         title_justify="left",

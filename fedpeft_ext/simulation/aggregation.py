@@ -11,7 +11,8 @@ however they come in chunks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -21,6 +22,7 @@ from fedpeft_ext import ops
 from fedpeft_ext.simulation.uploads import Uploads, UploadStage
 
 if TYPE_CHECKING:
+    from fedpeft_ext.simulation.faults import Faults
     from fedpeft_ext.simulation.privacy import Noise
 
 SERVER_LR: Mapping[str, float] = {"avg": 1.0, "adam": 1e-2}
@@ -85,6 +87,7 @@ class Aggregator:
         parameters: {name: global parameter}, changed in place by `apply`.
         row_parameters: names whose updates come as [C, R, W] at given rows of [I, W].
         optimizer, lr: of the `Server`.
+        faults: rejects updates before anything else.
         stages: what uploads go through, in this order, before they are summed.
         noise: added to the sums.
     """
@@ -97,12 +100,14 @@ class Aggregator:
         lr: float | None = None,
         stages: Sequence[UploadStage] = (),
         noise: Noise | None = None,
+        faults: Faults | None = None,
     ) -> None:
         self.server = Server(parameters, optimizer, lr)
         self._heights = [len(parameters[name]) for name in row_parameters]
         self._row_parameters = row_parameters
         self._stages = tuple(stages)
         self._noise = noise
+        self._faults = faults
         self._totals = {name: zeros_for(p) for name, p in parameters.items()}
         self._weight = 0.0
         self._uploads = 0
@@ -126,7 +131,7 @@ class Aggregator:
         weights: Tensor,
         rows: Tensor | None = None,
         clients: Tensor | None = None,
-    ) -> None:
+    ) -> Tensor | None:
         """Add the uploads of C clients.
 
         Args:
@@ -137,20 +142,28 @@ class Aggregator:
                 where they are whole.
             clients: int64 [C], user ids, which stages ask for.
 
+        Returns:
+            Which clients' updates were accepted, bool [C], None for all: the others keep their former state.
+
         Raises:
             ValueError: there are stages and `clients` is None.
         """
-        if not self._stages:
+        if not self._stages and self._faults is None:
             self._sum(updates, weights, rows)
-            return
+            return None
         if clients is None:
             raise ValueError("clients: expected int64 [C], the user ids that upload stages need, got None")
         tables = self._row_parameters if rows is not None else frozenset[str]()
-        parts = [Uploads(updates, weights, rows, tables, clients, self._round, self._attempt)]
+        uploads = Uploads(updates, weights, rows, tables, clients, self._round, self._attempt)
+        accepted = None
+        if self._faults is not None:
+            uploads, accepted = self._faults(uploads)
+        parts: Iterable[Uploads] = [uploads]
         for stage in self._stages:
-            parts = [out for part in parts for out in stage(part)]
+            parts = itertools.chain.from_iterable(map(stage, parts))
         for part in parts:
             self._sum(part.updates, part.weights, part.rows)
+        return accepted
 
     def _sum(self, updates: Mapping[str, Tensor], weights: Tensor, rows: Tensor | None) -> None:
         for name, update in updates.items():
@@ -163,7 +176,12 @@ class Aggregator:
 
     def first_not_finite(self) -> str | None:
         """Name of the first parameter whose sum has NaN or infinite values."""
-        return next((name for name, t in self._totals.items() if not bool(torch.isfinite(t).all())), None)
+        touched = self._touched()
+        for name, total in self._totals.items():
+            at = touched if name in self._row_parameters else None
+            if not bool(torch.isfinite(total if at is None else total[at]).all()):
+                return name
+        return None
 
     @torch.no_grad()
     def apply(self) -> None:

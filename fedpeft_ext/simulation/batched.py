@@ -136,8 +136,9 @@ class BatchedEngine:
             numbers.append(step.numbers)
 
         uploads = {name: local[name] - start[name] for name in (*self._roles.rows, *self._roles.small)}
-        aggregator.add(uploads, torch.from_numpy(weights).to(ids.device), rows, ids)
-        self._federation.store.write(ids, {name: local[name] for name in self._roles.local})
+        accepted = aggregator.add(uploads, torch.from_numpy(weights).to(ids.device), rows, ids)
+        state = {name: local[name] for name in self._roles.local}
+        self._federation.store.write(ids, state, accepted)
         # Steps that a client sat out have loss 0 and do not count.
         taken = (torch.stack(numbers) > 0).sum(0).clamp(min=1)
         return (torch.stack(losses).double().sum(0) / taken).cpu().numpy()

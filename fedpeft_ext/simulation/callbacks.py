@@ -25,6 +25,7 @@ class RoundInfo:
         clients: how many trained.
         seconds: wall time of the round: choosing clients, local training and aggregation.
         bytes_down, bytes_up: received and sent by each of the clients.
+        faults: `Faults.counts` up to this round; None where no fault is simulated or rejected.
     """
 
     round: int
@@ -35,6 +36,7 @@ class RoundInfo:
     seconds: float
     bytes_down: int
     bytes_up: int
+    faults: Mapping[str, int] | None = None
 
     @property
     def clients_per_second(self) -> float:
@@ -50,6 +52,7 @@ class RoundInfo:
             "clients_per_second": self.clients_per_second,
             "bytes_down": self.bytes_down,
             "bytes_up": self.bytes_up,
+            **({} if self.faults is None else {"faults": dict(self.faults)}),
         }
 
 

@@ -105,8 +105,10 @@ class ClientStore:
             return self.state
         return self.read(torch.arange(len(self.trained), device=self.trained.device))
 
-    def write(self, clients: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Replace the rows of `clients` [C] by [C, ...]."""
+    def write(self, clients: Tensor, state: Mapping[str, Tensor], accepted: Tensor | None = None) -> None:
+        """Replace the rows of `clients` [C] by [C, ...]; of those in `accepted` (bool [C]) if given."""
+        if accepted is not None:
+            clients, state = clients[accepted], {name: values[accepted] for name, values in state.items()}
         for name, values in state.items():
             self.state[name].index_copy_(0, clients, values)
         if self.trained is not None:

@@ -12,6 +12,8 @@ from fedpeft_ext.ops import philox
 
 BATCH_ORDER = 7
 """Philox purpose of the shuffling of a client's positions; 1 to 6 are those of `ops.philox.Purpose`."""
+UPLOAD_ROUNDING, FAULTS = 8, 9
+"""Philox purposes of stochastic rounding of uploads, and of simulated faults."""
 
 
 def sample_clients(eligible: np.ndarray, count: int, seed: int, round: int, attempt: int = 0) -> np.ndarray:

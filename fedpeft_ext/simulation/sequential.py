@@ -89,8 +89,9 @@ class SequentialEngine:
             uploaded = (*self._roles.rows, *self._roles.small)
             updates = {name: (local[name] - start[name]).detach()[None] for name in uploaded}
             weights = torch.tensor([weight], dtype=torch.float64, device=ids.device)
-            aggregator.add(updates, weights, clients=ids)
-            federation.store.write(ids, {name: local[name].detach()[None] for name in self._roles.local})
+            accepted = aggregator.add(updates, weights, clients=ids)
+            state = {name: local[name].detach()[None] for name in self._roles.local}
+            federation.store.write(ids, state, accepted)
             return float(np.mean(losses))
         except Exception as error:
             raise ClientError(f"client {client}, round {round}, {stage}: {error}") from error

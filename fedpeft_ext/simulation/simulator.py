@@ -7,6 +7,7 @@ is trained from then on.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedpeft_ext.backbones import Backbone, build_backbone
-from fedpeft_ext.config import Config
+from fedpeft_ext.config import Config, FaultsConfig
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.nn import build_embedding, parse_spec
 from fedpeft_ext.pretrain import Pretrained, pretrain
@@ -26,8 +27,10 @@ from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.batched import BatchedEngine
 from fedpeft_ext.simulation.callbacks import Callback, Metrics, RoundInfo
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
-from fedpeft_ext.simulation.communication import Traffic, message, traffic
+from fedpeft_ext.simulation.communication import Traffic, message, num_bytes, traffic
+from fedpeft_ext.simulation.compression import encode, make_stage
 from fedpeft_ext.simulation.evaluation import Evaluator
+from fedpeft_ext.simulation.faults import Faults
 from fedpeft_ext.simulation.local_training import (
     Engine,
     Federation,
@@ -61,6 +64,9 @@ class Summary:
         training_seconds: wall time of the rounds, evaluation left out; `seconds` is that of the whole run.
         privacy: `PrivacyReport.as_dict`, with epsilon and delta where there is a guarantee; None without
             privacy.
+        faults: `Faults.counts`; None where no fault is simulated or rejected.
+        excluded_clients: users that cannot train, and are never chosen: without a training item, or with
+            every item.
     """
 
     dataset: str
@@ -82,6 +88,8 @@ class Summary:
     training_seconds: float
     seconds: float
     privacy: Mapping[str, Any] | None = None
+    faults: Mapping[str, int] | None = None
+    excluded_clients: int = 0
 
     @property
     def clients_per_second(self) -> float:
@@ -132,6 +140,14 @@ class Simulator:
         self._warmup_rounds = training.warmup_rounds if spec.plug or "full" in spec.parts else 0
         self._eligible = _eligible_clients(dataset)
         self._per_round = _clients_per_round(training.clients_per_round, len(self._eligible))
+        self._faults: Faults | None = None
+        if config.faults != FaultsConfig():
+            if config.faults.min_clients > self._per_round:
+                raise ValueError(
+                    f"faults.min_clients: expected at most the {self._per_round} clients of a round, got "
+                    f"{config.faults.min_clients}"
+                )
+            self._faults = Faults(config.faults, config.seed, keep_as_zero=config.privacy.mode != "none")
         self._ledger: Ledger | None = None
         if config.privacy.mode != "none":
             self._ledger = Ledger(
@@ -279,15 +295,25 @@ class Simulator:
             frozenset(ParameterRoles.of(model).rows),
             training.server_optimizer,
             server_lr,
-            self._upload_stages(),
+            self._upload_stages(model),
             self._noise(),
+            self._faults,
         )
         self._traffic = traffic(model, starts_averaged=config.privacy.mode == "none")
+        compression = config.compression
+        if compression.method != "none":  # its length is the same whatever the values are
+            encoded = encode(message(model), compression.method, share=compression.top_k)
+            saved = num_bytes(message(model).values()) - len(encoded)
+            self._traffic = dataclasses.replace(self._traffic, up=self._traffic.up - saved)
 
-    def _upload_stages(self) -> list[UploadStage]:
-        """What uploads go through before they are summed."""
+    def _upload_stages(self, model: Backbone) -> list[UploadStage]:
+        """What uploads go through before they are summed. Clipping comes last: it bounds what is decoded."""
         stages: list[UploadStage] = []
-        privacy = self.config.privacy
+        privacy, compression = self.config.privacy, self.config.compression
+        if compression.method != "none":
+            stages.append(
+                make_stage(compression.method, message(model), share=compression.top_k, seed=self.config.seed)
+            )
         if privacy.clip is not None:
             stages.append(Clipping(privacy.clip, 2 if privacy.mechanism == "gaussian" else 1))
         return stages
@@ -303,14 +329,14 @@ class Simulator:
         """What the rounds so far guarantee; None without privacy."""
         return None if self._ledger is None else self._ledger.report()
 
-    def _sample(self, round: int) -> np.ndarray:
-        """Clients of a round, sorted by (size, id)."""
+    def _sample(self, round: int, attempt: int) -> np.ndarray:
+        """Clients chosen for a round, sorted by (size, id)."""
         seed = self.config.seed
         if self.config.training.client_sampling == "poisson":
             share = self._per_round / len(self._eligible)
-            clients = sample_clients_independently(self._eligible, share, seed, round)
+            clients = sample_clients_independently(self._eligible, share, seed, round, attempt)
         else:
-            clients = sample_clients(self._eligible, self._per_round, seed, round)
+            clients = sample_clients(self._eligible, self._per_round, seed, round, attempt)
         return clients[np.lexsort((clients, self._interactions.sizes[clients]))]
 
     # ---- running
@@ -325,13 +351,26 @@ class Simulator:
         """
         number, phase = self.rounds_done + 1, self.phase
         began = time.perf_counter()
-        clients = self._sample(number)
-        self._aggregator.begin(number)
-        losses = self._engine.train(clients, number, self._aggregator)
-        first_not_finite(losses, clients, number)
-        self._aggregator.apply()
+        faults = self.config.faults
+        repeats = faults.max_repeats if faults.too_few == "repeat" else 0
+        chosen = trained = 0
+        enough = False
+        for attempt in range(repeats + 1):
+            sampled = self._sample(number, attempt)
+            clients = sampled if self._faults is None else self._faults.present(sampled, number, attempt)
+            self._aggregator.begin(number, attempt)
+            losses = self._train(clients, number)
+            chosen, trained = chosen + len(sampled), trained + len(clients)
+            enough = self._aggregator.uploads >= faults.min_clients
+            if enough:
+                break
+            self._aggregator.discard()
+            if self._faults is not None:
+                self._faults.counts["repeated" if attempt < repeats else "skipped"] += 1
+        if enough:
+            self._aggregator.apply()
         if self._ledger is not None:
-            self._ledger.add_round(clients)
+            self._ledger.add_round(sampled)
         if self.config.privacy.mode == "none":
             # No noise covers the mean of the clients' states, so that with privacy it stays unknown.
             self.store.end_round()
@@ -344,20 +383,40 @@ class Simulator:
             rounds=self.config.training.rounds,
             phase=phase,
             loss=float(np.mean(losses)) if len(losses) else float("nan"),
-            clients=len(clients),
+            clients=trained,
             seconds=seconds,
             bytes_down=self._traffic.down,
             bytes_up=self._traffic.up,
+            faults=None if self._faults is None else dict(self._faults.counts),
         )
         self.rounds_done = number
-        self._total_bytes += len(clients) * (info.bytes_down + info.bytes_up)
-        self._trained_clients += len(clients)
+        self._total_bytes += chosen * info.bytes_down + trained * info.bytes_up
+        self._trained_clients += trained
         self._training_seconds += seconds
         if phase == "warm-up" and self.phase == "training":
             self._begin_phase(self.model.item_embedding.full_embedding())
         for callback in self._callbacks:
             callback.on_round(info)
         return info
+
+    def _train(self, clients: np.ndarray, number: int) -> np.ndarray:
+        """Local training of a round: losses of the clients whose updates were accepted."""
+        losses = self._engine.train(clients, number, self._aggregator)
+        if self._faults is not None:
+            accepted = self._faults.accepted(clients)
+            losses, clients = losses[accepted], clients[accepted]
+        try:
+            first_not_finite(losses, clients, number)
+            broken = self._aggregator.first_not_finite()
+            if broken is not None:
+                raise FloatingPointError(
+                    f"training diverged in round {number}: the sum of updates of {broken} is NaN or "
+                    "infinite; a lower training.lr may help, and faults.reject=true leaves such clients out"
+                )
+        except FloatingPointError:
+            self._aggregator.discard()
+            raise
+        return losses
 
     def evaluate(self) -> Metrics:
         """Rank the test items with the current parameters. Raises FloatingPointError on NaN scores."""
@@ -399,6 +458,8 @@ class Simulator:
             if self._ledger is not None:
                 report = self._ledger.report()
                 record["epsilon"] = "no guarantee" if report.epsilon is None else report.epsilon
+            if self._faults is not None:
+                record["excluded_clients"] = self.dataset.num_users - len(self._eligible)
             folder.add_metrics(
                 {"round": metrics.round, **record, **metrics.values, "total_bytes": self._total_bytes}
             )
@@ -435,6 +496,8 @@ class Simulator:
             training_seconds=self._training_seconds,
             seconds=seconds,
             privacy=None if self._ledger is None else self._ledger.report().as_dict(),
+            faults=None if self._faults is None else dict(self._faults.counts),
+            excluded_clients=self.dataset.num_users - len(self._eligible),
         )
 
 
