@@ -163,6 +163,9 @@ class TrainingConfig(_Section):
     optimizer: Literal["adam", "sgd"] = "adam"
     lr: _Positive | None = None
     l2: _NonNegative = 1e-8
+    prox_mu: _NonNegative = Field(
+        default=0.0, description="FedProx: weight mu of the squared distance to the global parameters"
+    )
     warmup_rounds: Annotated[int, Field(ge=0)] = Field(
         default=0,
         description="first rounds, which train the full embedding; p-X then freezes it as the base, full "

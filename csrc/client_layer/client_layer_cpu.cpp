@@ -43,11 +43,22 @@ FEDPEFT_INLINE void pack_panels(A* out, const T* from, int64_t depth, int64_t co
                                 int64_t depth_stride, int64_t column_stride) {
   for (int64_t first = 0; first < columns; first += kPanel<A>) {
     const int64_t count = columns - first < kPanel<A> ? columns - first : kPanel<A>;
-    for (int64_t k = 0; k < depth; ++k, out += kPanel<A>) {
-      const T* row = from + k * depth_stride + first * column_stride;
-      for (int64_t j = 0; j < count; ++j) out[j] = to_acc(row[j * column_stride]);
-      for (int64_t j = count; j < kPanel<A>; ++j) out[j] = A(0);
+    if (column_stride == 1) {
+      for (int64_t k = 0; k < depth; ++k) {
+        const T* row = from + k * depth_stride + first;
+        for (int64_t j = 0; j < count; ++j) out[k * kPanel<A> + j] = to_acc(row[j]);
+      }
+    } else {  // along the columns, which are the contiguous ones
+      for (int64_t j = 0; j < count; ++j) {
+        const T* column = from + (first + j) * column_stride;
+        for (int64_t k = 0; k < depth; ++k)
+          out[k * kPanel<A> + j] = to_acc(column[k * depth_stride]);
+      }
     }
+    for (int64_t j = count; j < kPanel<A>; ++j) {
+      for (int64_t k = 0; k < depth; ++k) out[k * kPanel<A> + j] = A(0);
+    }
+    out += depth * kPanel<A>;
   }
 }
 
@@ -142,13 +153,15 @@ FEDPEFT_INLINE void activate(const ClientLayerArgs& a, int64_t client, const acc
         word[4 * i + 3] = uint32_t(high[i] >> 32);
       }
     }
-    // By way of an array of its own, since `from` and `out` may be the same. The condition is not
+    // By way of arrays of their own, since `from` and `out` may be the same. The condition is not
     // x > 0, which would turn a NaN into 0.
-    A value[kChunk];
+    A value[kChunk], kept[kChunk];
     const auto apply = [&](int64_t n) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < n; ++i) kept[i] = word[i] < threshold ? A(0) : A(1);
       for (int64_t i = 0; i < n; ++i) {
         const A x = from[e + i];
-        value[i] = (x < A(0)) | (word[i] < threshold) ? A(0) : x * scale;
+        const A positive = x < A(0) ? A(0) : x * scale;
+        value[i] = kept[i] == A(0) ? A(0) : positive;
       }
       for (int64_t i = 0; i < n; ++i) from_acc(value[i], out + e + i);
     };

@@ -7,7 +7,7 @@ from fedpeft_ext.nn.items import Items
 from fedpeft_ext.nn.lora import LoRAEmbedding
 from fedpeft_ext.nn.plug import plug
 from fedpeft_ext.nn.rq import RQEmbedding, residual_kmeans
-from fedpeft_ext.nn.spec import EmbeddingSpec, build_embedding, parse_spec
+from fedpeft_ext.nn.spec import EmbeddingSpec, build_embedding, parse_spec, register_strategy
 from fedpeft_ext.nn.sum import SumEmbedding
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "build_embedding",
     "parse_spec",
     "plug",
+    "register_strategy",
     "residual_kmeans",
 ]

@@ -56,6 +56,9 @@ class ItemEmbedding(nn.Module, ABC):
     padding_idx: int | None
     base: Tensor | None
     _row_parameters: tuple[str, ...] = ()
+    takes_stacked: bool = True
+    """Whether `_lookup`, as it is, also takes parameters [C, ...] with items [C, P], as the package's ops do.
+    With False simulations run the module under `torch.func.vmap`."""
 
     def __init__(
         self,

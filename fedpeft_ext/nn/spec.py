@@ -9,9 +9,10 @@ et al. (AAAI 2026).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,28 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
     "rq": ("codes", "codebooks", "codebook_size", "levels", "warm_start", "seed", "init_std"),
 }
 """The strategies and the options of each."""
+
+_REGISTERED: dict[str, type[ItemEmbedding]] = {}
+_Class = TypeVar("_Class", bound=type[ItemEmbedding])
+
+
+def register_strategy(name: str, *options: str) -> Callable[[_Class], _Class]:
+    """Class decorator: make an `ItemEmbedding` the strategy `name`, so that `c-name`, `p-name` and sums work.
+
+    Args:
+        name: lower-case letters, digits and underscores.
+        options: keyword arguments of the constructor that settings may give, out of those in
+            `config.EmbeddingConfig`. It must also take those of `ItemEmbedding`, and `generator`.
+    """
+    if name in STRATEGIES or name == "senet" or not re.fullmatch("[a-z0-9_]+", name):
+        raise ValueError(f"name: expected a new name of lower-case letters, digits and '_', got {name!r}")
+
+    def register(cls: _Class) -> _Class:
+        STRATEGIES[name] = options
+        _REGISTERED[name] = cls
+        return cls
+
+    return register
 
 
 @dataclass(frozen=True)
@@ -202,6 +225,8 @@ def _build_part(
         if plug:
             own["init_std"] = 0.0  # a change of the base, so that training starts at the base
         return FullEmbedding(num_embeddings, embedding_dim, **own, **common)
+    if part in _REGISTERED:
+        return _REGISTERED[part](num_embeddings, embedding_dim, **own, **common)
     if part == "lora":
         return LoRAEmbedding(num_embeddings, embedding_dim, **own, **common)
     if part != "rq":

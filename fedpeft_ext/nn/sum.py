@@ -53,6 +53,7 @@ class SumEmbedding(ItemEmbedding):
             dtype=parameter.dtype,
         )
         self.parts = nn.ModuleList(parts)
+        self.takes_stacked = all(part.takes_stacked for part in parts)
         self._row_parameters = tuple(
             f"parts.{number}.{name}" for number, part in enumerate(parts) for name in part.row_parameters
         )

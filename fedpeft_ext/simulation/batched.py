@@ -131,7 +131,14 @@ class BatchedEngine:
             scores = self._forward(leaves, _interleaved(batch, drawn), context)
             loss = self._loss(scores[:, ::2], scores[:, 1::2], batch.ids)
             gradients = torch.autograd.grad(loss, list(leaves.values()), torch.ones_like(loss))
-            optimizer.step(dict(zip(leaves, gradients, strict=True)), step.numbers)
+            moved = dict(zip(leaves, gradients, strict=True))
+            if settings.prox_mu > 0.0:
+                # Clients that sit the step out stay as they are.
+                active = settings.prox_mu * (step.numbers > 0).to(loss.dtype)
+                for name in (*self._roles.rows, *self._roles.small):
+                    distance = local[name] - start[name]
+                    moved[name] = moved[name] + active.view(-1, *[1] * (distance.dim() - 1)) * distance
+            optimizer.step(moved, step.numbers)
             losses.append(loss.detach())
             numbers.append(step.numbers)
 
@@ -163,7 +170,7 @@ def _stacked_forward(model: Backbone, with_rows: bool) -> _Forward:
         scores: Tensor = torch.func.functional_call(model, parameters, (items, context))
         return scores
 
-    if model.takes_stacked:
+    if model.takes_stacked and model.item_embedding.takes_stacked:
         return run
     stacked: _Forward = torch.func.vmap(run, in_dims=(0, *stacked_dims(with_rows)))
     return stacked

@@ -5,6 +5,10 @@ A client's local training starts from the global parameters and its own state, w
 `epochs` passes over its positives, each with newly drawn negatives, one step a batch. What it changes of the
 global parameters is uploaded.
 
+With `prox_mu` a client minimises loss + mu / 2 ||w - w_global||^2 over the averaged parameters (FedProx: Li
+et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020). A row that a client does not touch
+has w = w_global, so that the term leaves it where it is.
+
 Engines score a batch in one forward, each positive followed by its negative. The order matters where
 parameters are shared between items: with BPR the gradients of a pair cancel in a row that both read, and in
 this order exactly so, whatever else was summed before. A rest of rounding there would pass for a gradient,
@@ -42,6 +46,7 @@ class LocalSettings:
     l2: float
     weighting: Literal["samples", "uniform"]
     seed: int
+    prox_mu: float = 0.0
 
     def weights(self, sizes: np.ndarray) -> np.ndarray:
         """Weight float64 [C] of each client's upload."""

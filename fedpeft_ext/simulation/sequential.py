@@ -80,6 +80,7 @@ class SequentialEngine:
                     loss = self._loss(model, positives[0, chosen], negatives[0, step.epoch, chosen], context)
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
+                self._pull_back(local)
                 self._penalise(local)
                 optimizer.step()
                 losses.append(float(loss.detach()))
@@ -109,6 +110,17 @@ class SequentialEngine:
         if self._federation.settings.loss == "bpr":
             return -F.logsigmoid(positive - negative).mean()
         return (F.softplus(-positive) + F.softplus(negative)).mean() / 2
+
+    @torch.no_grad()
+    def _pull_back(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        """Add FedProx's mu (w - w_global) to the gradients of the averaged parameters."""
+        if self._federation.settings.prox_mu > 0.0:
+            start = dict(self._federation.model.named_parameters())
+            for name in (*self._roles.rows, *self._roles.small):
+                distance = parameters[name] - start[name]
+                gradient = parameters[name].grad
+                if gradient is not None:
+                    gradient.add_(self._federation.settings.prox_mu * distance)
 
     @torch.no_grad()
     def _penalise(self, parameters: dict[str, torch.nn.Parameter]) -> None:

@@ -283,6 +283,7 @@ class Simulator:
             l2=training.l2,
             weighting=training.weighting,
             seed=config.seed,
+            prox_mu=training.prox_mu,
         )
         self._federation = Federation(model, self._store, self._interactions, settings)
         self._engine: Engine

@@ -5,14 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from test_engines import STRATEGIES, assert_equal, trained
+import torch.nn.functional as F
+from test_engines import STRATEGIES, assert_equal, config, trained
 
+from fedpeft_ext import reference
 from fedpeft_ext.data import Dataset
+from fedpeft_ext.data.synthetic import synthetic_dataset
 from fedpeft_ext.pretrain import Pretrained
+from fedpeft_ext.simulation import Simulator
 from fedpeft_ext.simulation import batched as batched_module
+from fedpeft_ext.simulation.evaluation import rank_counts, ranking_metrics
+from fedpeft_ext.simulation.randomness import sample_clients
 
+LEARNING = [
+    "training.rounds=30",
+    "training.clients_per_round=1.0",
+    "training.lr=0.01",
+    "training.server_lr=3",
+]
 BACKBONES = ["fedncf", "pfedrec", "fedpergnn"]
 
 
@@ -106,3 +119,73 @@ def test_same_bits_for_any_chunks_and_threads(
         assert losses == results[0][1]
         for name, value in state.items():
             assert torch.equal(value, results[0][0][name]), name
+
+
+@pytest.mark.parametrize(
+    ("backbone", "strategy", "changes"),
+    [
+        ("fedmf", "full", {}),
+        ("fedncf", "p-rq+lora", {"training.batch_size": 3}),
+        ("pfedrec", "p-hash+senet", {"training.optimizer": "sgd", "training.lr": 0.3}),
+    ],
+)
+def test_fedprox_agrees_between_engines_and_pulls_back(
+    dataset: Dataset, pretrained: Pretrained, backbone: str, strategy: str, changes: dict[str, Any]
+) -> None:
+    changes = {"backbone.name": backbone, "embedding.name": strategy, "dtype": "float64", **changes}
+    changes |= {"training.prox_mu": 0.7, "training.local_epochs": 3}
+    prox = trained(dataset, pretrained, **changes)
+    assert_equal(prox, trained(dataset, pretrained, **changes, engine="sequential"), 1e-9)
+    plain = trained(dataset, pretrained, **{**changes, "training.prox_mu": 0.0})
+    assert any(not torch.equal(value, plain[0][name]) for name, value in prox[0].items())
+
+
+def test_fedprox_minimises_loss_plus_distance(dataset: Dataset, pretrained: Pretrained) -> None:
+    """One client, one round, written out in plain PyTorch."""
+    changes = {"training.clients_per_round": 1, "training.optimizer": "sgd", "training.lr": 0.5}
+    changes |= {"training.prox_mu": 0.7, "training.local_epochs": 4, "training.l2": 0.0, "training.rounds": 1}
+    settings = config(**changes, dtype="float64", **{"embedding.name": "full"})
+    simulator = Simulator(settings, dataset, pretrained=pretrained)
+    client = int(sample_clients(np.arange(dataset.num_users), 1, settings.seed, 1)[0])
+    start = simulator.model.item_embedding.full_embedding()
+    items, user = (
+        start.clone().requires_grad_(),
+        simulator.store.state["user"][client].clone().requires_grad_(),
+    )
+    positives = torch.from_numpy(dataset.indices[dataset.indptr[client] : dataset.indptr[client + 1]])
+    csr = (torch.from_numpy(part) for part in dataset.positives())
+    negatives = reference.sample_negatives(
+        positives[None], torch.tensor([client]), *csr, dataset.num_items, 4, settings.seed, 1
+    )[0]
+    for epoch in range(4):
+        difference = (items[positives] - items[negatives[epoch]]) @ user
+        loss = -F.logsigmoid(difference).mean() + 0.35 * (items - start).square().sum()
+        for parameter, gradient in zip((items, user), torch.autograd.grad(loss, (items, user)), strict=True):
+            parameter.data -= 0.5 * gradient
+    simulator.round()
+    torch.testing.assert_close(simulator.model.item_embedding.full_embedding(), items.detach())
+    torch.testing.assert_close(simulator.store.state["user"][client], user.detach())
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_backbone_learns_planted_preferences(backbone: str) -> None:
+    """Far above ranking by popularity on data with planted preferences."""
+    small = [] if backbone == "fedpergnn" else ["backbone.hidden=[32,16]", "backbone.dropout=0.1"]
+    data = synthetic_dataset(200, 200, 20, seed=3, popularity=0.3)
+    settings = config(
+        **{"backbone.name": backbone, "backbone.dim": 16, "embedding.name": "full", "pretrain.cache": False}
+    ).updated(
+        [
+            *LEARNING,
+            *small,
+            "evaluation.num_negatives=60",
+            "evaluation.every=100",
+            "evaluation.full_ranking=false",
+        ]
+    )
+    hit_rate = Simulator(settings, data).run().metrics["HR@10"]
+    popularity = np.bincount(data.indices, minlength=data.num_items).astype(np.float64)
+    users = np.flatnonzero(data.test_items >= 0)
+    scores = torch.from_numpy(popularity[data.candidates(users, 60, 0)])
+    popular = ranking_metrics(*rank_counts(scores, scores[:, 0]), [10])["HR@10"]
+    assert hit_rate > popular + 0.25, (hit_rate, popular)
