@@ -29,7 +29,11 @@ __global__ void __launch_bounds__(kThreads, 4) forward(ClientLayerArgs a, int64_
         const int64_t element = e - c * a.positions * O;
         const PhiloxBlock words =
             philox(uint32_t(element / 4), uint32_t(client), a.round, a.stream, a.seed);
-        sum = words.word[element % 4] >= a.threshold ? sum * A(a.scale) : A(0);
+        // Chosen, not indexed: an index known only at run time would move the words to memory.
+        const int at = int(element % 4);
+        const uint32_t low = at & 1 ? words.word[1] : words.word[0];
+        const uint32_t high = at & 1 ? words.word[3] : words.word[2];
+        sum = (at & 2 ? high : low) >= a.threshold ? sum * A(a.scale) : A(0);
       }
     }
     static_cast<T*>(a.out)[e] = from_acc<T>(sum);
