@@ -1,44 +1,31 @@
 """How many clients a second each engine trains: the training part of rounds, evaluation and preparation left
 out.
 
-    python benchmarks/bench_engines.py                                  # ML-100K, 94 clients a round, FedMF
-    python benchmarks/bench_engines.py --embeddings p-lora,p-rq --threads 1 --json results.json
+    python -m benchmarks.bench_engines                                  # ML-100K, 94 clients a round, FedMF
+    python -m benchmarks.bench_engines --embeddings p-lora,p-rq --threads 1 --json results.json
 
-Each strategy trains `--rounds` rounds after a few to warm up; the figure is clients / time, from the median
-round. Full embeddings and codes are drawn at random, since speed does not depend on them.
+`make bench` runs the default settings under pytest-benchmark, a round a sample. As a script, each strategy
+trains `--rounds` rounds after a few to warm up; the figure is clients / time, from the median round. Full embeddings and codes are drawn at random, since speed does not depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+from benchmarks.machine import machine
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset, load_dataset
 from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation import Simulator
 
 EMBEDDINGS = "full,p-lora,p-hash,p-hash+senet,p-rq,p-rq+lora"
-
-
-def machine() -> str:
-    """Processor, cores and versions: what a figure without is worth nothing."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line.partition(":")[2].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if "model name" in line
-        ]
-        name = f"{models[0]} x {len(models)}" if models else name
-    return f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 def random_pretrained(dataset: Dataset, config: Config) -> Pretrained:
@@ -67,6 +54,19 @@ def measure(config: Config, dataset: Dataset, warmup: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("embedding", EMBEDDINGS.split(","))
+def test_training(benchmark: Any, embedding: str) -> None:
+    """Rounds of the batched engine; clients a second are in extra_info."""
+    try:
+        dataset = load_dataset("ml-100k")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    config = Config().updated([f"embedding.name={embedding}", "engine=batched"])
+    simulator = Simulator(config, dataset, pretrained=random_pretrained(dataset, config))
+    info = benchmark.pedantic(simulator.round, rounds=20, warmup_rounds=3)
+    benchmark.extra_info["clients_per_second"] = info.clients / benchmark.stats.stats.median
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -84,7 +84,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     dataset = load_dataset(options.dataset)
 
-    print(f"{dataset.name}, {machine()}")
+    print(f"{dataset.name}, {machine()}, {torch.get_num_threads()} threads")
     print(f"{'embedding':<16}{'engine':<12}{'clients':>8}{'clients/s':>12}{'slow 10%':>12}{'KB up':>10}")
     results = []
     for engine in options.engines.split(","):

@@ -10,6 +10,7 @@ namespace {
 // catalogue dwarfs the client, a radix sort of its positions does.
 
 constexpr int64_t kRadixBits = 11;
+constexpr int64_t kFew = 48;  // up to so many positions are sorted by insertion
 
 struct Keyed {
   uint64_t item;
@@ -86,6 +87,31 @@ FEDPEFT_INLINE int64_t touched_by_sort(const Item* items, int64_t N, int64_t lar
 }
 
 template <typename Item>
+FEDPEFT_INLINE int64_t touched_by_insertion(const Item* items, int64_t N, Item* rows,
+                                            Item* positions) {
+  Item sorted[kFew], from[kFew];
+  int64_t count = 0;
+  for (int64_t n = 0; n < N; ++n) {
+    positions[n] = -1;
+    const Item item = items[n];
+    if (item < 0) continue;
+    int64_t at = count++;
+    for (; at > 0 && sorted[at - 1] > item; --at) {
+      sorted[at] = sorted[at - 1];
+      from[at] = from[at - 1];
+    }
+    sorted[at] = item;
+    from[at] = Item(n);
+  }
+  int64_t distinct = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i == 0 || sorted[i] != sorted[i - 1]) rows[distinct++] = sorted[i];
+    positions[from[i]] = Item(distinct - 1);
+  }
+  return distinct;
+}
+
+template <typename Item>
 void touched(const TouchedRowsArgs& a, int64_t begin, int64_t end, void* scratch) {
   for (int64_t c = begin; c < end; ++c) {
     const Item* items = static_cast<const Item*>(a.items.data) + c * a.N;
@@ -102,9 +128,13 @@ void touched(const TouchedRowsArgs& a, int64_t begin, int64_t end, void* scratch
       }
     }
     const int64_t words = int64_t(largest) / 64 + 1;
-    a.counts[c] = words <= bitmap_words(a.N)
-                      ? touched_by_bitmap(items, a.N, words, scratch, rows, positions)
-                      : touched_by_sort(items, a.N, largest, scratch, rows, positions);
+    if (a.N <= kFew) {
+      a.counts[c] = touched_by_insertion(items, a.N, rows, positions);
+    } else if (words <= bitmap_words(a.N)) {
+      a.counts[c] = touched_by_bitmap(items, a.N, words, scratch, rows, positions);
+    } else {
+      a.counts[c] = touched_by_sort(items, a.N, largest, scratch, rows, positions);
+    }
   }
 }
 
@@ -114,19 +144,45 @@ void touched_any(const TouchedRowsArgs& a, int64_t begin, int64_t end, void* scr
 }
 
 // accumulate_updates_. Each addition rounds to the type of total, so that a sum over chunks of
-// clients equals one call.
+// clients equals one call. A float32 total is summed in float32, with weights rounded to it.
 
-FEDPEFT_INLINE void add(double* total, double x) { *total += x; }
-FEDPEFT_INLINE void add(float* total, double x) { *total = float(double(*total) + x); }
+template <typename Total>
+struct WeightOf {
+  using type = double;
+};
+template <>
+struct WeightOf<float> {
+  using type = float;
+};
+
 template <typename T>
-FEDPEFT_INLINE void add(T* total, double x) {
-  from_acc(float(double(to_acc(*total)) + x), total);
+FEDPEFT_INLINE double weighted(double total, double weight, T x) {
+  return total + weight * double(to_acc(x));
+}
+FEDPEFT_INLINE float weighted(float total, float weight, float x) { return total + weight * x; }
+FEDPEFT_INLINE Half weighted(Half total, double weight, Half x) {
+  Half out;
+  from_acc(float(double(to_acc(total)) + weight * double(to_acc(x))), &out);
+  return out;
+}
+FEDPEFT_INLINE BFloat16 weighted(BFloat16 total, double weight, BFloat16 x) {
+  BFloat16 out;
+  from_acc(float(double(to_acc(total)) + weight * double(to_acc(x))), &out);
+  return out;
 }
 
 template <typename Total, typename T>
 FEDPEFT_INLINE void add_weighted(Total* __restrict total, const T* __restrict update, int64_t n,
                                  double weight) {
-  for (int64_t i = 0; i < n; ++i) add(total + i, weight * double(to_acc(update[i])));
+  constexpr int64_t kLine = 64 / int64_t(sizeof(T)), kAhead = 4096 / int64_t(sizeof(T));
+  const auto w = typename WeightOf<Total>::type(weight);
+  int64_t i = 0;
+  for (; i + kLine <= n; i += kLine) {
+    // The processor's own prefetching stops at the border of a page.
+    __builtin_prefetch(update + i + kAhead);
+    for (int64_t j = i; j < i + kLine; ++j) total[j] = weighted(total[j], w, update[j]);
+  }
+  for (; i < n; ++i) total[i] = weighted(total[i], w, update[i]);
 }
 
 template <typename Total, typename T>
@@ -134,10 +190,10 @@ void dense(const AccumulateArgs& a, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kAccumulateBlock;
     const int64_t n = a.size - first < kAccumulateBlock ? a.size - first : kAccumulateBlock;
-    for (int64_t c = 0; c < a.clients; ++c) {
-      add_weighted(static_cast<Total*>(a.total) + first,
-                   static_cast<const T*>(a.updates) + c * a.size + first, n, a.weights[c]);
-    }
+    Total* total = static_cast<Total*>(a.total) + first;
+    const T* updates = static_cast<const T*>(a.updates) + first;
+    for (int64_t c = 0; c < a.clients; ++c)
+      add_weighted(total, updates + c * a.size, n, a.weights[c]);
   }
 }
 

@@ -6,9 +6,10 @@
 namespace fedpeft::FEDPEFT_ISA {
 namespace {
 
-template <typename T>
-void forward(const ClientEmbeddingArgs& a, int64_t begin, int64_t end) {
-  const int64_t D = a.D, table = a.per_client ? a.num_rows * D : 0;
+// Arguments come by value, see rq_lookup.
+template <typename T, int64_t width>
+FEDPEFT_INLINE void forward_as(ClientEmbeddingArgs a, Fixed<width>, int64_t begin, int64_t end) {
+  const int64_t D = Fixed<width>::or_else(a.D), table = a.per_client ? a.num_rows * D : 0;
   ClientCursor cursor(a.positions, begin);
   const auto resolve = [&](int64_t n, const T** slot) {
     cursor.advance(n);
@@ -28,7 +29,12 @@ void forward(const ClientEmbeddingArgs& a, int64_t begin, int64_t end) {
       zero_row(out, D);
     }
   };
-  pipeline<const T*>(begin, end, 1, resolve, combine);
+  pipeline<const T*>(begin, end, 1, resolve, combine, D * int64_t(sizeof(T)));
+}
+
+template <typename T>
+void forward(const ClientEmbeddingArgs& a, int64_t begin, int64_t end) {
+  with_fixed_width<T>(a.D, [&](auto width) { forward_as<T>(a, width, begin, end); });
 }
 
 template <typename T>

@@ -1,4 +1,4 @@
-// CPU kernels of client_adam_ and client_sgd_: element loops that the compiler vectorizes.
+// CPU kernels of client_adam_ and client_sgd_: one pass over stretches of rows that step alike.
 #include "client_optim/client_optim_cpu.h"
 
 #include "common/vec.h"
@@ -15,6 +15,7 @@ FEDPEFT_INLINE int32_t nonzero(BFloat16 x) { return x.bits & 0x7fff; }
 
 template <typename T>
 FEDPEFT_INLINE bool any_nonzero(const T* x, int64_t n) {
+  if (n > 0 && nonzero(x[0])) return true;  // as in most rows that a client touched
   for (int64_t i = 0; i < n; i += kChunk) {
     const int64_t end = i + kChunk < n ? i + kChunk : n;
     auto any = nonzero(x[i]);
@@ -24,27 +25,92 @@ FEDPEFT_INLINE bool any_nonzero(const T* x, int64_t n) {
   return false;
 }
 
-FEDPEFT_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
-FEDPEFT_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+// A vector of each of an element's arrays. 16-bit parameters and gradients step in float32.
+template <typename T>
+struct Element {
+  vec_t<acc_t<T>> param, grad, first, second;  // moments: exp_avg and exp_avg_sq, or momentum
+};
 
-// Calls step(param, grad, first, count) for a row, with `param` and `grad` in the accumulator type;
-// 16-bit rows pass through a buffer.
-template <typename T, typename Step>
-FEDPEFT_INLINE void convert_row(T* param, const T* grad, int64_t n, const Step& step) {
-  using A = acc_t<T>;
-  if constexpr (sizeof(T) == sizeof(A)) {
-    step(param, grad, int64_t{0}, n);
-  } else {
-    A p[kChunk], g[kChunk];
-    for (int64_t i = 0; i < n; i += kChunk) {
-      const int64_t count = n - i < kChunk ? n - i : kChunk;
-      for (int64_t j = 0; j < count; ++j) p[j] = to_acc(param[i + j]);
-      for (int64_t j = 0; j < count; ++j) g[j] = to_acc(grad[i + j]);
-      step(p, g, i, count);
-      for (int64_t j = 0; j < count; ++j) from_acc(p[j], param + i + j);
+// Where the arrays of a client are; null: not used.
+template <typename T>
+struct Arrays {
+  T* param;
+  const T* grad;
+  acc_t<T>*first, *second;
+
+  // Steps elements [begin, end) in vectors, the last one filled up, so that an element's arithmetic
+  // does not depend on where a stretch begins. What comes next is asked for across the borders of
+  // pages, where the processor's own prefetching stops.
+  template <int moments, typename Step>
+  FEDPEFT_INLINE void step(int64_t begin, int64_t end, const Step& step_vector) const {
+    constexpr int64_t N = kLanes<acc_t<T>>, kAhead = 4096 / int64_t(sizeof(T));
+    Element<T> e{};
+    int64_t i = begin;
+    for (; i + N <= end; i += N) {
+      if ((i - begin) * int64_t(sizeof(T)) % 64 == 0) {
+        __builtin_prefetch(param + i + kAhead, 1);
+        __builtin_prefetch(grad + i + kAhead);
+        if constexpr (moments > 0) __builtin_prefetch(first + i + kAhead, 1);
+        if constexpr (moments > 1) __builtin_prefetch(second + i + kAhead, 1);
+      }
+      e.param = load(static_cast<const T*>(param) + i);
+      e.grad = load(grad + i);
+      if constexpr (moments > 0) e.first = load(static_cast<const acc_t<T>*>(first) + i);
+      if constexpr (moments > 1) e.second = load(static_cast<const acc_t<T>*>(second) + i);
+      step_vector(e);
+      store(param + i, e.param);
+      if constexpr (moments > 0) store(first + i, e.first);
+      if constexpr (moments > 1) store(second + i, e.second);
+    }
+    const int64_t left = end - i;
+    if (left == 0) return;
+    e.param = load_part(static_cast<const T*>(param) + i, left);
+    e.grad = load_part(grad + i, left);
+    if constexpr (moments > 0) e.first = load_part(static_cast<const acc_t<T>*>(first) + i, left);
+    if constexpr (moments > 1) e.second = load_part(static_cast<const acc_t<T>*>(second) + i, left);
+    step_vector(e);
+    store_part(param + i, e.param, left);
+    if constexpr (moments > 0) store_part(first + i, e.first, left);
+    if constexpr (moments > 1) store_part(second + i, e.second, left);
+  }
+
+  // touched: the gradient moves the row. coasting: moments alone do. still: nothing does, as in
+  // most padding rows of a batch of clients.
+  enum class Row { still, coasting, touched };
+  template <int moments>
+  FEDPEFT_INLINE Row row_kind(int64_t at, int64_t n) const {
+    if (any_nonzero(grad + at, n)) return Row::touched;
+    if constexpr (moments > 0) {
+      if (any_nonzero(first + at, n)) return Row::coasting;
+    }
+    if constexpr (moments > 1) {
+      if (any_nonzero(second + at, n)) return Row::coasting;
+    }
+    return Row::still;
+  }
+
+  // Calls step(begin, end, l2) for all but still rows. Without l2 and with `harmless` steps (a
+  // still row stays as it is), only the ends of a stretch are looked at: to look into every row
+  // first would spoil the one pass in order that memory is fastest at.
+  template <int moments, typename Step>
+  FEDPEFT_INLINE void stretches(int64_t begin, int64_t end, int64_t row, double l2, bool harmless,
+                                const Step& step_stretch) const {
+    constexpr int64_t kStretch = 1024;
+    for (int64_t i = begin; i < end;) {
+      const int64_t far = i + kStretch < end ? i + kStretch : end;
+      if (l2 == 0 && harmless && (nonzero(grad[i]) || nonzero(grad[far - 1]))) {
+        step_stretch(i, far, acc_t<T>(0));
+        i = far;
+        continue;
+      }
+      for (; i < far; i += row) {
+        const int64_t n = end - i < row ? end - i : row;
+        const Row kind = row_kind<moments>(i, n);
+        if (kind != Row::still) step_stretch(i, i + n, acc_t<T>(kind == Row::touched ? l2 : 0));
+      }
     }
   }
-}
+};
 
 // Calls run(client, first, last) for the part of a client's elements that is work item `item`.
 template <typename Run>
@@ -74,16 +140,12 @@ struct AdamStep {
     eps = A(a.eps);
   }
 
-  FEDPEFT_INLINE void run(A* __restrict param, const A* __restrict grad, A* __restrict exp_avg,
-                          A* __restrict exp_avg_sq, int64_t n, A l2) const {
-    for (int64_t i = 0; i < n; ++i) {
-      const A g = grad[i] + l2 * param[i];
-      const A m = exp_avg[i] + rest1 * (g - exp_avg[i]);
-      const A v = beta2 * exp_avg_sq[i] + rest2 * g * g;
-      exp_avg[i] = m;
-      exp_avg_sq[i] = v;
-      param[i] -= step_size * (m / (square_root(v) * denominator_scale + eps));
-    }
+  template <typename T>
+  FEDPEFT_INLINE void run(Element<T>& e, A l2) const {
+    const vec_t<A> g = e.grad + l2 * e.param;
+    e.first = e.first + rest1 * (g - e.first);
+    e.second = beta2 * e.second + rest2 * g * g;
+    e.param -= step_size * (e.first / (square_root(e.second) * denominator_scale + eps));
   }
 };
 
@@ -94,55 +156,36 @@ void adam(const ClientOptimArgs& a, int64_t begin, int64_t end) {
     const int64_t step = a.steps[client];
     if (step < 1) return;
     const AdamStep<A> adam_step(a, step);
-    T* param = static_cast<T*>(a.param) + client * a.size;
-    const T* grad = static_cast<const T*>(a.grad) + client * a.size;
-    A* exp_avg = static_cast<A*>(a.exp_avg) + client * a.size;
-    A* exp_avg_sq = static_cast<A*>(a.exp_avg_sq) + client * a.size;
-    for (int64_t i = first; i < last; i += a.row) {
-      const int64_t n = last - i < a.row ? last - i : a.row;
-      const bool touched = any_nonzero(grad + i, n);
-      // Nothing moves where gradient and moments are zero: most padding rows of a batch of clients.
-      if (!touched && !any_nonzero(exp_avg + i, n) && !any_nonzero(exp_avg_sq + i, n)) continue;
-      const A l2 = touched ? A(a.l2) : A(0);
-      convert_row(param + i, grad + i, n, [&](A* p, const A* g, int64_t at, int64_t count) {
-        adam_step.run(p, g, exp_avg + i + at, exp_avg_sq + i + at, count, l2);
-      });
-    }
+    const int64_t at = client * a.size;
+    const Arrays<T> arrays{static_cast<T*>(a.param) + at, static_cast<const T*>(a.grad) + at,
+                           static_cast<A*>(a.exp_avg) + at, static_cast<A*>(a.exp_avg_sq) + at};
+    arrays.template stretches<2>(
+        first, last, a.row, a.l2, a.eps > 0, [&](int64_t i, int64_t j, A l2) {
+          arrays.template step<2>(i, j, [&](Element<T>& e) { adam_step.run(e, l2); });
+        });
   });
-}
-
-template <typename A>
-FEDPEFT_INLINE void sgd_run(A* __restrict param, const A* __restrict grad, int64_t n, A lr, A l2) {
-  for (int64_t i = 0; i < n; ++i) param[i] -= lr * (grad[i] + l2 * param[i]);
-}
-
-template <typename A>
-FEDPEFT_INLINE void momentum_run(A* __restrict param, const A* __restrict grad,
-                                 A* __restrict buffer, int64_t n, A lr, A momentum, A l2) {
-  for (int64_t i = 0; i < n; ++i) {
-    buffer[i] = momentum * buffer[i] + (grad[i] + l2 * param[i]);
-    param[i] -= lr * buffer[i];
-  }
 }
 
 template <typename T>
 void sgd(const ClientOptimArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
+  const A lr = A(a.lr), momentum = A(a.momentum);
   for_items(a, begin, end, [&](int64_t client, int64_t first, int64_t last) {
-    T* param = static_cast<T*>(a.param) + client * a.size;
-    const T* grad = static_cast<const T*>(a.grad) + client * a.size;
-    A* buffer = a.momentum_buffer ? static_cast<A*>(a.momentum_buffer) + client * a.size : nullptr;
-    for (int64_t i = first; i < last; i += a.row) {
-      const int64_t n = last - i < a.row ? last - i : a.row;
-      const bool touched = any_nonzero(grad + i, n);
-      if (!touched && (!buffer || !any_nonzero(buffer + i, n))) continue;
-      const A l2 = touched ? A(a.l2) : A(0);
-      convert_row(param + i, grad + i, n, [&](A* p, const A* g, int64_t at, int64_t count) {
-        if (buffer) {
-          momentum_run(p, g, buffer + i + at, count, A(a.lr), A(a.momentum), l2);
-        } else {
-          sgd_run(p, g, count, A(a.lr), l2);
-        }
+    const int64_t at = client * a.size;
+    A* buffer = a.momentum_buffer ? static_cast<A*>(a.momentum_buffer) + at : nullptr;
+    const Arrays<T> arrays{static_cast<T*>(a.param) + at, static_cast<const T*>(a.grad) + at,
+                           buffer, nullptr};
+    if (buffer) {
+      arrays.template stretches<1>(first, last, a.row, a.l2, true, [&](int64_t i, int64_t j, A l2) {
+        arrays.template step<1>(i, j, [&](Element<T>& e) {
+          e.first = momentum * e.first + (e.grad + l2 * e.param);
+          e.param -= lr * e.first;
+        });
+      });
+    } else {
+      arrays.template stretches<0>(first, last, a.row, a.l2, true, [&](int64_t i, int64_t j, A l2) {
+        arrays.template step<0>(i, j,
+                                [&](Element<T>& e) { e.param -= lr * (e.grad + l2 * e.param); });
       });
     }
   });

@@ -6,6 +6,17 @@
 
 namespace fedpeft::FEDPEFT_ISA {
 
+FEDPEFT_INLINE double bits_to_double(uint64_t bits) {
+  double d;
+  memcpy(&d, &bits, 8);
+  return d;
+}
+FEDPEFT_INLINE uint64_t double_to_bits(double d) {
+  uint64_t bits;
+  memcpy(&bits, &d, 8);
+  return bits;
+}
+
 // exp(x) for x <= 0, to about 1 ulp. x = n log 2 + r; the polynomial is a minimax fit of (exp(r) -
 // 1 - r) / r^2.
 FEDPEFT_INLINE float exp_nonpositive(float x) {
@@ -26,7 +37,30 @@ FEDPEFT_INLINE float exp_nonpositive(float x) {
   const float scale1 = bits_to_float(uint32_t(exponent - half + 127) << 23);
   return e * scale0 * scale1;
 }
-FEDPEFT_INLINE double exp_nonpositive(double x) { return __builtin_exp(x); }
+FEDPEFT_INLINE double exp_nonpositive(double x) {
+  x = x < -746.0 ? -746.0 : x;
+  const double shifted = x * 0x1.71547652b82fep+0 + 0x1.8p52;
+  const double n = shifted - 0x1.8p52;
+  const double r = (x - n * 0x1.62e42fefa3800p-1) - n * 0x1.ef35793c76730p-45;
+  double q = 2.0914686968086876e-09;
+  q = q * r + 2.5105217004720745e-08;
+  q = q * r + 2.75572736431103e-07;
+  q = q * r + 2.7557255400206422e-06;
+  q = q * r + 2.4801587325547743e-05;
+  q = q * r + 0.00019841269874820627;
+  q = q * r + 0.0013888888888883748;
+  q = q * r + 0.008333333333326136;
+  q = q * r + 0.04166666666666667;
+  q = q * r + 0.1666666666666667;
+  q = q * r + 0.5;
+  const double e = 1.0 + (r + r * r * q);
+  // Kept positive, since only logical shifts of 64-bit lanes are in every instruction set.
+  const uint64_t exponent = double_to_bits(shifted) - 0x4338000000000000u + 4096u;
+  const uint64_t half = exponent >> 1;
+  const double scale0 = bits_to_double((half - 2048u + 1023u) << 52);
+  const double scale1 = bits_to_double((exponent - half - 2048u + 1023u) << 52);
+  return e * scale0 * scale1;
+}
 
 // log(1 + e) for 0 <= e <= 1: 2 atanh(s), s = e / (2 + e); the polynomial is a minimax fit in s^2
 // <= 1/9.
@@ -40,7 +74,22 @@ FEDPEFT_INLINE float log1p_unit(float e) {
   q = q * z + 0.333333337f;
   return 2.0f * (s + s * z * q);
 }
-FEDPEFT_INLINE double log1p_unit(double e) { return __builtin_log1p(e); }
+FEDPEFT_INLINE double log1p_unit(double e) {
+  const double s = e / (2.0 + e);
+  const double z = s * s;
+  double q = 0.07815767353715612;
+  q = q * z + 0.03745819730336633;
+  q = q * z + 0.05422645516389906;
+  q = q * z + 0.05867132589688297;
+  q = q * z + 0.06667589830757856;
+  q = q * z + 0.07692271958876583;
+  q = q * z + 0.0909090994963398;
+  q = q * z + 0.11111111099108056;
+  q = q * z + 0.14285714285800133;
+  q = q * z + 0.1999999999999976;
+  q = q * z + 0.3333333333333333;
+  return 2.0 * (s + s * z * q);
+}
 
 FEDPEFT_INLINE float absolute(float x) { return __builtin_fabsf(x); }
 FEDPEFT_INLINE double absolute(double x) { return __builtin_fabs(x); }

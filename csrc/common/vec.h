@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -181,6 +181,17 @@ FEDPEFT_INLINE void store<Half>(Half* p, vec_t<float> v) {
 // The first n < kLanes elements; the other lanes are zero.
 template <typename T>
 FEDPEFT_INLINE vec_t<acc_t<T>> load_part(const T* p, int64_t n) {
+#if FEDPEFT_VEC_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    return (vec_t<acc_t<T>>)_mm256_maskload_ps(
+        reinterpret_cast<const float*>(p),
+        _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+  }
+#elif FEDPEFT_VEC_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    return (vec_t<acc_t<T>>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+  }
+#endif
   T part[kLanes<acc_t<T>>] = {};
   for (int64_t i = 0; i < n; ++i) part[i] = p[i];
   return load(static_cast<const T*>(part));
@@ -192,13 +203,50 @@ FEDPEFT_INLINE void store_part(T* p, vec_t<acc_t<T>> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = part[i];
 }
 
+FEDPEFT_INLINE vec_t<float> square_root(vec_t<float> v) {
+#if FEDPEFT_VEC_BYTES == 64
+  return (vec_t<float>)_mm512_sqrt_ps((__m512)v);
+#elif FEDPEFT_VEC_BYTES == 32
+  return (vec_t<float>)_mm256_sqrt_ps((__m256)v);
+#elif defined(__SSE2__)
+  return (vec_t<float>)_mm_sqrt_ps((__m128)v);
+#else
+  for (int64_t i = 0; i < kLanes<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+FEDPEFT_INLINE vec_t<double> square_root(vec_t<double> v) {
+#if FEDPEFT_VEC_BYTES == 64
+  return (vec_t<double>)_mm512_sqrt_pd((__m512d)v);
+#elif FEDPEFT_VEC_BYTES == 32
+  return (vec_t<double>)_mm256_sqrt_pd((__m256d)v);
+#elif defined(__SSE2__)
+  return (vec_t<double>)_mm_sqrt_pd((__m128d)v);
+#else
+  for (int64_t i = 0; i < kLanes<double>; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+#endif
+}
+
 // Sum of the lanes, pairwise: the same order whatever the data.
 template <typename A>
 FEDPEFT_INLINE A lane_sum(vec_t<A> v) {
+#if FEDPEFT_VEC_BYTES == 32
+  if constexpr (sizeof(A) == 4) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  } else {
+    const __m128d s =
+        _mm_add_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+  }
+#else
   for (int64_t width = kLanes<A> / 2; width > 0; width /= 2) {
     for (int64_t i = 0; i < width; ++i) v[i] += v[i + width];
   }
   return v[0];
+#endif
 }
 
 // sum_d a[d] * b[d]; the order depends on D alone.
@@ -243,29 +291,67 @@ FEDPEFT_INLINE void add_row(A* into, const T* row, int64_t D) {
 template <typename T>
 FEDPEFT_INLINE void prefetch_row(const T* row, int64_t D) {
   const char* bytes = reinterpret_cast<const char*>(row);
-  const int64_t size = D * int64_t(sizeof(T));
-  for (int64_t b = 0, stop = size < 512 ? size : 512; b < stop; b += 64)
-    __builtin_prefetch(bytes + b);
+  const int64_t all = D * int64_t(sizeof(T)), size = all < 512 ? all : 512;
+  for (int64_t b = 0; b < size; b += 64) __builtin_prefetch(bytes + b);
+  if (size % 64) __builtin_prefetch(bytes + size - 1);
 }
 
-// Runs over positions [begin, end) in blocks: `resolve(n, slots)` finds the rows of position n and
-// prefetches them, `combine(n, slots)` uses them a block later, when they have arrived. `slots` is
-// room for `width` values.
-constexpr int64_t kPipelineSlots = 128;
+// Runs over positions [begin, end): `resolve(n, slots)` finds the rows of position n and prefetches
+// them, `combine(n, slots)` uses them some positions later, when they have arrived. The two take
+// turns position by position, so that prefetches never come in bursts beyond what the processor
+// tracks. `slots` is room for `width` values; `bytes` is what a position prefetches: as many
+// positions are under way as keep a quarter of the first-level cache busy.
+constexpr int64_t kPipelineSlots = 256, kPipelineBytes = 8192, kPipelineDepth = 16;
 template <typename Slot, typename Resolve, typename Combine>
 FEDPEFT_INLINE void pipeline(int64_t begin, int64_t end, int64_t width, const Resolve& resolve,
-                             const Combine& combine) {
-  Slot slots[2][kPipelineSlots];
-  const int64_t fit = kPipelineSlots / (width > 0 ? width : 1);
-  const int64_t block = fit < 1 ? 1 : fit > 8 ? 8 : fit;
-  for (int64_t first = begin, turn = 0; first < end + block; first += block, turn ^= 1) {
-    const int64_t last = first + block < end ? first + block : end;
-    for (int64_t n = first; n < last; ++n) resolve(n, slots[turn] + (n - first) * width);
-    const int64_t previous = first - block;
-    if (previous < begin) continue;
-    const int64_t stop = previous + block < end ? previous + block : end;
-    for (int64_t n = previous; n < stop; ++n) combine(n, slots[turn ^ 1] + (n - previous) * width);
+                             const Combine& combine, int64_t bytes = 1024) {
+  Slot slots[kPipelineSlots];
+  const int64_t fit = kPipelineSlots / (width > 0 ? width : 1) - 1;
+  int64_t depth = kPipelineBytes / (bytes > 0 ? bytes : 1);
+  depth = depth < 2 ? 2 : depth > kPipelineDepth ? kPipelineDepth : depth;
+  depth = depth > fit ? fit : depth;
+  Slot *const stop = slots + (depth + 1) * width, *write = slots;
+  const Slot* read = slots;
+  for (int64_t n = begin; n < end + depth; ++n) {
+    if (n < end) {
+      resolve(n, write);
+      write += width;
+      if (write == stop) write = slots;
+    }
+    if (n >= begin + depth) {
+      combine(n - depth, read);
+      read += width;
+      if (read == stop) read = slots;
+    }
   }
+}
+
+// Calls f(Fixed<n>{}) with the common widths and counts as constants, for which the compiler keeps
+// whole rows in registers and unrolls; else f(Fixed<0>{}).
+template <int64_t n>
+struct Fixed {
+  static constexpr int64_t value = n;
+  // The constant, or what it turned out to be at run time.
+  static FEDPEFT_INLINE int64_t or_else(int64_t actual) { return n ? n : actual; }
+};
+template <typename T, typename F>
+FEDPEFT_INLINE void with_fixed_width(int64_t D, const F& f) {
+  if constexpr (sizeof(T) == 4) {
+    if (D == 32) return f(Fixed<32>{});
+    if (D == 64) return f(Fixed<64>{});
+    if (D == 128) return f(Fixed<128>{});
+  }
+  f(Fixed<0>{});
+}
+template <typename T, typename F>
+FEDPEFT_INLINE void with_fixed_count(int64_t count, const F& f) {
+  if constexpr (sizeof(T) == 4) {
+    if (count == 1) return f(Fixed<1>{});
+    if (count == 2) return f(Fixed<2>{});
+    if (count == 3) return f(Fixed<3>{});
+    if (count == 4) return f(Fixed<4>{});
+  }
+  f(Fixed<0>{});
 }
 
 // Client of position n as n grows, without a division a position.
@@ -304,8 +390,20 @@ FEDPEFT_INLINE void sum_columns(T* out, const T* base, int64_t d, int64_t count,
   using A = acc_t<T>;
   constexpr int64_t N = kLanes<A>;
   vec_t<A> sum[W];
-  for (int w = 0; w < W; ++w) sum[w] = base ? load(base + d + w * N) : vec_t<A>{};
-  for (int64_t l = 0; l < count; ++l) {
+  int64_t first = 0;
+  if (base || count == 0) {
+    for (int w = 0; w < W; ++w) sum[w] = base ? load(base + d + w * N) : vec_t<A>{};
+  } else {
+    first = 1;
+    const auto* r = row(0) + d;
+    if constexpr (Weighted) {
+      const A f = weight(0);
+      for (int w = 0; w < W; ++w) sum[w] = f * load(r + w * N);
+    } else {
+      for (int w = 0; w < W; ++w) sum[w] = load(r + w * N);
+    }
+  }
+  for (int64_t l = first; l < count; ++l) {
     const auto* r = row(l) + d;
     if constexpr (Weighted) {
       const A f = weight(l);
@@ -317,6 +415,7 @@ FEDPEFT_INLINE void sum_columns(T* out, const T* base, int64_t d, int64_t count,
   for (int w = 0; w < W; ++w) store(out + d + w * N, sum[w]);
 }
 
+// `base` may be `out` itself.
 template <bool Weighted, typename T, typename Row, typename Weight>
 FEDPEFT_INLINE void sum_rows(T* out, const T* base, int64_t D, int64_t count, const Row& row,
                              const Weight& weight) {
@@ -328,10 +427,21 @@ FEDPEFT_INLINE void sum_rows(T* out, const T* base, int64_t D, int64_t count, co
     sum_columns<4, Weighted>(out, base, d, count, row, weight);
     d += 4 * N;
   }
-  for (; d + N <= D; d += N) sum_columns<1, Weighted>(out, base, d, count, row, weight);
+  if (d + 2 * N <= D) {
+    sum_columns<2, Weighted>(out, base, d, count, row, weight);
+    d += 2 * N;
+  }
+  if (d + N <= D) {
+    sum_columns<1, Weighted>(out, base, d, count, row, weight);
+    d += N;
+  }
   if (d == D) return;
   // The last columns in a vector too: a compiler may vectorize a scalar sum over rows with products
   // that are rounded in its body and fused in its remainder, which would make it depend on `count`.
+  if (D >= N && out != base) {  // one that begins among the columns that are done
+    sum_columns<1, Weighted>(out, base, D - N, count, row, weight);
+    return;
+  }
   vec_t<A> sum = base ? load_part(base + d, D - d) : vec_t<A>{};
   for (int64_t l = 0; l < count; ++l) {
     const vec_t<A> v = load_part(row(l) + d, D - d);

@@ -103,20 +103,37 @@ FEDPEFT_INLINE A plain_weight(const HashLookupArgs& a) {
   return a.mean ? A(1) / A(a.H) : A(1);
 }
 
-FEDPEFT_INLINE void fill_buckets(const HashLookupArgs& a, int64_t item, int64_t* buckets) {
+// Values below 2^61 modulo M without a division: with R = floor((2^64 - 1) / M) the product's high
+// word is the quotient or one less.
+struct Modulus {
+  uint64_t M, reciprocal;
+  explicit FEDPEFT_INLINE Modulus(int64_t m)
+      : M(uint64_t(m)), reciprocal(~uint64_t{0} / uint64_t(m)) {}
+  FEDPEFT_INLINE int64_t operator()(uint64_t value) const {
+    __extension__ typedef unsigned __int128 uint128;
+    const uint64_t rest = value - uint64_t(uint128(value) * reciprocal >> 64) * M;
+    return int64_t(rest >= M ? rest - M : rest);
+  }
+};
+
+FEDPEFT_INLINE void fill_buckets(const HashLookupArgs& a, const Modulus& modulus, int64_t item,
+                                 int64_t* buckets) {
   for (int64_t h = 0; h < a.H; ++h) {
-    buckets[h] = hash_bucket(uint64_t(a.hashes[2 * h]), uint64_t(a.hashes[2 * h + 1]),
-                             uint64_t(item), uint64_t(a.M));
+    buckets[h] = modulus(
+        hash_value(uint64_t(a.hashes[2 * h]), uint64_t(a.hashes[2 * h + 1]), uint64_t(item)));
   }
 }
 
-template <typename T>
-void forward(const HashLookupArgs& a, int64_t begin, int64_t end, void* scratch) {
+// Arguments come by value, see rq_lookup.
+template <typename T, bool senet, int64_t width>
+FEDPEFT_INLINE void forward_as(HashLookupArgs a, Fixed<width>, int64_t begin, int64_t end,
+                               void* scratch) {
   using A = acc_t<T>;
   const T* base = static_cast<const T*>(a.base);
-  const int64_t D = a.D, table_size = a.per_client ? a.M * D : 0;
-  const bool senet = a.w1 != nullptr, ahead = a.H <= kHashes;
+  const int64_t D = Fixed<width>::or_else(a.D), table_size = a.per_client ? a.M * D : 0;
+  const bool ahead = a.H <= kHashes;
   const A plain = plain_weight<A>(a);
+  const Modulus modulus(a.M);
   SENet<T> net(a, scratch);
   ClientCursor resolving(a.positions, begin), combining(a.positions, begin);
   if (senet) net.select(a, combining.client);
@@ -129,7 +146,7 @@ void forward(const HashLookupArgs& a, int64_t begin, int64_t end, void* scratch)
     slots[0] = kind == Position::item ? item : -1;
     if (kind != Position::item || !ahead) return;
     const T* table = static_cast<const T*>(a.table) + resolving.client * table_size;
-    fill_buckets(a, item, slots + 1);
+    fill_buckets(a, modulus, item, slots + 1);
     for (int64_t h = 0; h < a.H; ++h) prefetch_row(table + slots[1 + h] * D, D);
     if (base) prefetch_row(base + item * D, D);
   };
@@ -140,20 +157,28 @@ void forward(const HashLookupArgs& a, int64_t begin, int64_t end, void* scratch)
     if (item < 0) return zero_row(out, D);
     const T* table = static_cast<const T*>(a.table) + combining.client * table_size;
     const T* start = base ? base + item * D : nullptr;
-    if (ahead) {
-      for (int64_t h = 0; h < a.H; ++h) net.buckets[h] = slots[1 + h];
-    } else {
-      fill_buckets(a, item, net.buckets);
-    }
-    const auto row = [&](int64_t h) { return table + net.buckets[h] * D; };
-    if (senet) {
+    if (!ahead) fill_buckets(a, modulus, item, net.buckets);
+    const int64_t* buckets = ahead ? slots + 1 : net.buckets;
+    const auto row = [&](int64_t h) { return table + buckets[h] * D; };
+    if constexpr (senet) {
+      if (ahead) {
+        for (int64_t h = 0; h < a.H; ++h) net.buckets[h] = slots[1 + h];
+      }
       net.forward(table, D);
       sum_rows<true>(out, start, D, a.H, row, [&](int64_t h) { return net.gate[h]; });
     } else {
       sum_rows<true>(out, start, D, a.H, row, [&](int64_t) { return plain; });
     }
   };
-  pipeline<int64_t>(begin, end, ahead ? a.H + 1 : 1, resolve, combine);
+  pipeline<int64_t>(begin, end, ahead ? a.H + 1 : 1, resolve, combine,
+                    (a.H + (base ? 1 : 0)) * D * int64_t(sizeof(T)));
+}
+
+template <typename T>
+void forward(const HashLookupArgs& a, int64_t begin, int64_t end, void* scratch) {
+  if (a.w1) return forward_as<T, true>(a, Fixed<0>{}, begin, end, scratch);
+  with_fixed_width<T>(a.D,
+                      [&](auto width) { forward_as<T, false>(a, width, begin, end, scratch); });
 }
 
 // into[d] += scale * grad[d] + shift
@@ -186,6 +211,7 @@ void backward(const HashLookupArgs& a, int64_t begin, int64_t end, void* scratch
   using A = acc_t<T>;
   const int64_t D = a.D;
   const bool senet = a.w1 != nullptr;
+  const Modulus modulus(a.M);
   SENet<T> net(a, scratch);
   for (int64_t c = begin; c < end; ++c) {
     const T* table = static_cast<const T*>(a.table) + c * a.M * D;
@@ -199,7 +225,7 @@ void backward(const HashLookupArgs& a, int64_t begin, int64_t end, void* scratch
     for (int64_t n = c * a.positions; n < (c + 1) * a.positions; ++n) {
       if (!valid_position(a, n)) continue;
       const T* grad = static_cast<const T*>(a.grad) + n * D;
-      fill_buckets(a, a.items[n], net.buckets);
+      fill_buckets(a, modulus, a.items[n], net.buckets);
       if (senet) {
         net.forward(table, D);
         net.backward(table, grad, D, grad_senet);
@@ -218,13 +244,14 @@ template <typename T>
 void backward_senet(const HashLookupArgs& a, int64_t begin, int64_t end, void* into,
                     void* scratch) {
   using A = acc_t<T>;
+  const Modulus modulus(a.M);
   SENet<T> net(a, scratch);
   net.select(a, 0);
   zero_row(static_cast<A*>(into), a.senet_size());
   const T* table = static_cast<const T*>(a.table);
   for (int64_t n = begin; n < end; ++n) {
     if (!valid_position(a, n)) continue;
-    fill_buckets(a, a.items[n], net.buckets);
+    fill_buckets(a, modulus, a.items[n], net.buckets);
     net.forward(table, a.D);
     net.backward(table, static_cast<const T*>(a.grad) + n * a.D, a.D, static_cast<A*>(into));
     A* coefficients = static_cast<A*>(a.coefficients) + n * a.H * 2;
@@ -239,11 +266,12 @@ template <typename T>
 void backward_entries(const HashLookupArgs& a, const int64_t* entries, int64_t count) {
   using A = acc_t<T>;
   const bool senet = a.w1 != nullptr;
+  const Modulus modulus(a.M);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t entry = entries ? entries[i] : i, n = entry / a.H, h = entry % a.H;
     if (!valid_position(a, n)) continue;
-    const int64_t bucket = hash_bucket(uint64_t(a.hashes[2 * h]), uint64_t(a.hashes[2 * h + 1]),
-                                       uint64_t(a.items[n]), uint64_t(a.M));
+    const int64_t bucket = modulus(
+        hash_value(uint64_t(a.hashes[2 * h]), uint64_t(a.hashes[2 * h + 1]), uint64_t(a.items[n])));
     A* into = static_cast<A*>(a.grad_table) + bucket * a.D;
     const T* grad = static_cast<const T*>(a.grad) + n * a.D;
     if (senet) {

@@ -20,12 +20,14 @@ FEDPEFT_INLINE const T* row_of_A(const LoraLookupArgs& a, int64_t client, int64_
   return static_cast<const T*>(a.A) + ((a.per_client ? client * a.num_rows : 0) + row) * a.rank;
 }
 
-template <typename T>
-void forward(const LoraLookupArgs& a, int64_t begin, int64_t end, void* scratch) {
+// Arguments come by value, see rq_lookup.
+template <typename T, int64_t width, int64_t fixed_rank>
+FEDPEFT_INLINE void forward_as(LoraLookupArgs a, Fixed<width>, Fixed<fixed_rank>, int64_t begin,
+                               int64_t end, void* scratch) {
   using A = acc_t<T>;
   A* Bt = static_cast<A*>(scratch);
   const T* base = static_cast<const T*>(a.base);
-  const int64_t D = a.D;
+  const int64_t D = Fixed<width>::or_else(a.D), rank = Fixed<fixed_rank>::or_else(a.rank);
   ClientCursor resolving(a.positions, begin), combining(a.positions, begin);
   int64_t client_of_Bt = -1;
   // Slots: the row of A (null at padding), the row of base.
@@ -61,10 +63,18 @@ void forward(const LoraLookupArgs& a, int64_t begin, int64_t end, void* scratch)
       client_of_Bt = client;
     }
     sum_rows<true>(
-        out, slots[1], D, a.rank, [&](int64_t j) { return static_cast<const A*>(Bt) + j * D; },
+        out, slots[1], D, rank, [&](int64_t j) { return static_cast<const A*>(Bt) + j * D; },
         [&](int64_t j) { return to_acc(factors[j]); });
   };
-  pipeline<const T*>(begin, end, 2, resolve, combine);
+  pipeline<const T*>(begin, end, 2, resolve, combine, (rank + (base ? D : 0)) * int64_t(sizeof(T)));
+}
+
+template <typename T>
+void forward(const LoraLookupArgs& a, int64_t begin, int64_t end, void* scratch) {
+  with_fixed_width<T>(a.D, [&](auto width) {
+    if (a.rank == 4) return forward_as<T>(a, width, Fixed<4>{}, begin, end, scratch);
+    forward_as<T>(a, width, Fixed<0>{}, begin, end, scratch);
+  });
 }
 
 // Gradient of A's row: B^T g.

@@ -16,9 +16,9 @@ FEDPEFT_INLINE void for_items(const DotScoresArgs& a, int64_t begin, int64_t end
   }
 }
 
-template <typename T>
-void forward(const DotScoresArgs& a, int64_t begin, int64_t end) {
-  const int64_t D = a.D;
+template <typename T, int64_t width>
+FEDPEFT_INLINE void forward_as(DotScoresArgs a, Fixed<width>, int64_t begin, int64_t end) {
+  const int64_t D = Fixed<width>::or_else(a.D);
   for_items(a, begin, end, [&](int64_t client, int64_t first, int64_t last) {
     const T* vectors = static_cast<const T*>(a.vectors) + client * a.positions * D;
     const T* user = static_cast<const T*>(a.user) + client * D;
@@ -28,27 +28,37 @@ void forward(const DotScoresArgs& a, int64_t begin, int64_t end) {
 }
 
 template <typename T>
-void backward(const DotScoresArgs& a, int64_t begin, int64_t end) {
+void forward(const DotScoresArgs& a, int64_t begin, int64_t end) {
+  with_fixed_width<T>(a.D, [&](auto width) { forward_as<T>(a, width, begin, end); });
+}
+
+template <typename T, int64_t width>
+FEDPEFT_INLINE void backward_as(DotScoresArgs a, Fixed<width>, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   constexpr int64_t N = kLanes<A>;
-  const int64_t D = a.D;
+  const int64_t D = Fixed<width>::or_else(a.D);
   for_items(a, begin, end, [&](int64_t client, int64_t first, int64_t last) {
     const T* vectors = static_cast<const T*>(a.vectors) + (client * a.positions + first) * D;
     const T* user = static_cast<const T*>(a.user) + client * D;
     const T* grad = static_cast<const T*>(a.grad) + client * a.positions + first;
     T* grad_vectors = static_cast<T*>(a.grad_vectors) + (client * a.positions + first) * D;
     A* partial = static_cast<A*>(a.partial) + (client * a.blocks + first / kScoreBlock) * D;
+    const int64_t whole = D - D % N;
     for (int64_t p = 0; p < last - first; ++p) {
       const A g = to_acc(grad[p]);
       T* out = grad_vectors + p * D;
-      int64_t d = 0;
-      for (; d + N <= D; d += N) store(out + d, g * load(user + d));
-      for (; d < D; ++d) from_acc(g * to_acc(user[d]), out + d);
+      for (int64_t d = 0; d < whole; d += N) store(out + d, g * load(user + d));
+      for (int64_t d = whole; d < D; ++d) from_acc(g * to_acc(user[d]), out + d);
     }
     sum_rows<true>(
         partial, static_cast<const A*>(nullptr), D, last - first,
         [&](int64_t p) { return vectors + p * D; }, [&](int64_t p) { return to_acc(grad[p]); });
   });
+}
+
+template <typename T>
+void backward(const DotScoresArgs& a, int64_t begin, int64_t end) {
+  with_fixed_width<T>(a.D, [&](auto width) { backward_as<T>(a, width, begin, end); });
 }
 
 template <typename T>

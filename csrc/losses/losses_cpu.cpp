@@ -9,12 +9,16 @@ namespace fedpeft::FEDPEFT_ISA {
 namespace {
 
 constexpr int64_t kChunk = 64;
-static_assert(kLossBlock % kChunk == 0 && kChunk % kLossLanes == 0);
+constexpr int64_t kFill =
+    16;  // a chunk is filled up to a multiple of this, so that loops are whole vectors
+static_assert(kLossBlock % kChunk == 0 && kChunk % kFill == 0 && kFill % kLossLanes == 0);
+
+FEDPEFT_INLINE int64_t filled(int64_t count) { return (count + kFill - 1) / kFill * kFill; }
 
 template <typename T>
 FEDPEFT_INLINE void load_chunk(const T* from, int64_t count, acc_t<T>* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = to_acc(from[i]);
-  for (int64_t i = count; i < kChunk; ++i) to[i] = 0;
+  for (int64_t i = count; i < filled(count); ++i) to[i] = 0;
 }
 
 template <typename Item>
@@ -24,7 +28,7 @@ FEDPEFT_INLINE int64_t mark_items(const Item* items, int64_t count, int32_t* val
     valid[i] = items[i] != -1;
     total += valid[i];
   }
-  for (int64_t i = count; i < kChunk; ++i) valid[i] = 0;
+  for (int64_t i = count; i < filled(count); ++i) valid[i] = 0;
   return total;
 }
 
@@ -60,13 +64,13 @@ void forward(const LossArgs& a, int64_t begin, int64_t end) {
       load_chunk(static_cast<const T*>(a.positive) + at, count, positive);
       load_chunk(static_cast<const T*>(a.negative) + at, count, negative);
       double terms[kChunk];
-      for (int64_t i = 0; i < kChunk; ++i) {
+      for (int64_t i = 0; i < filled(count); ++i) {
         // Padding may hold anything, NaN too.
         const A x = valid[i] ? positive[i] : A(0), y = valid[i] ? negative[i] : A(0);
         const A term = Bpr ? softplus(y - x) : softplus(-x) + softplus(y);
         terms[i] = valid[i] ? double(term) : 0.0;
       }
-      for (int64_t i = 0; i < kChunk; i += kLossLanes) {
+      for (int64_t i = 0; i < filled(count); i += kLossLanes) {
         for (int64_t j = 0; j < kLossLanes; ++j) lanes[j] += terms[i + j];
       }
     });
@@ -89,7 +93,7 @@ void backward(const LossArgs& a, int64_t begin, int64_t end) {
       mark_items(a, at, count, valid);
       load_chunk(static_cast<const T*>(a.positive) + at, count, positive);
       load_chunk(static_cast<const T*>(a.negative) + at, count, negative);
-      for (int64_t i = 0; i < kChunk; ++i) {
+      for (int64_t i = 0; i < filled(count); ++i) {
         const A x = positive[i], y = negative[i];
         const A up = scale * (Bpr ? sigmoid(y - x) : sigmoid(-x));
         const A down = Bpr ? up : scale * sigmoid(y);

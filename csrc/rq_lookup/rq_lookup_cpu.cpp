@@ -6,67 +6,88 @@
 namespace fedpeft::FEDPEFT_ISA {
 namespace {
 
-constexpr int64_t kLevels = 32;  // levels held at a time
+constexpr int64_t kLevels = 32;  // more are not resolved ahead
 constexpr int64_t kAhead = 16;   // positions between the prefetch of an item's codes and their use
 
-// Codes of `count` levels of an item as offsets of rows in the codebooks; a code past K is reported
-// and read as 0.
-FEDPEFT_INLINE void code_rows(const RqLookupArgs& a, int64_t item, int64_t level, int64_t count,
-                              int64_t* rows) {
-  const int64_t first = item * a.L + level;
-  for (int64_t l = 0; l < count; ++l) {
-    int64_t code = a.codes[first + l];
-    if (uint64_t(code) >= uint64_t(a.K)) [[unlikely]] {
-      a.bad_code->report(first + l);
-      code = 0;
-    }
-    rows[l] = ((level + l) * a.K + code) * a.D;
+// Offset of the row of an item's code in the codebooks; a code past K is reported and read as 0.
+// `codes` is an IndexArray or a pointer.
+template <typename Codes>
+FEDPEFT_INLINE int64_t code_row(const RqLookupArgs& a, Codes codes, int64_t at, int64_t level,
+                                int64_t D) {
+  int64_t code = codes[at];
+  if (uint64_t(code) >= uint64_t(a.K)) [[unlikely]] {
+    a.bad_code->report(at);
+    code = 0;
   }
+  return (level * a.K + code) * D;
 }
 
-template <typename T>
-void forward(const RqLookupArgs& a, int64_t begin, int64_t end) {
+// Arguments come by value: stores into the output could otherwise change them, for all that the
+// compiler knows, and they would be read anew at every position.
+template <typename T, typename Codes, int64_t width, int64_t levels>
+FEDPEFT_INLINE void forward_as(RqLookupArgs a, Codes codes, Fixed<width>, Fixed<levels>,
+                               int64_t begin, int64_t end) {
+  const int64_t D = Fixed<width>::or_else(a.D), L = Fixed<levels>::or_else(a.L);
+  const T* codebooks = static_cast<const T*>(a.codebooks);
   const T* base = static_cast<const T*>(a.base);
-  const int64_t D = a.D, table = a.per_client ? a.L * a.K * D : 0;
-  const int64_t count = a.L < kLevels ? a.L : kLevels;
+  const int64_t table = a.per_client ? L * a.K * D : 0;
+  const bool ahead = L <= kLevels;
   const auto no_weight = [](int64_t) { return 1; };
-  ClientCursor resolving(a.positions, begin), combining(a.positions, begin);
-  // Slots: the item, then the offsets of its rows.
+  ClientCursor cursor(a.positions, begin);
+  // Slots: the item, then the offsets of its rows, or of the client's codebooks alone.
   const auto resolve = [&](int64_t n, int64_t* slots) {
-    resolving.advance(n);
+    cursor.advance(n);
     if (n + kAhead < end) {
       const int64_t soon = a.items[n + kAhead];
-      if (uint64_t(soon) < uint64_t(a.num_items)) a.codes.prefetch(soon * a.L);
+      if (uint64_t(soon) < uint64_t(a.num_items)) a.codes.prefetch(soon * L);
     }
     const int64_t item = a.items[n];
     const Position kind = classify(item, a.num_items);
     if (kind == Position::bad) a.bad_item->report(n);
     slots[0] = kind == Position::item ? item : -1;
     if (kind != Position::item) return;
-    const T* codebooks = static_cast<const T*>(a.codebooks) + resolving.client * table;
-    code_rows(a, item, 0, count, slots + 1);
-    for (int64_t l = 0; l < count; ++l) prefetch_row(codebooks + slots[1 + l], D);
+    const int64_t client = cursor.client * table;
+    if (!ahead) {
+      slots[1] = client;
+      return;
+    }
+    for (int64_t l = 0; l < L; ++l) {
+      slots[1 + l] = client + code_row(a, codes, item * L + l, l, D);
+      prefetch_row(codebooks + slots[1 + l], D);
+    }
     if (base) prefetch_row(base + item * D, D);
   };
   const auto combine = [&](int64_t n, const int64_t* slots) {
-    combining.advance(n);
     T* out = static_cast<T*>(a.out) + n * D;
     const int64_t item = slots[0];
     if (item < 0) return zero_row(out, D);
-    const T* codebooks = static_cast<const T*>(a.codebooks) + combining.client * table;
     const T* start = base ? base + item * D : nullptr;
-    sum_rows<false>(
-        out, start, D, count, [&](int64_t l) { return codebooks + slots[1 + l]; }, no_weight);
-    for (int64_t level = kLevels; level < a.L; level += kLevels) {
-      int64_t rows[kLevels];
-      const int64_t more = a.L - level < kLevels ? a.L - level : kLevels;
-      code_rows(a, item, level, more, rows);
+    if (ahead) {
       sum_rows<false>(
-          out, static_cast<const T*>(out), D, more, [&](int64_t l) { return codebooks + rows[l]; },
-          no_weight);
+          out, start, D, L, [&](int64_t l) { return codebooks + slots[1 + l]; }, no_weight);
+    } else {
+      const auto row = [&](int64_t l) {
+        return codebooks + slots[1] + code_row(a, codes, item * L + l, l, D);
+      };
+      sum_rows<false>(out, start, D, L, row, no_weight);
     }
   };
-  pipeline<int64_t>(begin, end, count + 1, resolve, combine);
+  pipeline<int64_t>(begin, end, ahead ? L + 1 : 2, resolve, combine,
+                    (L + (base ? 1 : 0)) * D * int64_t(sizeof(T)));
+}
+
+template <typename T>
+void forward(const RqLookupArgs& a, int64_t begin, int64_t end) {
+  if (a.codes.bytes != 1) {
+    with_fixed_width<T>(
+        a.D, [&](auto width) { forward_as<T>(a, a.codes, width, Fixed<0>{}, begin, end); });
+    return;
+  }
+  const auto* codes = static_cast<const uint8_t*>(a.codes.data);
+  with_fixed_width<T>(a.D, [&](auto width) {
+    with_fixed_count<T>(a.L,
+                        [&](auto levels) { forward_as<T>(a, codes, width, levels, begin, end); });
+  });
 }
 
 template <typename T>
@@ -80,9 +101,7 @@ FEDPEFT_INLINE void add_levels(const RqLookupArgs& a, acc_t<T>* into, int64_t n,
   }
   const T* grad = static_cast<const T*>(a.grad) + n * a.D;
   for (int64_t l = first; l < last; ++l) {
-    int64_t row;
-    code_rows(a, item, l, 1, &row);
-    add_row(into + row, grad, a.D);
+    add_row(into + code_row(a, a.codes, item * a.L + l, l, a.D), grad, a.D);
   }
 }
 

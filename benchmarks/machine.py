@@ -1,0 +1,31 @@
+"""Names the machine: a figure without it is worth nothing."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from fedpeft_ext import _C
+
+
+def processor() -> str:
+    """Model name and cores, as "AMD EPYC x 2"."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.MULTILINE)
+        if models:
+            return f"{' '.join(models[0].split())} x {len(models)}"
+    return platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """Processor, instruction set in use and torch's version."""
+    return f"{processor()}, kernels {_C.build_info()['isa_in_use']}, torch {torch.__version__}"
+
+
+def slug() -> str:
+    """`processor()` as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
