@@ -5,7 +5,8 @@ out.
     python -m benchmarks.bench_engines --embeddings p-lora,p-rq --threads 1 --json results.json
 
 `make bench` runs the default settings under pytest-benchmark, a round a sample. As a script, each strategy
-trains `--rounds` rounds after a few to warm up; the figure is clients / time, from the median round. Full embeddings and codes are drawn at random, since speed does not depend on them.
+trains `--rounds` rounds after a few to warm up; the figure is clients / time, from the median round. Full
+embeddings and codes are drawn at random, since speed does not depend on them.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fedpeft_ext import ops, reference
 
-SECONDS = 0.12  # a case's measurement, about
+SECONDS = 0.1  # a case's measurement, about
 ROUNDS = (7, 60)  # fewest and most
 
 
@@ -437,6 +437,8 @@ def same(ours: Any, theirs: Any, tolerance: float) -> None:
 def test_kernel(
     benchmark: Any, name: str, way: str, shape: Shape, threads: int, contests: list[dict[str, Any]]
 ) -> None:
+    if shape.C is None and name in ("client_adam_", "client_sgd_"):
+        pytest.skip("parameters of one client each")
     torch.manual_seed(0)
     if name in OTHERS:
         contest = OTHERS[name](shape)
