@@ -60,6 +60,21 @@ STABLE_TORCH_LIBRARY(FEDPEFT_LIBRARY, m) {
       "layer) "
       "-> Tensor");
 
+  // A client's whole local training: its draws, epochs, gradients and optimizer, from the global
+  // parameters to its upload.
+  m.def(
+      "local_train(Tensor clients, Tensor indptr, Tensor items, Tensor positives, SymInt "
+      "num_items, Tensor user, "
+      "Tensor? base, Tensor? table, Tensor? A, Tensor? B, Tensor? codes, Tensor? codebooks, "
+      "Tensor? buckets, "
+      "Tensor? hashes, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, bool mean, int epochs, int "
+      "batch_size, "
+      "bool bpr, bool adam, float lr, float beta1, float beta2, float eps, float l2_user, float "
+      "l2_items, "
+      "float prox, int seed, int round) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)");
+
   // Between clients and the server.
   m.def("touched_rows(Tensor items) -> (Tensor, Tensor)");
   m.def(

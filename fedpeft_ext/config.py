@@ -334,9 +334,13 @@ class Config(_Section):
     compression: CompressionConfig = CompressionConfig()
     faults: FaultsConfig = FaultsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    engine: Literal["batched", "sequential"] = "batched"
+    engine: Literal["auto", "fused", "batched", "sequential"] = Field(
+        default="auto",
+        description="fused: a client's training in one call (fedmf); batched: any backbone; sequential: plain "
+        "torch, a client at a time; auto: fused where it applies, else batched",
+    )
     chunk_memory_mb: _Positive = Field(
-        default=64.0, description="batched engine: working memory of one chunk of clients"
+        default=64.0, description="batched and fused engines: memory of one chunk of clients"
     )
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "cpu"

@@ -9,6 +9,8 @@ from .ops.dot_scores import dot_scores_reference as dot_scores
 from .ops.hash_lookup import SENetWeights, make_hashes
 from .ops.hash_lookup import hash_buckets_reference as hash_buckets
 from .ops.hash_lookup import hash_lookup_reference as hash_lookup
+from .ops.local_train import ItemParts, LocalUpdates
+from .ops.local_train import local_train_reference as local_train
 from .ops.lora_lookup import lora_lookup_reference as lora_lookup
 from .ops.losses import bce_loss_reference as bce_loss
 from .ops.losses import bpr_loss_reference as bpr_loss
@@ -20,6 +22,8 @@ from .ops.sampling import client_dropout_reference as client_dropout
 from .ops.sampling import sample_negatives_reference as sample_negatives
 
 __all__ = [
+    "ItemParts",
+    "LocalUpdates",
     "SENetWeights",
     "accumulate_updates_",
     "bce_loss",
@@ -32,6 +36,7 @@ __all__ = [
     "dot_scores",
     "hash_buckets",
     "hash_lookup",
+    "local_train",
     "lora_lookup",
     "make_hashes",
     "rq_encode",

@@ -23,6 +23,7 @@ enum class Purpose : uint32_t {
   noise = 4,
   client_sampling = 5,
   evaluation_candidates = 6,
+  batch_order = 7,
 };
 
 // Last counter word. layer < 2^8, epoch < 2^16.

@@ -11,6 +11,7 @@ from .client_embedding import client_embedding
 from .client_layer import client_layer
 from .dot_scores import dot_scores
 from .hash_lookup import SENetWeights, hash_buckets, hash_lookup, make_hashes
+from .local_train import ItemParts, LocalUpdates, local_train
 from .lora_lookup import lora_lookup
 from .losses import bce_loss, bpr_loss
 from .optim import client_adam_, client_sgd_
@@ -19,6 +20,8 @@ from .rq_lookup import rq_lookup
 from .sampling import client_dropout, sample_negatives
 
 __all__ = [
+    "ItemParts",
+    "LocalUpdates",
     "SENetWeights",
     "accumulate_updates_",
     "bce_loss",
@@ -31,6 +34,7 @@ __all__ = [
     "dot_scores",
     "hash_buckets",
     "hash_lookup",
+    "local_train",
     "lora_lookup",
     "make_hashes",
     "rq_encode",

@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     NOISE = 4
     CLIENT_SAMPLING = 5
     EVALUATION_CANDIDATES = 6
+    BATCH_ORDER = 7
 
 
 def philox4x32(counter: npt.ArrayLike, key: npt.ArrayLike) -> UInt32:

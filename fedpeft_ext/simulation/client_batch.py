@@ -28,6 +28,7 @@ class Interactions:
     Attributes:
         num_users, num_items: sizes U and I.
         sizes: int64 [U] on the host, training items of each user.
+        indptr, items: int64 [U + 1] and [nnz], each user's training items, oldest first.
         positives: (indptr [U + 1], indices [nnz] ascending in each user), int64, what `ops.sample_negatives`
             reads.
     """
@@ -37,8 +38,8 @@ class Interactions:
         self.num_items = dataset.num_items
         self.device = device
         self.sizes = np.diff(dataset.indptr)
-        self._indptr = torch.from_numpy(dataset.indptr.astype(np.int64)).to(device)
-        self._indices = torch.from_numpy(dataset.indices.astype(np.int64)).to(device)
+        self.indptr = torch.from_numpy(dataset.indptr.astype(np.int64)).to(device)
+        self.items = torch.from_numpy(dataset.indices.astype(np.int64)).to(device)
         sorted_indptr, sorted_indices = dataset.positives()
         self.positives = (
             torch.from_numpy(sorted_indptr.astype(np.int64)).to(device),
@@ -47,16 +48,16 @@ class Interactions:
 
     def padded(self, users: Tensor) -> Tensor:
         """Items int64 [C, P] of `users` [C], oldest first, padded with -1 to the longest."""
-        start, stop = self._indptr[users], self._indptr[users + 1]
+        start, stop = self.indptr[users], self.indptr[users + 1]
         sizes = (stop - start)[:, None]
         width = int(sizes.max()) if len(users) else 0
         position = torch.arange(width, device=self.device)[None]
         inside = position < sizes
         # Past a user's end the index is clipped to something readable and the value replaced.
-        source = (start[:, None] + position).clamp_(max=max(len(self._indices) - 1, 0))
-        if len(self._indices) == 0:
+        source = (start[:, None] + position).clamp_(max=max(len(self.items) - 1, 0))
+        if len(self.items) == 0:
             return torch.full(inside.shape, -1, dtype=torch.int64, device=self.device)
-        return torch.where(inside, self._indices[source], -1)
+        return torch.where(inside, self.items[source], -1)
 
 
 class ClientStore:

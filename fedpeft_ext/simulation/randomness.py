@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fedpeft_ext.ops import philox
 
-BATCH_ORDER = 7
-"""Philox purpose of the shuffling of a client's positions; 1 to 6 are those of `ops.philox.Purpose`."""
 UPLOAD_ROUNDING, FAULTS = 8, 9
 """Philox purposes of stochastic rounding of uploads, and of simulated faults."""
 
@@ -49,6 +47,7 @@ def shuffled_positions(inside: Tensor, clients: Tensor, seed: int, round: int, e
     """
     ids, positions = clients.cpu().numpy()[:, None], np.arange(inside.shape[1])
     # 63 bits, so that padding can have a key above all others.
-    keys = philox.low64(philox.words(seed, round, ids, positions, BATCH_ORDER, epoch=epoch)) >> np.uint64(1)
+    words = philox.words(seed, round, ids, positions, philox.Purpose.BATCH_ORDER, epoch=epoch)
+    keys = philox.low64(words) >> np.uint64(1)
     keys = np.where(inside.cpu().numpy(), keys, np.uint64(2**63))
     return torch.from_numpy(np.argsort(keys, axis=1, kind="stable")).to(inside.device)

@@ -31,6 +31,7 @@ from fedpeft_ext.simulation.communication import Traffic, message, num_bytes, tr
 from fedpeft_ext.simulation.compression import encode, make_stage
 from fedpeft_ext.simulation.evaluation import Evaluator
 from fedpeft_ext.simulation.faults import Faults
+from fedpeft_ext.simulation.fused import FusedEngine, why_not
 from fedpeft_ext.simulation.local_training import (
     Engine,
     Federation,
@@ -286,11 +287,7 @@ class Simulator:
             prox_mu=training.prox_mu,
         )
         self._federation = Federation(model, self._store, self._interactions, settings)
-        self._engine: Engine
-        if config.engine == "batched":
-            self._engine = BatchedEngine(self._federation, config.chunk_memory_mb * 2**20)
-        else:
-            self._engine = SequentialEngine(self._federation)
+        self._engine_name, self._engine = _make_engine(config, self._federation)
         self._aggregator = Aggregator(
             message(model),
             frozenset(ParameterRoles.of(model).rows),
@@ -481,7 +478,7 @@ class Simulator:
             dataset=self.dataset.name,
             backbone=config.backbone.name,
             embedding=str(self._spec),
-            engine=config.engine,
+            engine=self._engine_name,
             seed=config.seed,
             rounds=self.rounds_done,
             warmup_rounds=min(self._warmup_rounds, self.rounds_done),
@@ -500,6 +497,18 @@ class Simulator:
             faults=None if self._faults is None else dict(self._faults.counts),
             excluded_clients=self.dataset.num_users - len(self._eligible),
         )
+
+
+def _make_engine(config: Config, federation: Federation) -> tuple[str, Engine]:
+    """The engine that the settings ask for, under its own name."""
+    name, chunk_bytes = config.engine, config.chunk_memory_mb * 2**20
+    if name == "auto":
+        name = "fused" if why_not(federation.model) is None else "batched"
+    if name == "fused":
+        return name, FusedEngine(federation, chunk_bytes)
+    if name == "batched":
+        return name, BatchedEngine(federation, chunk_bytes)
+    return name, SequentialEngine(federation)
 
 
 def _available_device(name: str) -> torch.device:

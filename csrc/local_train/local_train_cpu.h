@@ -1,0 +1,70 @@
+// The fused engine on the CPU: a client's whole local training as one task that stays in its core's
+// cache.
+#pragma once
+
+#include "common/isa.h"
+#include "common/types.h"
+
+namespace fedpeft {
+
+// Score of an item: user . (base + table + B a + sum of codewords + hashed rows), each part where
+// it is given.
+struct LocalTrainArgs {
+  // Clients of the call, and everybody's training items as CSR rows.
+  IndexArray clients;    // [C], in [0, U)
+  IndexArray indptr;     // [U + 1]
+  IndexArray items;      // [nnz], oldest first
+  IndexArray positives;  // [nnz], ascending
+  int64_t users, nnz, num_items, D;
+
+  // Parameters at the start; null where the model has no such part.
+  const void* user;   // [U, D]
+  const void* base;   // [I, D], frozen
+  const void* table;  // [I, D], trained
+  const void *A, *B;  // [I, r], [D, r]
+  int64_t rank;
+  IndexArray codes;  // [I, L]
+  const void* codebooks;
+  int64_t L, K;
+  const void* buckets;            // [M, D]
+  const int64_t* hashes;          // [H, 2]
+  const void *w1, *b1, *w2, *b2;  // SENet: [S, H], [S], [H, S], [H]
+  int64_t M, H, S;
+  bool mean;
+
+  // Settings.
+  int64_t epochs, batch;  // batch: positives of a step; 0 for all
+  bool bpr, adam;         // else bce, sgd
+  double lr, beta1, beta2, eps;
+  double l2_user, l2_items;  // on rows with a gradient
+  double prox;               // FedProx: prox / 2 * |w - start|^2 over what travels
+  uint64_t seed;
+  uint32_t round;
+
+  // Results.
+  void* new_user;  // [C, D]
+  double* losses;  // [C]: mean over steps
+  int64_t R;       // rows of item tables that a client may touch
+  int64_t* rows;   // [C, R], -1 behind
+  void* d_table;   // [C, R, D]
+  void* d_A;       // [C, R, r]
+  void* d_B;       // [C, D, r]
+  void* d_codebooks;
+  void* d_buckets;
+  void *d_w1, *d_b1, *d_w2, *d_b2;
+
+  FirstError *bad_item, *bad_order;  // positions in items, in positives
+  FirstError* no_negative;           // client id
+  FirstError* bad_code;              // position in codes
+};
+
+struct LocalTrainKernels {
+  // Bytes of working memory for a client of n items (index by dtype: f32, f64).
+  int64_t (*scratch[2])(const LocalTrainArgs&, int64_t n);
+  // Trains client c of the call.
+  void (*train[2])(const LocalTrainArgs&, int64_t c, void* scratch);
+};
+
+FEDPEFT_DECLARE_KERNELS(LocalTrainKernels, local_train_kernels)
+
+}  // namespace fedpeft

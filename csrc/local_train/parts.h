@@ -1,0 +1,281 @@
+// The parts of an item's vector, each as what it adds to the scores of a batch and what a batch
+// adds to it.
+//
+// Every part has the same five calls: lay_out (its memory), resolve (the rows that new draws
+// touch), begin (what is shared by a step's scores), add_scores and add_gradients (a batch,
+// positives and negatives alternating), and step (its part in the user's gradient, with the values
+// that the scores used, then the optimizer).
+#pragma once
+
+#include "common/hash.h"
+#include "common/logistic.h"
+#include "local_train/local_train_cpu.h"
+#include "local_train/slots.h"
+
+namespace fedpeft::FEDPEFT_ISA {
+
+// A batch: which draws its scores belong to.
+struct Batch {
+  const int32_t* draws;  // [size]
+  int64_t size;
+};
+
+// The frozen full embedding, read in place.
+template <typename T>
+struct BasePart {
+  const T* rows;
+  const int64_t* items;
+  int64_t D;
+
+  FEDPEFT_INLINE const T* row(int32_t draw) const { return rows + items[draw] * D; }
+  void add_scores(const Batch& batch, const T* user, T* scores) const {
+    for (int64_t k = 0; k < batch.size; ++k) scores[k] += dot(row(batch.draws[k]), user, D);
+  }
+  void step(const Batch& batch, const T* coefficients, T* user_grad) const {
+    for (int64_t k = 0; k < batch.size; ++k)
+      add_scaled(user_grad, coefficients[k], row(batch.draws[k]), D);
+  }
+};
+
+// Sums of rows of one table: Full (a row an item), RQ (a row a level), hashing (a row a hash).
+template <typename T>
+struct RowsPart {
+  Slots<T> slots;
+  int64_t reads = 1;      // rows of an item
+  T scale = 1;            // of their sum
+  int32_t* at = nullptr;  // [draws, reads]: slots
+  bool by_item = false;   // slots follow the item's own row
+
+  void lay_out(Arena& arena, const LocalTrainArgs& a, const void* table, int64_t rows,
+               int64_t width, int64_t reads_, int64_t draws, bool with_beta) {
+    reads = reads_;
+    slots.lay_out(arena, table, rows, width, draws * reads, a.adam, a.prox > 0, with_beta);
+    at = arena.take<int32_t>(draws * reads);
+  }
+
+  template <typename RowOf>
+  FEDPEFT_INLINE void resolve(int64_t begin, int64_t end, const RowOf& row_of) {
+    for (int64_t n = begin; n < end; ++n) {
+      for (int64_t j = 0; j < reads; ++j) at[n * reads + j] = slots.touch(row_of(n, j));
+    }
+  }
+
+  void begin(const T* x) { dot_rows(slots.p, slots.count, slots.stride, x, slots.dots); }
+
+  void add_scores(const Batch& batch, T* scores) const {
+    for (int64_t k = 0; k < batch.size; ++k) {
+      const int32_t* s = at + batch.draws[k] * reads;
+      T sum = 0;
+      for (int64_t j = 0; j < reads; ++j) sum += slots.dots[s[j]];
+      scores[k] += scale * sum;
+    }
+  }
+
+  void add_gradients(const Batch& batch, const T* coefficients) {
+    for (int64_t k = 0; k < batch.size; ++k) {
+      const int32_t* s = at + batch.draws[k] * reads;
+      for (int64_t j = 0; j < reads; ++j) slots.alpha[s[j]] += coefficients[k];
+    }
+  }
+
+  // `x`: the vector that a row's gradient is a multiple of; `into` receives sum_s alpha[s] * row.
+  void step(const T* x, const T* ones, const LocalStep<T>& step, T l2, T* into) {
+    if (scale != 1) {  // after the sums, so that gradients that cancel do so exactly
+      for (int64_t s = 0; s < slots.count; ++s) slots.alpha[s] *= scale;
+    }
+    const bool moves = any_nonzero(x, slots.stride) || slots.beta;
+    step_rows(RowGradients<T>{slots.count, slots.stride, slots.p, slots.m, slots.v, slots.start,
+                              slots.alpha, x, slots.beta, ones, moves ? l2 : T(0)},
+              step, into);
+    slots.forget_gradients();
+  }
+};
+
+// A small parameter of rows [rows, width] with a gradient of its own in every element.
+template <typename T>
+struct DensePart {
+  int64_t rows = 0, width = 0, stride = 0;
+  const T* source = nullptr;
+  T *p = nullptr, *m = nullptr, *v = nullptr, *start = nullptr, *grad = nullptr;
+
+  void lay_out(Arena& arena, const LocalTrainArgs& a, const void* from, int64_t rows_,
+               int64_t width_) {
+    source = static_cast<const T*>(from);
+    rows = rows_;
+    width = width_;
+    stride = padded<T>(width);
+    p = arena.take<T>(rows * stride);
+    if (a.adam) {
+      m = arena.take<T>(rows * stride);
+      v = arena.take<T>(rows * stride);
+    }
+    if (a.prox > 0) start = arena.take<T>(rows * stride);
+    grad = arena.take<T>(rows * stride);
+  }
+
+  void load_start() {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t d = 0; d < stride; ++d)
+        p[r * stride + d] = d < width ? source[r * width + d] : T(0);
+    }
+    if (start) memcpy(start, p, sizeof(T) * size_t(rows * stride));
+    zero_row(grad, rows * stride);
+  }
+
+  void step(const LocalStep<T>& step, T l2) {
+    const T one = 1;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = r * stride;
+      const T penalty = any_nonzero(grad + at, stride) ? l2 : T(0);
+      step_rows(
+          RowGradients<T>{1, stride, p + at, m ? m + at : nullptr, v ? v + at : nullptr,
+                          start ? start + at : nullptr, &one, grad + at, nullptr, nullptr, penalty},
+          step, static_cast<T*>(nullptr));
+    }
+    zero_row(grad, rows * stride);
+  }
+
+  void write(void* delta) const {
+    T* out = static_cast<T*>(delta);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t d = 0; d < width; ++d)
+        out[r * width + d] = p[r * stride + d] - source[r * width + d];
+    }
+  }
+};
+
+// B a_i. With q = B^T u the score is q . a_i, so that the rows of A have their own shared vector.
+template <typename T>
+struct LoraPart {
+  RowsPart<T> A;
+  DensePart<T> B;
+  T *q = nullptr, *mixed = nullptr;  // [padded r]: B^T u, sum_s alpha[s] a_s
+
+  void lay_out(Arena& arena, const LocalTrainArgs& a, int64_t draws) {
+    A.lay_out(arena, a, a.A, a.num_items, a.rank, 1, draws, false);
+    B.lay_out(arena, a, a.B, a.D, a.rank);
+    q = arena.take<T>(B.stride);
+    mixed = arena.take<T>(B.stride);
+  }
+
+  void begin(const T* user) {
+    zero_row(q, B.stride);
+    for (int64_t d = 0; d < B.rows; ++d) add_scaled(q, user[d], B.p + d * B.stride, B.stride);
+    A.begin(q);
+  }
+
+  void step(const T* user, const T* ones, const LocalStep<T>& step, T l2, T* user_grad) {
+    zero_row(mixed, B.stride);
+    A.step(q, ones, step, l2, mixed);
+    for (int64_t d = 0; d < B.rows; ++d) {
+      user_grad[d] += dot(B.p + d * B.stride, mixed, B.stride);
+      add_scaled(B.grad + d * B.stride, user[d], mixed, B.stride);
+    }
+    B.step(step, l2);
+  }
+};
+
+// Hashed rows weighted by SENet: gates = sigmoid(w2 relu(w1 z + b1) + b2) of the rows' means z.
+template <typename T>
+struct SenetPart {
+  RowsPart<T> table;
+  DensePart<T> w1, b1, w2, b2;
+  int64_t H = 0, stride = 0;                            // of the hidden layer
+  T *w1_columns = nullptr, *w1_columns_grad = nullptr;  // [H, stride]
+  T *hidden = nullptr, *hidden_grad = nullptr, *gates = nullptr, *means = nullptr,
+    *averaging = nullptr;
+
+  void lay_out(Arena& arena, const LocalTrainArgs& a, int64_t draws) {
+    H = a.H;
+    table.lay_out(arena, a, a.buckets, a.M, a.D, H, draws, true);
+    w1.lay_out(arena, a, a.w1, a.S, H);
+    b1.lay_out(arena, a, a.b1, 1, a.S);
+    w2.lay_out(arena, a, a.w2, H, a.S);
+    b2.lay_out(arena, a, a.b2, 1, H);
+    stride = b1.stride;
+    w1_columns = arena.take<T>(H * stride);
+    w1_columns_grad = arena.take<T>(H * stride);
+    hidden = arena.take<T>(stride);
+    hidden_grad = arena.take<T>(stride);
+    gates = arena.take<T>(draws * H);
+    means = arena.take<T>(table.slots.capacity);
+    averaging = arena.take<T>(table.slots.stride);
+  }
+
+  void load_start() {
+    w1.load_start();
+    b1.load_start();
+    w2.load_start();
+    b2.load_start();
+    zero_row(w1_columns, H * stride);
+    zero_row(w1_columns_grad, H * stride);
+    for (int64_t d = 0; d < table.slots.stride; ++d)
+      averaging[d] = d < table.slots.width ? T(1) / T(table.slots.width) : T(0);
+  }
+
+  void begin(const T* user) {
+    table.begin(user);
+    dot_rows(table.slots.p, table.slots.count, table.slots.stride, averaging, means);
+    for (int64_t h = 0; h < H; ++h) {
+      for (int64_t k = 0; k < w1.rows; ++k) w1_columns[h * stride + k] = w1.p[k * w1.stride + h];
+    }
+  }
+
+  FEDPEFT_INLINE void hide(const int32_t* s) const {
+    copy_row(hidden, b1.p, stride);
+    for (int64_t h = 0; h < H; ++h)
+      add_scaled(hidden, means[s[h]], w1_columns + h * stride, stride);
+    for (int64_t k = 0; k < stride; ++k) hidden[k] = hidden[k] > 0 ? hidden[k] : T(0);
+  }
+
+  void add_scores(const Batch& batch, T* scores) {
+    for (int64_t k = 0; k < batch.size; ++k) {
+      const int32_t* s = table.at + batch.draws[k] * H;
+      hide(s);
+      T sum = 0;
+      for (int64_t h = 0; h < H; ++h) {
+        const T gate = sigmoid(b2.p[h] + dot(w2.p + h * stride, hidden, stride));
+        gates[k * H + h] = gate;
+        sum += gate * table.slots.dots[s[h]];
+      }
+      scores[k] += sum;
+    }
+  }
+
+  void add_gradients(const Batch& batch, const T* coefficients) {
+    const T share = T(1) / T(table.slots.width);
+    for (int64_t k = 0; k < batch.size; ++k) {
+      const int32_t* s = table.at + batch.draws[k] * H;
+      hide(s);
+      zero_row(hidden_grad, stride);
+      for (int64_t h = 0; h < H; ++h) {
+        const T gate = gates[k * H + h];
+        table.slots.alpha[s[h]] += coefficients[k] * gate;
+        const T slope = coefficients[k] * table.slots.dots[s[h]] * gate * (1 - gate);
+        add_scaled(w2.grad + h * stride, slope, hidden, stride);
+        b2.grad[h] += slope;
+        add_scaled(hidden_grad, slope, w2.p + h * stride, stride);
+      }
+      for (int64_t i = 0; i < stride; ++i) hidden_grad[i] = hidden[i] > 0 ? hidden_grad[i] : T(0);
+      add_row(b1.grad, hidden_grad, stride);
+      for (int64_t h = 0; h < H; ++h) {
+        add_scaled(w1_columns_grad + h * stride, means[s[h]], hidden_grad, stride);
+        table.slots.beta[s[h]] += share * dot(w1_columns + h * stride, hidden_grad, stride);
+      }
+    }
+  }
+
+  void step(const T* user, const T* ones, const LocalStep<T>& step, T l2, T* user_grad) {
+    table.step(user, ones, step, l2, user_grad);
+    for (int64_t k = 0; k < w1.rows; ++k) {
+      for (int64_t h = 0; h < H; ++h) w1.grad[k * w1.stride + h] = w1_columns_grad[h * stride + k];
+    }
+    zero_row(w1_columns_grad, H * stride);
+    w1.step(step, l2);
+    b1.step(step, l2);
+    w2.step(step, l2);
+    b2.step(step, l2);
+  }
+};
+
+}  // namespace fedpeft::FEDPEFT_ISA

@@ -1,0 +1,310 @@
+// The rows of a table that one client touches, copied beside their optimizer state, and the passes
+// over them.
+//
+// With a dot-product score every gradient of a row is a number times a vector that all rows share
+// (the user's, or what LoRA's B makes of it), plus, for SENet, a number times ones. So a step needs
+// one number a row, `alpha`, and two passes over the rows: their dot products with the shared
+// vector before the scores, and afterwards, together, their part in the user's gradient and the
+// optimizer's step. Rows that never had a gradient are not here, and a row here without one does
+// not move: Adam is exact at the cost of the touched rows alone.
+#pragma once
+
+#include "common/vec.h"
+
+namespace fedpeft::FEDPEFT_ISA {
+
+// Hands out pieces of a buffer; without one it only measures.
+class Arena {
+ public:
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <typename T>
+  FEDPEFT_INLINE T* take(int64_t count) {
+    char* at = memory_ ? memory_ + used_ : nullptr;
+    used_ += (count * int64_t(sizeof(T)) + kAlign - 1) / kAlign * kAlign;
+    return reinterpret_cast<T*>(at);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  static constexpr int64_t kAlign = 64;
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+template <typename T>
+FEDPEFT_INLINE int64_t padded(int64_t width) {
+  return (width + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+FEDPEFT_INLINE float root(float x) { return __builtin_sqrtf(x); }
+FEDPEFT_INLINE double root(double x) { return __builtin_sqrt(x); }
+template <typename V>
+FEDPEFT_INLINE V roots(V x) {
+  V r;
+  for (uint64_t i = 0; i < sizeof(V) / sizeof(x[0]); ++i) r[i] = root(x[i]);
+  return r;
+}
+#if FEDPEFT_VEC_BYTES == 32
+template <>
+FEDPEFT_INLINE vec_t<float> roots(vec_t<float> x) {
+  return (vec_t<float>)_mm256_sqrt_ps((__m256)x);
+}
+template <>
+FEDPEFT_INLINE vec_t<double> roots(vec_t<double> x) {
+  return (vec_t<double>)_mm256_sqrt_pd((__m256d)x);
+}
+#endif
+
+// One optimizer step of a client, the `number`-th.
+template <typename T>
+struct LocalStep {
+  bool adam, first;
+  T lr, beta1, beta2, rest1, rest2, step_size, denominator_scale, eps, prox;
+
+  template <typename Args>
+  LocalStep(const Args& a, int64_t number)
+      : adam(a.adam),
+        first(number == 1),
+        lr(T(a.lr)),
+        beta1(T(a.beta1)),
+        beta2(T(a.beta2)),
+        rest1(T(1 - a.beta1)),
+        rest2(T(1 - a.beta2)),
+        eps(T(a.eps)),
+        prox(T(a.prox)) {
+    const double correction1 = 1 - __builtin_pow(a.beta1, double(number));
+    const double correction2 = 1 - __builtin_pow(a.beta2, double(number));
+    step_size = T(a.lr / correction1);
+    denominator_scale = T(1 / __builtin_sqrt(correction2));
+  }
+};
+
+// Rows [count, stride] with their gradients alpha[s] * x + beta[s] * ones + l2 * p + prox * (p -
+// start).
+template <typename T>
+struct RowGradients {
+  int64_t count, stride;
+  T *p, *m, *v;
+  const T* start;  // null without a proximal term
+  const T* alpha;
+  const T* x;
+  const T* beta;  // null: none
+  const T* ones;  // 1 inside the width, 0 in its padding
+  T l2;           // on rows with alpha or beta
+};
+
+enum class Rule { sgd, adam_first, adam };
+
+// Adds sum_s alpha[s] * p[s] to `into`, with the rows as they were, and takes the optimizer's step:
+// columns [d, d + W vectors).
+template <int W, Rule rule, bool Extra, typename T>
+FEDPEFT_INLINE void step_columns(const RowGradients<T>& r, const LocalStep<T>& step, int64_t d,
+                                 T* into) {
+  using V = vec_t<T>;
+  constexpr int64_t N = kLanes<T>;
+  V x[W], sum[W], ones[W];
+  for (int w = 0; w < W; ++w) {
+    x[w] = load(r.x + d + w * N);
+    sum[w] = into ? load(into + d + w * N) : V{};
+    if constexpr (Extra) ones[w] = load(r.ones + d + w * N);
+  }
+  for (int64_t s = 0; s < r.count; ++s) {
+    const T alpha = r.alpha[s];
+    T beta = 0;
+    if constexpr (Extra) beta = r.beta ? r.beta[s] : T(0);
+    const T l2 = alpha != 0 || beta != 0 ? r.l2 : T(0);
+    const int64_t at = s * r.stride + d;
+    for (int w = 0; w < W; ++w) {
+      const int64_t i = at + w * N;
+      V p = load(r.p + i);
+      sum[w] += alpha * p;
+      V g = alpha * x[w] + l2 * p;
+      if constexpr (Extra) {
+        g += beta * ones[w];
+        if (r.start) g += step.prox * (p - load(r.start + i));
+      }
+      if constexpr (rule == Rule::sgd) {
+        p -= step.lr * g;
+      } else if constexpr (rule == Rule::adam_first) {
+        // The bias corrections of the first step cancel: m / c1 = g, sqrt(v / c2) = |g|.
+        store(r.m + i, step.rest1 * g);
+        store(r.v + i, step.rest2 * g * g);
+        const V size = g < 0 ? -g : g;
+        p -= step.lr * (g / (size + step.eps));
+      } else {
+        V m = load(r.m + i), v = load(r.v + i);
+        m += step.rest1 * (g - m);
+        v = step.beta2 * v + step.rest2 * g * g;
+        store(r.m + i, m);
+        store(r.v + i, v);
+        p -= step.step_size * (m / (roots(v) * step.denominator_scale + step.eps));
+      }
+      store(r.p + i, p);
+    }
+  }
+  if (into) {
+    for (int w = 0; w < W; ++w) store(into + d + w * N, sum[w]);
+  }
+}
+
+template <Rule rule, bool Extra, typename T>
+void step_rows(const RowGradients<T>& r, const LocalStep<T>& step, T* into) {
+  constexpr int64_t N = kLanes<T>;
+  int64_t d = 0;
+  for (; d + 4 * N <= r.stride; d += 4 * N) step_columns<4, rule, Extra>(r, step, d, into);
+  for (; d < r.stride; d += N) step_columns<1, rule, Extra>(r, step, d, into);
+}
+
+template <typename T>
+FEDPEFT_INLINE void step_rows(const RowGradients<T>& r, const LocalStep<T>& step, T* into) {
+  const bool extra = r.beta || r.start;
+  const Rule rule = !step.adam ? Rule::sgd : step.first ? Rule::adam_first : Rule::adam;
+  switch (rule) {
+    case Rule::sgd:
+      return extra ? step_rows<Rule::sgd, true>(r, step, into)
+                   : step_rows<Rule::sgd, false>(r, step, into);
+    case Rule::adam_first:
+      return extra ? step_rows<Rule::adam_first, true>(r, step, into)
+                   : step_rows<Rule::adam_first, false>(r, step, into);
+    default:
+      return extra ? step_rows<Rule::adam, true>(r, step, into)
+                   : step_rows<Rule::adam, false>(r, step, into);
+  }
+}
+
+// out[s] = x . p[s]. The order of a sum depends on the stride alone.
+template <typename T>
+FEDPEFT_INLINE void dot_rows(const T* p, int64_t count, int64_t stride, const T* x, T* out) {
+  constexpr int64_t N = kLanes<T>;
+  for (int64_t s = 0; s < count; ++s) {
+    const T* row = p + s * stride;
+    vec_t<T> even = {}, odd = {};
+    int64_t d = 0;
+    for (; d + 2 * N <= stride; d += 2 * N) {
+      even += load(row + d) * load(x + d);
+      odd += load(row + d + N) * load(x + d + N);
+    }
+    if (d < stride) even += load(row + d) * load(x + d);
+    out[s] = lane_sum<T>(even + odd);
+  }
+}
+
+template <typename T>
+FEDPEFT_INLINE bool any_nonzero(const T* x, int64_t n) {
+  bool any = false;
+  for (int64_t i = 0; i < n; ++i) any |= x[i] != 0;
+  return any;
+}
+
+// Touched rows of a table [rows, width], in order of first touch.
+template <typename T>
+struct Slots {
+  int64_t table_rows = 0, width = 0, stride = 0, capacity = 0;
+  const T* source = nullptr;
+  // Row -> slot: an array over the table where that is small, else a hash table with linear
+  // probing.
+  bool direct = true;
+  int64_t map_size = 0;
+  int64_t* keys = nullptr;
+  int32_t* slot_of = nullptr;
+
+  int64_t* rows = nullptr;  // [capacity]
+  T *p = nullptr, *m = nullptr, *v = nullptr, *start = nullptr;
+  T *alpha = nullptr, *beta = nullptr, *dots = nullptr;
+  int64_t count = 0;
+
+  void lay_out(Arena& arena, const void* table, int64_t table_rows_, int64_t width_,
+               int64_t touches, bool adam, bool prox, bool with_beta) {
+    source = static_cast<const T*>(table);
+    table_rows = table_rows_;
+    width = width_;
+    stride = padded<T>(width);
+    capacity = touches < table_rows ? touches : table_rows;
+    map_size = 16;
+    while (map_size < 2 * capacity) map_size *= 2;
+    direct = table_rows <= map_size;
+    if (direct) map_size = table_rows;
+    keys = direct ? nullptr : arena.take<int64_t>(map_size);
+    slot_of = arena.take<int32_t>(map_size);
+    rows = arena.take<int64_t>(capacity);
+    p = arena.take<T>(capacity * stride);
+    if (adam) {
+      m = arena.take<T>(capacity * stride);
+      v = arena.take<T>(capacity * stride);
+    }
+    if (prox) start = arena.take<T>(capacity * stride);
+    alpha = arena.take<T>(capacity);
+    if (with_beta) beta = arena.take<T>(capacity);
+    dots = arena.take<T>(capacity);
+  }
+
+  void clear() {
+    count = 0;
+    memset(slot_of, 0xff, sizeof(int32_t) * size_t(map_size));
+    zero_row(alpha, capacity);
+    if (beta) zero_row(beta, capacity);
+  }
+
+  FEDPEFT_INLINE void prefetch(int64_t row) const { prefetch_row(source + row * width, width); }
+
+  // Slot of a row, which is copied at its first touch.
+  FEDPEFT_INLINE int32_t touch(int64_t row) {
+    int64_t at = row;
+    if (direct) {
+      if (slot_of[at] >= 0) return slot_of[at];
+    } else {
+      at = int64_t(uint64_t(row) * 0x9E3779B97F4A7C15u >> 32) & (map_size - 1);
+      for (; slot_of[at] >= 0; at = (at + 1) & (map_size - 1)) {
+        if (keys[at] == row) return slot_of[at];
+      }
+      keys[at] = row;
+    }
+    const int64_t s = count++;
+    slot_of[at] = int32_t(s);
+    rows[s] = row;
+    copy_in(p + s * stride, row);
+    if (start) copy_in(start + s * stride, row);
+    return int32_t(s);
+  }
+
+  FEDPEFT_INLINE void copy_in(T* to, int64_t row) const {
+    copy_row(to, source + row * width, width);
+    for (int64_t d = width; d < stride; ++d) to[d] = 0;
+  }
+
+  // Moments of rows first touched after the first step start at zero.
+  void zero_moments(int64_t from, int64_t to) {
+    if (!m || from >= to) return;
+    zero_row(m + from * stride, (to - from) * stride);
+    zero_row(v + from * stride, (to - from) * stride);
+  }
+
+  void forget_gradients() {
+    zero_row(alpha, count);
+    if (beta) zero_row(beta, count);
+  }
+
+  FEDPEFT_INLINE void write_delta(T* out, int64_t s) const {
+    const T *now = p + s * stride, *then = source + rows[s] * width;
+    for (int64_t d = 0; d < width; ++d) out[d] = now[d] - then[d];
+  }
+
+  // [table_rows, width], zero where nothing was touched.
+  void write_table(void* delta) const {
+    T* out = static_cast<T*>(delta);
+    if (!direct) {
+      zero_row(out, table_rows * width);
+      for (int64_t s = 0; s < count; ++s) write_delta(out + rows[s] * width, s);
+      return;
+    }
+    for (int64_t row = 0; row < table_rows; ++row) {
+      if (slot_of[row] < 0) {
+        zero_row(out + row * width, width);
+      } else {
+        write_delta(out + row * width, slot_of[row]);
+      }
+    }
+  }
+};
+
+}  // namespace fedpeft::FEDPEFT_ISA

@@ -1,0 +1,485 @@
+"""local_train: a client's whole local training in one call, from its first draw to its upload."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import philox
+from ._checks import (
+    check_codes,
+    check_device,
+    check_dim,
+    check_draw,
+    check_dtype,
+    check_index,
+    check_like,
+    check_not_negative,
+    check_range,
+    check_shape,
+    check_size,
+    check_tensor,
+)
+from ._library import raw_op, register_fake
+from ._plain import check_index_values
+from .client_embedding import client_embedding_reference
+from .hash_lookup import SENetWeights, hash_lookup_reference
+from .lora_lookup import lora_lookup_reference
+from .rq_lookup import rq_lookup_reference
+from .sampling import sample_negatives_reference
+
+_LOCAL_TRAIN = raw_op("local_train")
+
+
+class ItemParts(NamedTuple):
+    """What an item's vector is the sum of; None for what a model lacks. One floating dtype, float32 or float64.
+
+    Attributes:
+        base: [I, D], frozen.
+        table: [I, D], trained: the Full strategy.
+        A, B: [I, r] and [D, r], together: LoRA.
+        codes, codebooks: integer [I, L] and [L, K, D], together: RQ; the codes are frozen.
+        buckets, hashes: [M, D] and int64 [H, 2], together: hashing; the hashes are frozen.
+        senet: weights of the hashed rows; else their mean or sum, as `reduce` says.
+    """
+
+    base: Tensor | None = None
+    table: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    codes: Tensor | None = None
+    codebooks: Tensor | None = None
+    buckets: Tensor | None = None
+    hashes: Tensor | None = None
+    senet: SENetWeights | None = None
+    reduce: Literal["mean", "sum"] = "mean"
+
+
+class LocalUpdates(NamedTuple):
+    """What training changed: local minus global values of C clients; None for what the model lacks.
+
+    Attributes:
+        user: [C, D], new values, not differences.
+        losses: float64 [C], mean over a client's steps; 0 for a client without items.
+        rows: int64 [C, R], the items whose rows of `table` and A changed, -1 behind; in any order.
+        table, A: [C, R, D] and [C, R, r], differences at `rows`; undefined behind them.
+        B, codebooks, buckets, senet: differences, [C, ...].
+    """
+
+    user: Tensor
+    losses: Tensor
+    rows: Tensor
+    table: Tensor | None
+    A: Tensor | None
+    B: Tensor | None
+    codebooks: Tensor | None
+    buckets: Tensor | None
+    senet: SENetWeights | None
+
+
+def _check(
+    clients: Tensor,
+    indptr: Tensor,
+    items: Tensor,
+    positives: Tensor,
+    num_items: int,
+    user: Tensor,
+    parts: ItemParts,
+) -> None:
+    check_tensor(user, "user")
+    if user.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"user: expected float32 or float64, got {user.dtype}")
+    check_dim(user, 2, "user", "[U, D]")
+    for t, name, shape in (
+        (clients, "clients", "[C]"),
+        (indptr, "indptr", "[U + 1]"),
+        (items, "items", "[nnz]"),
+        (positives, "positives", "[nnz]"),
+    ):
+        check_index(t, name)
+        check_dim(t, 1, name, shape)
+        check_device(t, user, name, "user")
+    check_size(indptr, 0, user.size(0) + 1, "indptr", "U + 1, one more than the rows of user")
+    check_shape(positives, tuple(items.shape), "positives", "nnz, as items")
+    check_range(num_items, 0, 2**62, "num_items")
+    width = user.size(1)
+    _check_pairs(parts)
+    for table, name in ((parts.base, "base"), (parts.table, "table")):
+        if table is not None:
+            check_like(table, user, name, "user")
+            check_shape(table, (num_items, width), name, "I items of width D")
+    if parts.A is not None and parts.B is not None:
+        check_like(parts.A, user, "A", "user")
+        check_dim(parts.A, 2, "A", "[I, r]")
+        check_size(parts.A, 0, num_items, "A", "I, the number of items")
+        check_like(parts.B, user, "B", "user")
+        check_shape(parts.B, (width, parts.A.size(1)), "B", "width D and rank r")
+    if parts.codes is not None and parts.codebooks is not None:
+        check_like(parts.codebooks, user, "codebooks", "user")
+        check_dim(parts.codebooks, 3, "codebooks", "[L, K, D]")
+        check_size(parts.codebooks, 2, width, "codebooks", "D, the width")
+        check_codes(parts.codes, "codes")
+        check_device(parts.codes, user, "codes", "user")
+        check_shape(parts.codes, (num_items, parts.codebooks.size(0)), "codes", "I items, L levels")
+    if parts.buckets is not None and parts.hashes is not None:
+        check_like(parts.buckets, user, "buckets", "user")
+        check_dim(parts.buckets, 2, "buckets", "[M, D]")
+        check_size(parts.buckets, 1, width, "buckets", "D, the width")
+        check_dtype(parts.hashes, torch.int64, "hashes")
+        check_device(parts.hashes, user, "hashes", "user")
+        if parts.hashes.dim() != 2 or parts.hashes.size(1) != 2:
+            raise ValueError(f"hashes: expected shape [H, 2], got {list(parts.hashes.shape)}")
+        if parts.senet is not None:
+            hidden, count = parts.senet.w1.size(0), parts.hashes.size(0)
+            shapes = {"w1": (hidden, count), "b1": (hidden,), "w2": (count, hidden), "b2": (count,)}
+            for name, weight in parts.senet._asdict().items():
+                check_like(weight, user, name, "user")
+                check_shape(weight, shapes[name], name, "H hashes, hidden width S")
+
+
+def _check_pairs(parts: ItemParts) -> None:
+    for one, other in (("A", "B"), ("codes", "codebooks"), ("buckets", "hashes")):
+        if (getattr(parts, one) is None) != (getattr(parts, other) is None):
+            raise ValueError(f"{one}: expected together with {other}, got only one of them")
+    if parts.senet is not None and parts.buckets is None:
+        raise ValueError("senet: expected together with buckets, got no buckets")
+    if parts.reduce not in ("mean", "sum"):
+        raise ValueError(f"reduce: expected 'mean' or 'sum', got {parts.reduce!r}")
+
+
+def _check_settings(
+    epochs: int, batch_size: int | None, loss: str, optimizer: str, seed: int, round: int, **numbers: float
+) -> None:
+    check_range(epochs, 0, 2**16, "epochs")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, or None for all positives, got {batch_size}")
+    if loss not in ("bpr", "bce"):
+        raise ValueError(f"loss: expected 'bpr' or 'bce', got {loss!r}")
+    if optimizer not in ("adam", "sgd"):
+        raise ValueError(f"optimizer: expected 'adam' or 'sgd', got {optimizer!r}")
+    for name, value in numbers.items():
+        check_not_negative(value, name)
+    check_draw(seed, round)
+
+
+def local_train(
+    clients: Tensor,
+    indptr: Tensor,
+    items: Tensor,
+    positives: Tensor,
+    num_items: int,
+    user: Tensor,
+    parts: ItemParts,
+    *,
+    epochs: int = 2,
+    batch_size: int | None = None,
+    loss: Literal["bpr", "bce"] = "bpr",
+    optimizer: Literal["adam", "sgd"] = "adam",
+    lr: float = 1e-2,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    l2_user: float = 0.0,
+    l2_items: float = 0.0,
+    prox: float = 0.0,
+    seed: int,
+    round: int,
+) -> LocalUpdates:
+    """Trains each client from the global parameters and its own vector, with a fresh optimizer.
+
+    A client scores an item by the dot product of its vector and the item's. In each epoch every positive gets one
+    negative (as `sample_negatives` draws it) and all positives pass once, in batches of `batch_size`, shuffled anew
+    each epoch, or at once. Nothing of the size of a table is copied or stepped through: a row without a gradient
+    stays as it is under Adam and SGD that start fresh, so that only the touched rows are held.
+
+    Args:
+        clients: int32 or int64 [C], the users to train, in [0, U).
+        indptr, items: int32 or int64 [U + 1] and [nnz], each user's items in the order of training.
+        positives: int32 or int64 [nnz], the same items ascending within each user, distinct.
+        num_items: I.
+        user: float32 or float64 [U, D], the vectors of all users.
+        parts: what item vectors are the sum of.
+        epochs: local epochs, to 2^16 - 1.
+        batch_size: positives of a step; None: all.
+        loss: mean over the batch of -log sigmoid(s+ - s-), or of the binary cross-entropy of both scores.
+        optimizer: Adam (Kingma and Ba, 2015) or SGD, with `lr` and, for Adam, `betas` and `eps`.
+        l2_user, l2_items: l2 * parameter is added to the gradient of each row that has one.
+        prox: FedProx (Li et al., MLSys 2020): prox * (parameter - global) is added to the gradient of what travels.
+        seed: 0 to 2^63 - 1. round: 0 to 2^32 - 1. Draws are functions of (seed, round, client, position, epoch).
+
+    Returns:
+        `LocalUpdates`; a client's part of it does not depend on the other clients or on the threads.
+
+    Raises:
+        ValueError: a shape or number does not fit, `positives` is not ascending, or a client has met every item.
+        TypeError: an argument has the wrong type or dtype.
+        IndexError: a client, item or code is out of range.
+
+    Example:
+        >>> import torch
+        >>> indptr, items = torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1])  # user 0 met 0 and 2
+        >>> user, table = torch.ones(2, 4), torch.zeros(5, 4)
+        >>> parts = ItemParts(table=table)
+        >>> updates = local_train(torch.tensor([1]), indptr, items, items, 5, user, parts, seed=0, round=0)
+        >>> updates.user.shape, updates.rows.shape
+        (torch.Size([1, 4]), torch.Size([1, 3]))
+    """
+    _check(clients, indptr, items, positives, num_items, user, parts)
+    _check_settings(
+        epochs,
+        batch_size,
+        loss,
+        optimizer,
+        seed,
+        round,
+        lr=lr,
+        eps=eps,
+        l2_user=l2_user,
+        l2_items=l2_items,
+        prox=prox,
+    )
+    senet = parts.senet or (None,) * 4
+    out = _LOCAL_TRAIN(
+        clients,
+        indptr,
+        items,
+        positives,
+        num_items,
+        user,
+        parts.base,
+        parts.table,
+        parts.A,
+        parts.B,
+        parts.codes,
+        parts.codebooks,
+        parts.buckets,
+        parts.hashes,
+        *senet,
+        parts.reduce == "mean",
+        epochs,
+        batch_size or 0,
+        loss == "bpr",
+        optimizer == "adam",
+        lr,
+        *betas,
+        eps,
+        l2_user,
+        l2_items,
+        prox,
+        seed,
+        round,
+    )
+    new_user, losses, rows, d_table, d_a, d_b, d_codebooks, d_buckets, *d_senet = out
+    return LocalUpdates(
+        user=new_user,
+        losses=losses,
+        rows=rows,
+        table=None if parts.table is None else d_table,
+        A=None if parts.A is None else d_a,
+        B=None if parts.B is None else d_b,
+        codebooks=None if parts.codebooks is None else d_codebooks,
+        buckets=None if parts.buckets is None else d_buckets,
+        senet=None if parts.senet is None else SENetWeights(*d_senet),
+    )
+
+
+@register_fake("local_train")
+def _fake(
+    clients: Tensor,
+    indptr: Tensor,
+    items: Tensor,
+    positives: Tensor,
+    num_items: int,
+    user: Tensor,
+    base: Tensor | None,
+    table: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    codes: Tensor | None,
+    codebooks: Tensor | None,
+    buckets: Tensor | None,
+    hashes: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    *settings: float,
+) -> tuple[Tensor, ...]:
+    count = clients.size(0)
+    by_row = table is not None or A is not None
+    width = torch.library.get_ctx().new_dynamic_size() if by_row else 0
+
+    def whole(t: Tensor | None) -> Tensor:
+        return user.new_empty(0) if t is None else user.new_empty((count, *t.shape))
+
+    def touched(t: Tensor | None) -> Tensor:
+        return user.new_empty(0) if t is None else user.new_empty((count, width, t.size(1)))
+
+    return (
+        user.new_empty((count, user.size(1))),
+        user.new_empty(count, dtype=torch.float64),
+        user.new_empty((count, width), dtype=torch.int64),
+        touched(table),
+        touched(A),
+        *(whole(t) for t in (B, codebooks, buckets, w1, b1, w2, b2)),
+    )
+
+
+# Plain twin -------------------------------------------------------------------------------------------------
+
+
+def local_train_reference(
+    clients: Tensor,
+    indptr: Tensor,
+    items: Tensor,
+    positives: Tensor,
+    num_items: int,
+    user: Tensor,
+    parts: ItemParts,
+    *,
+    epochs: int = 2,
+    batch_size: int | None = None,
+    loss: Literal["bpr", "bce"] = "bpr",
+    optimizer: Literal["adam", "sgd"] = "adam",
+    lr: float = 1e-2,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    l2_user: float = 0.0,
+    l2_items: float = 0.0,
+    prox: float = 0.0,
+    seed: int,
+    round: int,
+) -> LocalUpdates:
+    """`local_train` in plain PyTorch, a client at a time: whole tables, dense torch.optim optimizers, autograd."""
+    _check(clients, indptr, items, positives, num_items, user, parts)
+    _check_settings(
+        epochs,
+        batch_size,
+        loss,
+        optimizer,
+        seed,
+        round,
+        lr=lr,
+        eps=eps,
+        l2_user=l2_user,
+        l2_items=l2_items,
+        prox=prox,
+    )
+    check_index_values(clients, user.size(0), "clients", padding=False)
+    check_index_values(items, num_items, "items", padding=False)
+    trained = {name: t for name, t in _trained(parts).items() if t is not None}
+    start = {"user": None, **{name: t.detach() for name, t in trained.items()}}
+    sizes = (indptr[clients.long() + 1] - indptr[clients.long()]).tolist()
+    width = max((min(num_items, n * (1 + epochs)) for n in sizes), default=0)
+    if not {"table", "A"} & trained.keys():
+        width = 0
+    rows = torch.full((len(sizes), width), -1, dtype=torch.int64, device=user.device)
+    new_user, losses, changed = [], [], []
+    for c, client in enumerate(clients.tolist()):
+        mine = items[indptr[client] : indptr[client + 1]].long()
+        start["user"] = user[client].detach()
+        negatives = sample_negatives_reference(
+            mine[None], clients[c : c + 1], indptr, positives, num_items, epochs, seed, round
+        )[0]
+        local = {name: t.clone().requires_grad_() for name, t in start.items() if t is not None}
+        optimiser: torch.optim.Optimizer = (
+            torch.optim.Adam(local.values(), lr, betas, eps)
+            if optimizer == "adam"
+            else torch.optim.SGD(local.values(), lr)
+        )
+        each = []
+        for epoch in range(epochs):
+            for batch in _batches(len(mine), client, epoch, batch_size, seed, round):
+                optimiser.zero_grad(set_to_none=True)
+                ids = torch.stack([mine[batch], negatives[epoch][batch]], 1).flatten()
+                scores = _vectors(ids, parts, local) @ local["user"]
+                value = (
+                    -F.logsigmoid(scores[::2] - scores[1::2]).mean()
+                    if loss == "bpr"
+                    else (F.softplus(-scores[::2]) + F.softplus(scores[1::2])).mean() / 2
+                )
+                value.backward()  # type: ignore[no-untyped-call]
+                with torch.no_grad():
+                    for name, t in local.items():
+                        assert t.grad is not None
+                        t.grad += (
+                            (l2_user if name == "user" else l2_items)
+                            * t
+                            * (t.grad != 0).any(-1, keepdim=True)
+                        )
+                        if name != "user" and prox > 0:
+                            t.grad += prox * (t - start[name])  # type: ignore[operator]
+                optimiser.step()
+                each.append(value.item())
+        losses.append(sum(each) / max(len(each), 1))
+        new_user.append(local["user"].detach())
+        changed.append({name: t.detach() - start[name] for name, t in local.items() if name != "user"})  # type: ignore[operator]
+        if width:
+            touched = torch.cat([mine, negatives.flatten()]).unique()
+            rows[c, : len(touched)] = touched
+    shape = (len(sizes), user.size(1))
+
+    def stacked(name: str) -> Tensor | None:
+        if name not in trained:
+            return None
+        if not changed:
+            return user.new_empty((0, *trained[name].shape))
+        if name in ("table", "A"):
+            return torch.stack([d[name][rows[c].clamp(min=0)] for c, d in enumerate(changed)])
+        return torch.stack([d[name] for d in changed])
+
+    weights = [stacked(name) for name in SENetWeights._fields]
+    return LocalUpdates(
+        user=torch.stack(new_user) if new_user else user.new_empty(shape),
+        losses=torch.tensor(losses, dtype=torch.float64, device=user.device),
+        rows=rows,
+        table=stacked("table"),
+        A=stacked("A"),
+        B=stacked("B"),
+        codebooks=stacked("codebooks"),
+        buckets=stacked("buckets"),
+        senet=None if parts.senet is None else SENetWeights(*(w for w in weights if w is not None)),
+    )
+
+
+def _trained(parts: ItemParts) -> dict[str, Tensor | None]:
+    senet = parts.senet._asdict() if parts.senet is not None else {}
+    return {
+        "table": parts.table,
+        "A": parts.A,
+        "B": parts.B,
+        "codebooks": parts.codebooks,
+        "buckets": parts.buckets,
+        **senet,
+    }
+
+
+def _vectors(ids: Tensor, parts: ItemParts, local: dict[str, Tensor]) -> Tensor:
+    total = local["user"].new_zeros(len(ids), len(local["user"]))
+    if parts.base is not None:
+        total = total + parts.base[ids]
+    if parts.table is not None:
+        total = total + client_embedding_reference(ids, local["table"])
+    if parts.A is not None:
+        total = total + lora_lookup_reference(ids, local["A"], local["B"])
+    if parts.codes is not None:
+        total = total + rq_lookup_reference(ids, parts.codes, local["codebooks"])
+    if parts.hashes is not None:
+        senet = None if parts.senet is None else SENetWeights(*(local[name] for name in SENetWeights._fields))
+        total = total + hash_lookup_reference(ids, local["buckets"], parts.hashes, senet, parts.reduce)
+    return total
+
+
+def _batches(
+    size: int, client: int, epoch: int, batch_size: int | None, seed: int, round: int
+) -> list[Tensor]:
+    if size == 0:
+        return []
+    if batch_size is None:
+        return [torch.arange(size)]
+    positions = torch.arange(size).numpy()
+    words = philox.words(seed, round, client, positions, philox.Purpose.BATCH_ORDER, epoch=epoch)
+    order = torch.from_numpy((philox.low64(words) >> 1).argsort(kind="stable"))
+    return list(order.split(batch_size))

@@ -1,0 +1,189 @@
+"""The fused engine: each client's whole local training is one task of one op, `ops.local_train`.
+
+It trains models whose score is the dot product of a user vector with a sum of the strategies of `fedpeft_ext.nn`
+(FedMF). There every gradient of an item's row is a number times a vector that the client's rows share, so that a
+client's training fits in a core's cache, and nothing of the size of a table is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedpeft_ext import ops
+from fedpeft_ext.backbones import Backbone
+from fedpeft_ext.backbones.fedmf import FedMF
+from fedpeft_ext.nn import FullEmbedding, HashEmbedding, LoRAEmbedding, RQEmbedding, SumEmbedding
+from fedpeft_ext.ops import ItemParts, SENetWeights
+from fedpeft_ext.simulation.aggregation import Aggregator
+from fedpeft_ext.simulation.local_training import (
+    ADAM_BETAS,
+    ADAM_EPS,
+    ClientError,
+    Federation,
+    ParameterRoles,
+)
+
+_SENET = SENetWeights._fields
+
+
+class FusedEngine:
+    """Trains chunks of clients by `ops.local_train`.
+
+    Args:
+        federation: what to train; `why_not` says whether this engine can.
+        chunk_bytes: memory that the uploads of a chunk may take (a single client may exceed it).
+    """
+
+    def __init__(self, federation: Federation, chunk_bytes: float) -> None:
+        reason = why_not(federation.model)
+        if reason is not None:
+            raise ValueError(f"engine: 'fused' cannot train this model, since {reason}; use 'batched'")
+        self._federation = federation
+        self._roles = ParameterRoles.of(federation.model)
+        self._names = _part_names(federation.model)
+        self._chunk_bytes = chunk_bytes
+
+    def train(self, clients: np.ndarray, round: int, aggregator: Aggregator) -> np.ndarray:
+        """See `local_training.Engine`."""
+        sizes = self._federation.interactions.sizes[clients]
+        weights = self._federation.settings.weights(sizes)
+        losses = np.zeros(len(clients))
+        for chunk in self._chunks(sizes):
+            try:
+                losses[chunk] = self._train_chunk(clients[chunk], weights[chunk], round, aggregator)
+            except Exception as error:
+                raise ClientError(
+                    f"round {round}, {len(clients[chunk])} clients from client {int(clients[chunk][0])} on: {error} "
+                    "(engine: sequential names the client and the stage)"
+                ) from error
+        return losses
+
+    def _chunks(self, sizes: np.ndarray) -> Iterator[slice]:
+        """Runs of clients, ascending by size, whose uploads fit in a chunk's memory."""
+        settings, interactions = self._federation.settings, self._federation.interactions
+        parameters = dict(self._federation.model.named_parameters())
+        element = self._federation.model.item_dtype.itemsize
+        small = element * sum(parameters[name].numel() for name in self._roles.small)
+        row = sum(element * parameters[name].shape[1] for name in self._roles.rows) + 8
+        touched = np.minimum(sizes * (1 + settings.epochs), interactions.num_items) * bool(self._roles.rows)
+        each = small + row * touched  # ascending
+        start = 0
+        while start < len(sizes):
+            # Every client of a chunk takes the room of its largest.
+            fits = np.arange(1, len(sizes) - start + 1) * each[start:] <= self._chunk_bytes
+            stop = start + max(1, int(np.count_nonzero(fits)))
+            yield slice(start, stop)
+            start = stop
+
+    def _train_chunk(
+        self, clients: np.ndarray, weights: np.ndarray, round: int, aggregator: Aggregator
+    ) -> np.ndarray:
+        interactions, settings = self._federation.interactions, self._federation.settings
+        store, names = self._federation.store, self._names
+        ids = torch.from_numpy(clients).to(interactions.device)
+        updates = ops.local_train(
+            ids,
+            interactions.indptr,
+            interactions.items,
+            interactions.positives[1],
+            interactions.num_items,
+            store.state["user"],
+            _item_parts(self._federation.model),
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            loss=settings.loss,
+            optimizer=settings.optimizer,
+            lr=settings.lr,
+            betas=ADAM_BETAS,
+            eps=ADAM_EPS,
+            l2_user=settings.l2 if "user" in self._roles.l2 else 0.0,
+            l2_items=settings.l2,
+            seed=settings.seed,
+            round=round,
+        )
+        uploads = {names[part]: value for part, value in _flat(updates).items()}
+        rows = updates.rows if self._roles.rows else None
+        aggregator.add(uploads, torch.from_numpy(weights).to(ids.device), rows)
+        store.write(ids, {"user": updates.user})
+        return updates.losses.cpu().numpy()
+
+
+def why_not(model: Backbone) -> str | None:
+    """What keeps the fused engine from training `model`, or None."""
+    if type(model) is not FedMF:
+        return f"it trains backbone 'fedmf' alone, not {model.name!r}"
+    device = model.user.device.type
+    if device != "cpu":
+        return f"it runs on the CPU, not on {device!r}"
+    embedding = model.item_embedding
+    if embedding.padding_idx is not None:
+        return "the item embedding has a padding_idx"
+    for _, part in _strategies(embedding):
+        if type(part) not in (FullEmbedding, LoRAEmbedding, HashEmbedding, RQEmbedding):
+            return f"it does not know the strategy {type(part).__name__}"
+    tables = [name for name in embedding.row_parameters if not name.endswith("A")]
+    if len(tables) > 1:
+        return f"there are {len(tables)} trained tables of full width: {', '.join(tables)}"
+    return None
+
+
+def _strategies(embedding: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The strategies of an item embedding with the prefixes of their parameters' names."""
+    if isinstance(embedding, SumEmbedding):
+        return [(f"parts.{number}.", part) for number, part in enumerate(embedding.parts)]
+    return [("", embedding)]
+
+
+def _fields(part: nn.Module) -> dict[str, str]:
+    """Field of `ItemParts` -> attribute of a strategy."""
+    if isinstance(part, FullEmbedding):
+        return {"table": part.row_parameters[-1]}
+    if isinstance(part, LoRAEmbedding):
+        return {"A": "A", "B": "B"}
+    if isinstance(part, RQEmbedding):
+        return {"codes": "codes", "codebooks": "codebooks"}
+    assert isinstance(part, HashEmbedding)
+    return {"buckets": "table", "hashes": "hashes"} | ({name: name for name in _SENET} if part.senet else {})
+
+
+def _item_parts(model: Backbone) -> ItemParts:
+    """The current global tensors of a model."""
+    embedding = model.item_embedding
+    values: dict[str, Any] = {}
+    for _, part in _strategies(embedding):
+        values |= {field: getattr(part, name).detach() for field, name in _fields(part).items()}
+        if isinstance(part, HashEmbedding):
+            values["reduce"] = part.reduce
+            if part.senet:
+                values["senet"] = SENetWeights(*(values.pop(name) for name in _SENET))
+    if embedding.base is not None:
+        trained = isinstance(embedding.base, nn.Parameter)
+        values["table" if trained else "base"] = embedding.base.detach()
+    return ItemParts(**values)
+
+
+def _part_names(model: Backbone) -> dict[str, str]:
+    """Field of an update -> name of the parameter in the model."""
+    embedding = model.item_embedding
+    names = {
+        field: f"item_embedding.{prefix}{name}"
+        for prefix, part in _strategies(embedding)
+        for field, name in _fields(part).items()
+    }
+    if isinstance(embedding.base, nn.Parameter):
+        names["table"] = "item_embedding.base"
+    return names
+
+
+def _flat(updates: ops.LocalUpdates) -> dict[str, Tensor]:
+    values = {
+        field: getattr(updates, field)
+        for field in ("table", "A", "B", "codebooks", "buckets")
+        if getattr(updates, field) is not None
+    }
+    return values | (updates.senet._asdict() if updates.senet is not None else {})
