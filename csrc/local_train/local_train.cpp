@@ -44,7 +44,11 @@ const void* data_of(const Optional& t) { return t ? t->const_data_ptr() : nullpt
   std::iota(order.begin(), order.end(), int64_t{0});
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t x, int64_t y) { return sizes[size_t(x)] > sizes[size_t(y)]; });
-  const int64_t bytes = C ? kernels.scratch[dtype](a, sizes[size_t(order[0])]) : 0;
+  int64_t bytes = 0;  // not always the most for the most items: the maps of rows change their kind
+  for (int64_t i = 0; i < C; ++i) {
+    if (i == 0 || sizes[size_t(order[size_t(i)])] != sizes[size_t(order[size_t(i - 1)])])
+      bytes = std::max(bytes, kernels.scratch[dtype](a, sizes[size_t(order[size_t(i)])]));
+  }
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), C);
   Tensor scratch = torch::stable::new_empty(like, {threads, bytes}, ScalarType::Byte);
   char* memory = static_cast<char*>(scratch.mutable_data_ptr());

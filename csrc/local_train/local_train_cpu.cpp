@@ -24,7 +24,7 @@ class Trainer {
       spare = arena.take<int32_t>(n);
       keys = arena.take<uint64_t>(n);
     }
-    user.lay_out(arena, a, a.user, 1, a.D);
+    user.lay_out(arena, a, a.user, 1, a.D, false);
     ones = arena.take<T>(stride);
     if (a.table) table.lay_out(arena, a, a.table, a.num_items, a.D, 1, draws, false);
     if (a.A) lora.lay_out(arena, a, draws);

@@ -99,7 +99,7 @@ struct DensePart {
   T *p = nullptr, *m = nullptr, *v = nullptr, *start = nullptr, *grad = nullptr;
 
   void lay_out(Arena& arena, const LocalTrainArgs& a, const void* from, int64_t rows_,
-               int64_t width_) {
+               int64_t width_, bool travels = true) {
     source = static_cast<const T*>(from);
     rows = rows_;
     width = width_;
@@ -109,7 +109,7 @@ struct DensePart {
       m = arena.take<T>(rows * stride);
       v = arena.take<T>(rows * stride);
     }
-    if (a.prox > 0) start = arena.take<T>(rows * stride);
+    if (travels && a.prox > 0) start = arena.take<T>(rows * stride);
     grad = arena.take<T>(rows * stride);
   }
 

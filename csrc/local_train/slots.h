@@ -89,7 +89,7 @@ struct RowGradients {
   const T* alpha;
   const T* x;
   const T* beta;  // null: none
-  const T* ones;  // 1 inside the width, 0 in its padding
+  const T* ones;  // with beta: 1 inside the width, 0 in its padding
   T l2;           // on rows with alpha or beta
 };
 
@@ -106,7 +106,7 @@ FEDPEFT_INLINE void step_columns(const RowGradients<T>& r, const LocalStep<T>& s
   for (int w = 0; w < W; ++w) {
     x[w] = load(r.x + d + w * N);
     sum[w] = into ? load(into + d + w * N) : V{};
-    if constexpr (Extra) ones[w] = load(r.ones + d + w * N);
+    if constexpr (Extra) ones[w] = r.beta ? load(r.ones + d + w * N) : V{};
   }
   for (int64_t s = 0; s < r.count; ++s) {
     const T alpha = r.alpha[s];

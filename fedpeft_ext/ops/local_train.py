@@ -35,7 +35,7 @@ _LOCAL_TRAIN = raw_op("local_train")
 
 
 class ItemParts(NamedTuple):
-    """What an item's vector is the sum of; None for what a model lacks. One floating dtype, float32 or float64.
+    """What an item's vector is the sum of; None for what a model lacks. All float32 or all float64.
 
     Attributes:
         base: [I, D], frozen.
@@ -189,10 +189,10 @@ def local_train(
 ) -> LocalUpdates:
     """Trains each client from the global parameters and its own vector, with a fresh optimizer.
 
-    A client scores an item by the dot product of its vector and the item's. In each epoch every positive gets one
-    negative (as `sample_negatives` draws it) and all positives pass once, in batches of `batch_size`, shuffled anew
-    each epoch, or at once. Nothing of the size of a table is copied or stepped through: a row without a gradient
-    stays as it is under Adam and SGD that start fresh, so that only the touched rows are held.
+    A client scores an item by the dot product of its vector and the item's. In each epoch every positive gets
+    one negative (as `sample_negatives` draws it) and all positives pass once, in batches of `batch_size`,
+    shuffled anew each epoch, or at once. Nothing of the size of a table is copied or stepped through: a row
+    without a gradient stays as it is under Adam and SGD that start fresh, so only the touched rows are held.
 
     Args:
         clients: int32 or int64 [C], the users to train, in [0, U).
@@ -206,14 +206,17 @@ def local_train(
         loss: mean over the batch of -log sigmoid(s+ - s-), or of the binary cross-entropy of both scores.
         optimizer: Adam (Kingma and Ba, 2015) or SGD, with `lr` and, for Adam, `betas` and `eps`.
         l2_user, l2_items: l2 * parameter is added to the gradient of each row that has one.
-        prox: FedProx (Li et al., MLSys 2020): prox * (parameter - global) is added to the gradient of what travels.
-        seed: 0 to 2^63 - 1. round: 0 to 2^32 - 1. Draws are functions of (seed, round, client, position, epoch).
+        prox: FedProx (Li et al., MLSys 2020): prox * (parameter - global) is added to the gradient of what
+            travels.
+        seed: 0 to 2^63 - 1. round: 0 to 2^32 - 1. Draws are functions of (seed, round, client, position,
+            epoch).
 
     Returns:
         `LocalUpdates`; a client's part of it does not depend on the other clients or on the threads.
 
     Raises:
-        ValueError: a shape or number does not fit, `positives` is not ascending, or a client has met every item.
+        ValueError: a shape or number does not fit, `positives` is not ascending, or a client has met every
+            item.
         TypeError: an argument has the wrong type or dtype.
         IndexError: a client, item or code is out of range.
 
@@ -352,7 +355,7 @@ def local_train_reference(
     seed: int,
     round: int,
 ) -> LocalUpdates:
-    """`local_train` in plain PyTorch, a client at a time: whole tables, dense torch.optim optimizers, autograd."""
+    """`local_train` in plain PyTorch, a client at a time: whole tables, dense optimizers, autograd."""
     _check(clients, indptr, items, positives, num_items, user, parts)
     _check_settings(
         epochs,
@@ -370,7 +373,7 @@ def local_train_reference(
     check_index_values(clients, user.size(0), "clients", padding=False)
     check_index_values(items, num_items, "items", padding=False)
     trained = {name: t for name, t in _trained(parts).items() if t is not None}
-    start = {"user": None, **{name: t.detach() for name, t in trained.items()}}
+    shared = {name: t.detach() for name, t in trained.items()}
     sizes = (indptr[clients.long() + 1] - indptr[clients.long()]).tolist()
     width = max((min(num_items, n * (1 + epochs)) for n in sizes), default=0)
     if not {"table", "A"} & trained.keys():
@@ -379,11 +382,11 @@ def local_train_reference(
     new_user, losses, changed = [], [], []
     for c, client in enumerate(clients.tolist()):
         mine = items[indptr[client] : indptr[client + 1]].long()
-        start["user"] = user[client].detach()
         negatives = sample_negatives_reference(
             mine[None], clients[c : c + 1], indptr, positives, num_items, epochs, seed, round
         )[0]
-        local = {name: t.clone().requires_grad_() for name, t in start.items() if t is not None}
+        start = {"user": user[client].detach(), **shared}
+        local = {name: t.clone().requires_grad_() for name, t in start.items()}
         optimiser: torch.optim.Optimizer = (
             torch.optim.Adam(local.values(), lr, betas, eps)
             if optimizer == "adam"
@@ -410,14 +413,14 @@ def local_train_reference(
                             * (t.grad != 0).any(-1, keepdim=True)
                         )
                         if name != "user" and prox > 0:
-                            t.grad += prox * (t - start[name])  # type: ignore[operator]
+                            t.grad += prox * (t - start[name])
                 optimiser.step()
                 each.append(value.item())
         losses.append(sum(each) / max(len(each), 1))
         new_user.append(local["user"].detach())
-        changed.append({name: t.detach() - start[name] for name, t in local.items() if name != "user"})  # type: ignore[operator]
+        changed.append({name: local[name].detach() - t for name, t in shared.items()})
         if width:
-            touched = torch.cat([mine, negatives.flatten()]).unique()
+            touched = torch.unique(torch.cat([mine, negatives.flatten()]))
             rows[c, : len(touched)] = touched
     shape = (len(sizes), user.size(1))
 
@@ -482,4 +485,4 @@ def _batches(
     positions = torch.arange(size).numpy()
     words = philox.words(seed, round, client, positions, philox.Purpose.BATCH_ORDER, epoch=epoch)
     order = torch.from_numpy((philox.low64(words) >> 1).argsort(kind="stable"))
-    return list(order.split(batch_size))
+    return list(torch.split(order, batch_size))

@@ -1,8 +1,8 @@
 """The fused engine: each client's whole local training is one task of one op, `ops.local_train`.
 
-It trains models whose score is the dot product of a user vector with a sum of the strategies of `fedpeft_ext.nn`
-(FedMF). There every gradient of an item's row is a number times a vector that the client's rows share, so that a
-client's training fits in a core's cache, and nothing of the size of a table is copied.
+It trains models whose score is the dot product of a user vector with a sum of the strategies of
+`fedpeft_ext.nn` (FedMF). There every gradient of an item's row is a number times a vector that the client's
+rows share, so that a client's training fits in a core's cache, and nothing of the size of a table is copied.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class FusedEngine:
                 losses[chunk] = self._train_chunk(clients[chunk], weights[chunk], round, aggregator)
             except Exception as error:
                 raise ClientError(
-                    f"round {round}, {len(clients[chunk])} clients from client {int(clients[chunk][0])} on: {error} "
-                    "(engine: sequential names the client and the stage)"
+                    f"round {round}, {len(clients[chunk])} clients from client {int(clients[chunk][0])} on: "
+                    f"{error} (engine: sequential names the client and the stage)"
                 ) from error
         return losses
 
@@ -108,7 +108,7 @@ class FusedEngine:
         )
         uploads = {names[part]: value for part, value in _flat(updates).items()}
         rows = updates.rows if self._roles.rows else None
-        aggregator.add(uploads, torch.from_numpy(weights).to(ids.device), rows)
+        aggregator.add(uploads, torch.from_numpy(weights).to(ids.device), rows, ids)
         store.write(ids, {"user": updates.user})
         return updates.losses.cpu().numpy()
 

@@ -211,6 +211,11 @@ class Simulator:
         return self._traffic
 
     @property
+    def engine(self) -> str:
+        """The engine in use: "fused", "batched" or "sequential"."""
+        return self._engine_name
+
+    @property
     def phase(self) -> str:
         """ "warm-up" or "training", of the next round."""
         return "warm-up" if self.rounds_done < self._warmup_rounds else "training"

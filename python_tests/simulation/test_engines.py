@@ -1,5 +1,5 @@
-"""The batched engine equals the sequential one, and its results are the same bits whatever the chunks and
-threads.
+"""The batched and fused engines equal the sequential one, and their results are the same bits whatever the
+chunks and threads.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def assert_equal(
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("loss", ["bpr", "bce"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_batched_equals_sequential(
+def test_engines_equal_sequential(
     dataset: Dataset,
     pretrained: Pretrained,
     strategy: str,
@@ -92,9 +92,10 @@ def test_batched_equals_sequential(
         "dtype": dtype,
     }
     start = trained(dataset, pretrained, **changes, **{"training.rounds": 0})
-    batched = trained(dataset, pretrained, **changes)
+    batched = trained(dataset, pretrained, **changes, engine="batched")
     sequential = trained(dataset, pretrained, **changes, engine="sequential")
     assert_equal(batched, sequential, tolerance)
+    assert_equal(trained(dataset, pretrained, **changes, engine="fused"), sequential, tolerance)
     moved = [name for name, value in batched[0].items() if not torch.equal(value, start[0][name])]
     frozen = ("base", "codes", "hashes")
     assert all((name in moved) != name.endswith(frozen) for name in batched[0])
@@ -129,11 +130,9 @@ def test_settings_agree_between_engines(
     dataset: Dataset, pretrained: Pretrained, changes: dict[str, Any]
 ) -> None:
     changes = {"dtype": "float64", "training.lr": 0.01, **changes}
-    assert_equal(
-        trained(dataset, pretrained, **changes),
-        trained(dataset, pretrained, **changes, engine="sequential"),
-        1e-9,
-    )
+    sequential = trained(dataset, pretrained, **changes, engine="sequential")
+    assert_equal(trained(dataset, pretrained, **changes, engine="batched"), sequential, 1e-9)
+    assert_equal(trained(dataset, pretrained, **changes, engine="fused"), sequential, 1e-9)
 
 
 @pytest.fixture
@@ -144,6 +143,7 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("engine", ["batched", "fused"])
 @pytest.mark.parametrize("batch_size", [None, 4])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_same_bits_for_any_chunks_and_threads(
@@ -151,12 +151,14 @@ def test_same_bits_for_any_chunks_and_threads(
     pretrained: Pretrained,
     strategy: str,
     batch_size: int | None,
+    engine: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     changes = {
         "embedding.name": strategy,
         "training.batch_size": batch_size,
         "training.clients_per_round": 1.0,
+        "engine": engine,
     }
     results = []
     # One chunk; one client a chunk (no memory); cut wherever padding is saved; each with one and several
@@ -173,11 +175,18 @@ def test_same_bits_for_any_chunks_and_threads(
             assert torch.equal(value, results[0][0][name]), name
 
 
-def test_a_client_trains_alike_whoever_is_with_it(dataset: Dataset, pretrained: Pretrained) -> None:
+@pytest.mark.parametrize("engine", ["batched", "fused"])
+def test_a_client_trains_alike_whoever_is_with_it(
+    dataset: Dataset, pretrained: Pretrained, engine: str
+) -> None:
     """State of a client after one round depends on the global model and itself alone."""
-    everyone = Simulator(config(**{"training.clients_per_round": 1.0}), dataset, pretrained=pretrained)
+    everyone = Simulator(
+        config(engine=engine, **{"training.clients_per_round": 1.0}), dataset, pretrained=pretrained
+    )
     everyone.round()
-    few = Simulator(config(**{"training.clients_per_round": 5}), dataset, pretrained=pretrained)
+    few = Simulator(
+        config(engine=engine, **{"training.clients_per_round": 5}), dataset, pretrained=pretrained
+    )
     before = few.store.state["user"].clone()
     few.round()
     chosen = (few.store.state["user"] != before).any(1)
@@ -206,7 +215,7 @@ def test_sequential_names_the_failing_client_and_its_stage(
         simulator.round()
 
 
-@pytest.mark.parametrize("engine", ["batched", "sequential"])
+@pytest.mark.parametrize("engine", ["fused", "batched", "sequential"])
 def test_divergence_is_reported_and_leaves_the_global_parameters(
     dataset: Dataset, pretrained: Pretrained, engine: str
 ) -> None:
@@ -217,3 +226,16 @@ def test_divergence_is_reported_and_leaves_the_global_parameters(
         simulator.round()
     for name, value in simulator.model.named_parameters():
         assert torch.equal(value, before[name])
+
+
+def test_auto_takes_the_fused_engine_where_it_applies(dataset: Dataset, pretrained: Pretrained) -> None:
+    fused = Simulator(config(), dataset, pretrained=pretrained)
+    assert fused.engine == "fused"
+    # Two trained tables of full width are beyond it.
+    changes = {"embedding.name": "p-full", "embedding.freeze_full": False}
+    mixed = config(**{**changes, "embedding.name": "p-full+lora"})
+    assert Simulator(mixed, dataset, pretrained=pretrained).engine == "batched"
+    with pytest.raises(
+        ValueError, match="engine: 'fused' cannot train this model, since there are 2 trained tables"
+    ):
+        Simulator(mixed.updated(["engine=fused"]), dataset, pretrained=pretrained)

@@ -1,0 +1,224 @@
+"""local_train against its plain twin: a client at a time, whole tables, dense optimizers, autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedpeft_ext import ops, reference
+from fedpeft_ext.ops import ItemParts, LocalUpdates, SENetWeights
+
+PARTS = ["table", "lora", "rq", "hash", "hash-sum", "senet"]
+
+
+def federation(
+    sizes: list[int], num_items: int, seed: int, index: torch.dtype = torch.int64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """indptr, items in random order, items ascending."""
+    rng = np.random.default_rng(seed)
+    rows = [rng.permutation(num_items)[:size] for size in sizes]
+    items = np.concatenate([*rows, []]).astype(np.int64)
+    ascending = np.concatenate([*map(np.sort, rows), []]).astype(np.int64)
+    indptr = torch.tensor([0, *np.cumsum(sizes)])
+    return indptr.to(index), torch.from_numpy(items).to(index), torch.from_numpy(ascending).to(index)
+
+
+def make_parts(
+    kinds: list[str], num_items: int, dim: int, seed: int, dtype: torch.dtype, base: bool = True
+) -> ItemParts:
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return (0.3 * torch.randn(shape, generator=g, dtype=torch.float64)).to(dtype)
+
+    values: dict[str, Any] = {"base": normal(num_items, dim)} if base else {}
+    for kind in kinds:
+        if kind == "table":
+            values["table"] = normal(num_items, dim)
+        elif kind == "lora":
+            values |= {"A": normal(num_items, 3), "B": normal(dim, 3)}
+        elif kind == "rq":
+            codes = torch.randint(0, 7, (num_items, 2), generator=g, dtype=torch.uint8)
+            values |= {"codes": codes, "codebooks": normal(2, 7, dim)}
+        else:
+            values |= {"buckets": normal(11, dim), "hashes": ops.make_hashes(3, seed=seed)}
+            values["reduce"] = "sum" if kind == "hash-sum" else "mean"
+            if kind == "senet":
+                values["senet"] = SENetWeights(normal(5, 3), normal(5), normal(3, 5), normal(3))
+    return ItemParts(**values)
+
+
+def named(updates: LocalUpdates, num_items: int) -> dict[str, Tensor]:
+    """Every result by name; row updates spread over the whole table, since their order is free."""
+    values = {"user": updates.user, "losses": updates.losses}
+    for name in ("B", "codebooks", "buckets"):
+        if getattr(updates, name) is not None:
+            values[name] = getattr(updates, name)
+    if updates.senet is not None:
+        values |= updates.senet._asdict()
+    for name in ("table", "A"):
+        change = getattr(updates, name)
+        if change is not None:
+            whole = change.new_zeros(len(change), num_items + 1, change.size(2))
+            whole.scatter_(
+                1, updates.rows.where(updates.rows >= 0, num_items)[..., None].expand_as(change), change
+            )
+            values[name] = whole[:, :num_items]
+    return values
+
+
+def compare(tolerance: float, num_items: int, *args: Any, **options: Any) -> LocalUpdates:
+    mine = ops.local_train(*args, **options)
+    theirs = reference.local_train(*args, **options)
+    ours, plain = named(mine, num_items), named(theirs, num_items)
+    assert ours.keys() == plain.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(
+            value, plain[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    return mine
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("loss", ["bpr", "bce"])
+@pytest.mark.parametrize(
+    "kinds",
+    [[], *([kind] for kind in PARTS), ["rq", "lora"], ["table", "senet"], ["lora", "hash", "rq", "table"]],
+    ids=str,
+)
+def test_equals_the_reference(kinds: list[str], loss: str, optimizer: str) -> None:
+    indptr, items, positives = federation([5, 0, 1, 12], 30, seed=1)
+    user = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    parts = make_parts(kinds, 30, 9, 3, torch.float64)
+    options: dict[str, Any] = {
+        "loss": loss,
+        "optimizer": optimizer,
+        "lr": 0.01 if optimizer == "adam" else 0.5,
+        "l2_user": 1e-2,
+        "l2_items": 1e-2,
+        "epochs": 3,
+        "seed": 4,
+        "round": 5,
+    }
+    updates = compare(1e-9, 30, torch.tensor([3, 0, 1]), indptr, items, positives, 30, user, parts, **options)
+    assert float(updates.losses[2]) == 0.0  # a client without items
+    assert torch.equal(updates.user[2], user[1])
+    single = parts._replace(
+        **{
+            name: t.float()
+            for name, t in parts._asdict().items()
+            if isinstance(t, Tensor) and t.is_floating_point()
+        }
+    )
+    if parts.senet is not None:
+        single = single._replace(senet=SENetWeights(*(w.float() for w in parts.senet)))
+    compare(1e-4, 30, torch.tensor([3, 0, 1]), indptr, items, positives, 30, user.float(), single, **options)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    data=st.data(),
+    kinds=st.lists(st.sampled_from(["table", "lora", "rq", "hash", "senet"]), unique=True, max_size=3),
+    dim=st.integers(1, 40),
+    sizes=st.lists(st.integers(0, 15), min_size=1, max_size=4),
+    epochs=st.integers(0, 3),
+    batch_size=st.one_of(st.none(), st.integers(1, 6)),
+    prox=st.sampled_from([0.0, 0.3]),
+    index=st.sampled_from([torch.int32, torch.int64]),
+)
+def test_any_shape(
+    data: st.DataObject,
+    kinds: list[str],
+    dim: int,
+    sizes: list[int],
+    epochs: int,
+    batch_size: int | None,
+    prox: float,
+    index: torch.dtype,
+) -> None:
+    if "hash" in kinds and "senet" in kinds:
+        kinds = [kind for kind in kinds if kind != "hash"]
+    num_items = data.draw(st.sampled_from([17, 40, 5000]))  # the last: rows are found by hashing
+    indptr, items, positives = federation(sizes, num_items, 7, index)
+    user = torch.randn(len(sizes), dim, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    parts = make_parts(kinds, num_items, dim, 9, torch.float64, base=data.draw(st.booleans()) or not kinds)
+    compare(
+        1e-9,
+        num_items,
+        torch.arange(len(sizes), dtype=index),
+        *(indptr, items, positives, num_items, user, parts),
+        epochs=epochs,
+        batch_size=batch_size,
+        prox=prox,
+        l2_items=1e-2,
+        seed=1,
+        round=2,
+    )
+
+
+def arguments() -> dict[str, Any]:
+    indptr, items, positives = federation([3, 2], 9, seed=0)
+    return {
+        "clients": torch.tensor([0, 1]),
+        "indptr": indptr,
+        "items": items,
+        "positives": positives,
+        "num_items": 9,
+        "user": torch.ones(2, 4),
+        "parts": make_parts(["rq", "lora", "senet"], 9, 4, 0, torch.float32),
+        "seed": 0,
+        "round": 0,
+    }
+
+
+def change_parts(**changes: Any) -> dict[str, Any]:
+    return {"parts": arguments()["parts"]._replace(**changes)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"clients": torch.tensor([0, 2])}, IndexError, "clients: id 2 at position 1"),
+        ({"clients": torch.tensor([0.0])}, TypeError, "clients: expected int32 or int64"),
+        ({"user": torch.ones(3, 4)}, ValueError, "indptr: expected size 4"),
+        ({"user": torch.ones(2, 4, dtype=torch.float16)}, TypeError, "user: expected float32 or float64"),
+        ({"items": torch.tensor([0, 1, 9, 2, 3])}, IndexError, "items: item 9 at position 2"),
+        ({"positives": torch.tensor([1, 0, 2, 2, 3])}, ValueError, "positives: expected .* ascending"),
+        ({"indptr": torch.tensor([0, 3, 9])}, ValueError, "indptr: expected ascending offsets"),
+        (change_parts(B=None), ValueError, "A: expected together with B"),
+        (change_parts(B=torch.ones(4, 2)), ValueError, "B: expected shape"),
+        (change_parts(base=torch.ones(9, 5)), ValueError, "base: expected shape"),
+        (change_parts(base=torch.ones(9, 4).double()), TypeError, "base: expected the dtype of user"),
+        (change_parts(codes=torch.full((9, 2), 7)), IndexError, "codes: code 7 of item"),
+        (change_parts(buckets=None, hashes=None), ValueError, "senet: expected together with buckets"),
+        ({"epochs": -1}, ValueError, "epochs: expected 0"),
+        ({"batch_size": 0}, ValueError, "batch_size: expected at least 1"),
+        ({"loss": "hinge"}, ValueError, "loss: expected 'bpr' or 'bce'"),
+        ({"optimizer": "lion"}, ValueError, "optimizer: expected 'adam' or 'sgd'"),
+        ({"lr": -1.0}, ValueError, "lr: expected at least 0"),
+    ],
+)
+def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ops.local_train(**{**arguments(), **changes})
+
+
+def test_a_client_that_met_every_item_has_no_negative() -> None:
+    indptr, items, positives = federation([4], 4, seed=0)
+    with pytest.raises(ValueError, match="client 0 has met all 4 items"):
+        ops.local_train(
+            torch.tensor([0]), indptr, items, positives, 4, torch.ones(1, 2), ItemParts(), seed=0, round=0
+        )
+
+
+def test_no_clients() -> None:
+    changed = ops.local_train(**{**arguments(), "clients": torch.empty(0, dtype=torch.int64)})
+    assert changed.user.shape == (0, 4)
+    assert changed.codebooks is not None
+    assert changed.codebooks.shape == (0, 2, 7, 4)
