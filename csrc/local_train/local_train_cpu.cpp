@@ -294,6 +294,7 @@ class Trainer {
   void write_rows(const Slots<T>& slots, int64_t c, void* delta) const {
     T* out = static_cast<T*>(delta) + c * a.R * slots.width;
     for (int64_t s = 0; s < slots.count; ++s) slots.write_delta(out + s * slots.width, s);
+    zero_row(out + slots.count * slots.width, (a.R - slots.count) * slots.width);
     int64_t* rows = a.rows + c * a.R;
     for (int64_t s = 0; s < a.R; ++s) rows[s] = s < slots.count ? slots.rows[s] : -1;
   }

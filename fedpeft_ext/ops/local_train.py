@@ -65,7 +65,7 @@ class LocalUpdates(NamedTuple):
         user: [C, D], new values, not differences.
         losses: float64 [C], mean over a client's steps; 0 for a client without items.
         rows: int64 [C, R], the items whose rows of `table` and A changed, -1 behind; in any order.
-        table, A: [C, R, D] and [C, R, r], differences at `rows`; undefined behind them.
+        table, A: [C, R, D] and [C, R, r], differences at `rows`; zero behind them.
         B, codebooks, buckets, senet: differences, [C, ...].
     """
 
@@ -430,7 +430,8 @@ def local_train_reference(
         if not changed:
             return user.new_empty((0, *trained[name].shape))
         if name in ("table", "A"):
-            return torch.stack([d[name][rows[c].clamp(min=0)] for c, d in enumerate(changed)])
+            at = [rows[c].where(rows[c] >= 0, num_items) for c in range(len(changed))]
+            return torch.stack([F.pad(d[name], (0, 0, 0, 1))[i] for i, d in zip(at, changed, strict=True)])
         return torch.stack([d[name] for d in changed])
 
     weights = [stacked(name) for name in SENetWeights._fields]

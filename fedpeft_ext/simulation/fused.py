@@ -108,8 +108,8 @@ class FusedEngine:
         )
         uploads = {names[part]: value for part, value in _flat(updates).items()}
         rows = updates.rows if self._roles.rows else None
-        aggregator.add(uploads, torch.from_numpy(weights).to(ids.device), rows, ids)
-        store.write(ids, {"user": updates.user})
+        accepted = aggregator.add(uploads, torch.from_numpy(weights).to(ids.device), rows, ids)
+        store.write(ids, {"user": updates.user}, accepted)
         return updates.losses.cpu().numpy()
 
 
