@@ -83,9 +83,8 @@ struct RowsPart {
     if (scale != 1) {  // after the sums, so that gradients that cancel do so exactly
       for (int64_t s = 0; s < slots.count; ++s) slots.alpha[s] *= scale;
     }
-    const bool moves = any_nonzero(x, slots.stride) || slots.beta;
     step_rows(RowGradients<T>{slots.count, slots.stride, slots.p, slots.m, slots.v, slots.start,
-                              slots.alpha, x, slots.beta, ones, moves ? l2 : T(0)},
+                              slots.alpha, x, slots.beta, ones, l2, any_nonzero(x, slots.stride)},
               step, into);
     slots.forget_gradients();
   }
@@ -126,11 +125,13 @@ struct DensePart {
     const T one = 1;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = r * stride;
-      const T penalty = any_nonzero(grad + at, stride) ? l2 : T(0);
-      step_rows(
-          RowGradients<T>{1, stride, p + at, m ? m + at : nullptr, v ? v + at : nullptr,
-                          start ? start + at : nullptr, &one, grad + at, nullptr, nullptr, penalty},
-          step, static_cast<T*>(nullptr));
+      const bool pulled =
+          any_nonzero(grad + at, stride) || (start && differs(p + at, start + at, stride));
+      const T penalty = pulled ? l2 : T(0);
+      step_rows(RowGradients<T>{1, stride, p + at, m ? m + at : nullptr, v ? v + at : nullptr,
+                                start ? start + at : nullptr, &one, grad + at, nullptr, nullptr,
+                                penalty, true},
+                step, static_cast<T*>(nullptr));
     }
     zero_row(grad, rows * stride);
   }

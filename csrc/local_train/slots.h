@@ -90,8 +90,16 @@ struct RowGradients {
   const T* x;
   const T* beta;  // null: none
   const T* ones;  // with beta: 1 inside the width, 0 in its padding
-  T l2;           // on rows with alpha or beta
+  T l2;           // on rows with a gradient
+  bool x_moves;   // x is not all zero
 };
+
+template <typename T>
+FEDPEFT_INLINE bool differs(const T* a, const T* b, int64_t n) {
+  bool any = false;
+  for (int64_t i = 0; i < n; ++i) any |= a[i] != b[i];
+  return any;
+}
 
 enum class Rule { sgd, adam_first, adam };
 
@@ -112,7 +120,11 @@ FEDPEFT_INLINE void step_columns(const RowGradients<T>& r, const LocalStep<T>& s
     const T alpha = r.alpha[s];
     T beta = 0;
     if constexpr (Extra) beta = r.beta ? r.beta[s] : T(0);
-    const T l2 = alpha != 0 || beta != 0 ? r.l2 : T(0);
+    bool pulled = (r.x_moves && alpha != 0) || beta != 0;
+    // A row that moved before has the proximal term's gradient.
+    if (Extra && r.start && !pulled)
+      pulled = differs(r.p + s * r.stride, r.start + s * r.stride, r.stride);
+    const T l2 = pulled ? r.l2 : T(0);
     const int64_t at = s * r.stride + d;
     for (int w = 0; w < W; ++w) {
       const int64_t i = at + w * N;

@@ -407,13 +407,10 @@ def local_train_reference(
                 with torch.no_grad():
                     for name, t in local.items():
                         assert t.grad is not None
-                        t.grad += (
-                            (l2_user if name == "user" else l2_items)
-                            * t
-                            * (t.grad != 0).any(-1, keepdim=True)
-                        )
                         if name != "user" and prox > 0:
                             t.grad += prox * (t - start[name])
+                        pulled = (t.grad != 0).any(-1, keepdim=True)
+                        t.grad += (l2_user if name == "user" else l2_items) * t * pulled
                 optimiser.step()
                 each.append(value.item())
         losses.append(sum(each) / max(len(each), 1))

@@ -103,6 +103,7 @@ class FusedEngine:
             eps=ADAM_EPS,
             l2_user=settings.l2 if "user" in self._roles.l2 else 0.0,
             l2_items=settings.l2,
+            prox=settings.prox_mu,
             seed=settings.seed,
             round=round,
         )
