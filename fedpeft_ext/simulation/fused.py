@@ -20,6 +20,7 @@ from fedpeft_ext.backbones.fedmf import FedMF
 from fedpeft_ext.nn import FullEmbedding, HashEmbedding, LoRAEmbedding, RQEmbedding, SumEmbedding
 from fedpeft_ext.ops import ItemParts, SENetWeights
 from fedpeft_ext.simulation.aggregation import Aggregator
+from fedpeft_ext.simulation.client_batch import plan_chunks
 from fedpeft_ext.simulation.local_training import (
     ADAM_BETAS,
     ADAM_EPS,
@@ -27,6 +28,9 @@ from fedpeft_ext.simulation.local_training import (
     Federation,
     ParameterRoles,
 )
+
+CHUNK_OVERHEAD = 40_000
+"""Fixed cost of a chunk in touched rows: every client of a chunk takes the room of its largest."""
 
 _SENET = SENetWeights._fields
 
@@ -71,14 +75,13 @@ class FusedEngine:
         small = element * sum(parameters[name].numel() for name in self._roles.small)
         row = sum(element * parameters[name].shape[1] for name in self._roles.rows) + 8
         touched = np.minimum(sizes * (1 + settings.epochs), interactions.num_items) * bool(self._roles.rows)
-        each = small + row * touched  # ascending
-        start = 0
-        while start < len(sizes):
-            # Every client of a chunk takes the room of its largest.
-            fits = np.arange(1, len(sizes) - start + 1) * each[start:] <= self._chunk_bytes
-            stop = start + max(1, int(np.count_nonzero(fits)))
-            yield slice(start, stop)
-            start = stop
+        yield from plan_chunks(
+            touched,
+            overhead=CHUNK_OVERHEAD if self._roles.rows else len(sizes) * (1 + interactions.num_items),
+            position_bytes=row,
+            client_bytes=small,
+            max_bytes=self._chunk_bytes,
+        )
 
     def _train_chunk(
         self, clients: np.ndarray, weights: np.ndarray, round: int, aggregator: Aggregator
