@@ -16,7 +16,7 @@ def test_defaults_are_those_of_the_paper() -> None:
     assert config.training.l2 == 1e-8
     assert config.evaluation.ks == (5, 10, 20, 50)
     assert config.embedding.rank == 4
-    assert config.engine == "batched"
+    assert config.engine == "auto"
 
 
 def test_yaml_then_overrides_then_round_trip(tmp_path: Path) -> None:

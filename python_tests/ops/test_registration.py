@@ -25,6 +25,8 @@ CODES = torch.tensor([[0, 1], [1, 1], [2, 0], [1, 2]], dtype=torch.uint8)
 HASHES = torch.tensor([[3, 1], [5, 2]])
 NONE4 = (None,) * 4
 SENET = (floats(3, 2), floats(3), floats(2, 3), floats(2))
+CLIENTS = (torch.tensor([0, 1]), torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]), torch.tensor([0, 2, 1]), 4)
+SETTINGS = (True, 2, 0, True, True, 0.1, 0.9, 0.99, 1e-8, 0.0, 0.1, 0.0, 1, 2)
 CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("rq_lookup", (ITEMS, CODES, floats(2, 2, 3, 5), floats(4, 5))),
     ("rq_lookup", (ITEMS, CODES, floats(2, 3, 5), None)),
@@ -59,6 +61,27 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     (
         "sample_negatives",
         (ITEMS, torch.tensor([0, 1]), torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]), 4, 2, 1, 0),
+    ),
+    (
+        "local_train",
+        (
+            *(
+                *CLIENTS,
+                torch.ones(2, 5),
+                torch.ones(4, 5),
+                torch.ones(4, 5),
+                torch.ones(4, 2),
+                torch.ones(5, 2),
+            ),
+            *(*NONE4, *NONE4, *SETTINGS),
+        ),
+    ),
+    (
+        "local_train",
+        (
+            *(*CLIENTS, torch.ones(2, 5), *NONE4, CODES, torch.ones(2, 3, 5), torch.ones(6, 5), HASHES),
+            *(*(w.detach() for w in SENET), *SETTINGS),
+        ),
     ),
     ("touched_rows", (ITEMS,)),
     ("rq_encode", (torch.randn(4, 5), torch.randn(2, 3, 5))),
@@ -117,6 +140,7 @@ def test_every_op_has_a_public_function_and_a_twin() -> None:
         "client_layer",
         "dot_scores",
         "hash_lookup",
+        "local_train",
         "lora_lookup",
         "losses",
         "optim",
