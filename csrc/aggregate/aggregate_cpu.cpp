@@ -144,45 +144,19 @@ void touched_any(const TouchedRowsArgs& a, int64_t begin, int64_t end, void* scr
 }
 
 // accumulate_updates_. Each addition rounds to the type of total, so that a sum over chunks of
-// clients equals one call. A float32 total is summed in float32, with weights rounded to it.
+// clients equals one call.
 
-template <typename Total>
-struct WeightOf {
-  using type = double;
-};
-template <>
-struct WeightOf<float> {
-  using type = float;
-};
-
+FEDPEFT_INLINE void add(double* total, double x) { *total += x; }
+FEDPEFT_INLINE void add(float* total, double x) { *total = float(double(*total) + x); }
 template <typename T>
-FEDPEFT_INLINE double weighted(double total, double weight, T x) {
-  return total + weight * double(to_acc(x));
-}
-FEDPEFT_INLINE float weighted(float total, float weight, float x) { return total + weight * x; }
-FEDPEFT_INLINE Half weighted(Half total, double weight, Half x) {
-  Half out;
-  from_acc(float(double(to_acc(total)) + weight * double(to_acc(x))), &out);
-  return out;
-}
-FEDPEFT_INLINE BFloat16 weighted(BFloat16 total, double weight, BFloat16 x) {
-  BFloat16 out;
-  from_acc(float(double(to_acc(total)) + weight * double(to_acc(x))), &out);
-  return out;
+FEDPEFT_INLINE void add(T* total, double x) {
+  from_acc(float(double(to_acc(*total)) + x), total);
 }
 
 template <typename Total, typename T>
 FEDPEFT_INLINE void add_weighted(Total* __restrict total, const T* __restrict update, int64_t n,
                                  double weight) {
-  constexpr int64_t kLine = 64 / int64_t(sizeof(T)), kAhead = 4096 / int64_t(sizeof(T));
-  const auto w = typename WeightOf<Total>::type(weight);
-  int64_t i = 0;
-  for (; i + kLine <= n; i += kLine) {
-    // The processor's own prefetching stops at the border of a page.
-    __builtin_prefetch(update + i + kAhead);
-    for (int64_t j = i; j < i + kLine; ++j) total[j] = weighted(total[j], w, update[j]);
-  }
-  for (; i < n; ++i) total[i] = weighted(total[i], w, update[i]);
+  for (int64_t i = 0; i < n; ++i) add(total + i, weight * double(to_acc(update[i])));
 }
 
 template <typename Total, typename T>
@@ -190,10 +164,10 @@ void dense(const AccumulateArgs& a, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kAccumulateBlock;
     const int64_t n = a.size - first < kAccumulateBlock ? a.size - first : kAccumulateBlock;
-    Total* total = static_cast<Total*>(a.total) + first;
-    const T* updates = static_cast<const T*>(a.updates) + first;
-    for (int64_t c = 0; c < a.clients; ++c)
-      add_weighted(total, updates + c * a.size, n, a.weights[c]);
+    for (int64_t c = 0; c < a.clients; ++c) {
+      add_weighted(static_cast<Total*>(a.total) + first,
+                   static_cast<const T*>(a.updates) + c * a.size + first, n, a.weights[c]);
+    }
   }
 }
 

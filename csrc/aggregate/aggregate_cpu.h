@@ -7,7 +7,7 @@
 
 namespace fedpeft {
 
-constexpr int64_t kAccumulateBlock = 8192;  // elements of a work item
+constexpr int64_t kAccumulateBlock = 1024;  // elements of a work item
 
 struct TouchedRowsArgs {
   IndexArray items;  // [C, N]
