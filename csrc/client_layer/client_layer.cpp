@@ -44,11 +44,6 @@ std::vector<int64_t> shape_of(const Tensor& x, int64_t clients, int64_t rows, in
                       : std::vector<int64_t>{rows, columns};
 }
 
-uint32_t check_uint(int64_t value, int64_t limit, const char* name) {
-  check_value(value >= 0 && value < limit, name, ": expected 0 to ", limit - 1, ", got ", value);
-  return uint32_t(value);
-}
-
 Tensor client_layer(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& items,
                     const Tensor& clients, double p, int64_t seed, int64_t round, int64_t epoch,
                     int64_t layer) {
@@ -86,13 +81,7 @@ Tensor client_layer(const Tensor& x, const Tensor& weight, const Tensor& bias, c
   run_on(
       x,
       [&](auto) {
-        for (int64_t c = 0; c < count; ++c) {
-          if (a.clients[c] < 0 || a.clients[c] >= int64_t{1} << 32) [[unlikely]] {
-            throw std::out_of_range(text("clients: id ", a.clients[c], " at position ", c,
-                                         " is out of range: expected 0 to ",
-                                         (int64_t{1} << 32) - 1));
-          }
-        }
+        check_clients(a.clients, count, int64_t{1} << 32);
         a.tasks = (a.positions + kLayerTask - 1) / kLayerTask;
         a.packed_size = layer_packed_size(a.in, a.out_width);
         a.scratch_size = layer_forward_scratch(a.out_width);

@@ -10,14 +10,6 @@
 namespace fedpeft {
 namespace {
 
-void check_same_shape(const Tensor& t, const Tensor& like, const char* name,
-                      const char* like_name) {
-  bool ok = t.dim() == like.dim();
-  for (int64_t d = 0; ok && d < t.dim(); ++d) ok = t.size(d) == like.size(d);
-  check_value(ok, name, ": expected the shape of ", like_name, " ", shape_text(like), ", got ",
-              shape_text(t));
-}
-
 void check_state(const Tensor& state, const Tensor& param, const char* name) {
   check_same_shape(state, param, name, "param");
   check_same_device(state, param, name, "param");
@@ -36,6 +28,18 @@ void check_param(const Tensor& param, const Tensor& grad) {
 
 void check_rate(double value, const char* name) {
   check_value(value >= 0, name, ": expected at least 0, got ", value);
+}
+
+// What both rules need of contiguous tensors.
+ClientOptimArgs common_args(const Tensor& param, const Tensor& grad, double lr, double l2) {
+  ClientOptimArgs a{};
+  a.param = param.mutable_data_ptr();
+  a.grad = grad.const_data_ptr();
+  a.size = param.size(0) ? param.numel() / param.size(0) : 0;
+  a.row = std::max<int64_t>(param.dim() >= 2 ? param.size(param.dim() - 1) : 1, 1);
+  a.lr = lr;
+  a.l2 = l2;
+  return a;
 }
 
 // Cuts clients into work items of about 4096 elements. Without L2 rows carry no meaning, so that
@@ -70,20 +74,14 @@ void client_adam_(const Tensor& param, const Tensor& grad, const Tensor& exp_avg
 
   const Tensor param_ = dense(param), grad_ = dense(grad), exp_avg_ = dense(exp_avg);
   const Tensor exp_avg_sq_ = dense(exp_avg_sq), steps_ = dense(steps);
-  ClientOptimArgs a{};
-  a.param = param_.mutable_data_ptr();
-  a.grad = grad_.const_data_ptr();
+  ClientOptimArgs a = common_args(param_, grad_, lr, l2);
   a.exp_avg = exp_avg_.mutable_data_ptr();
   a.exp_avg_sq = exp_avg_sq_.mutable_data_ptr();
   a.steps = indices_of(steps_, "steps");
-  a.lr = lr;
   a.beta1 = beta1;
   a.beta2 = beta2;
   a.eps = eps;
-  a.l2 = l2;
   const int64_t clients = param.size(0);
-  a.size = clients ? param.numel() / clients : 0;
-  a.row = std::max<int64_t>(param.dim() >= 2 ? param.size(param.dim() - 1) : 1, 1);
   run_on(
       param,
       [&](auto) {
@@ -112,16 +110,10 @@ void client_sgd_(const Tensor& param, const Tensor& grad,
 
   const Tensor param_ = dense(param), grad_ = dense(grad);
   const std::optional<Tensor> buffer_ = dense(momentum_buffer);
-  ClientOptimArgs a{};
-  a.param = param_.mutable_data_ptr();
-  a.grad = grad_.const_data_ptr();
+  ClientOptimArgs a = common_args(param_, grad_, lr, l2);
   a.momentum_buffer = buffer_ ? buffer_->mutable_data_ptr() : nullptr;
-  a.lr = lr;
   a.momentum = momentum;
-  a.l2 = l2;
   const int64_t clients = param.size(0);
-  a.size = clients ? param.numel() / clients : 0;
-  a.row = std::max<int64_t>(param.dim() >= 2 ? param.size(param.dim() - 1) : 1, 1);
   run_on(
       param,
       [&](auto) {

@@ -1,29 +1,11 @@
 // CPU kernels of client_adam_ and client_sgd_: one pass over stretches of rows that step alike.
 #include "client_optim/client_optim_cpu.h"
 
+#include "common/adam.h"
 #include "common/vec.h"
 
 namespace fedpeft::FEDPEFT_ISA {
 namespace {
-
-constexpr int64_t kChunk = 64;  // elements of a buffer on the stack, and of a test for zeros
-
-FEDPEFT_INLINE int32_t nonzero(float x) { return x != 0; }
-FEDPEFT_INLINE int64_t nonzero(double x) { return x != 0; }
-FEDPEFT_INLINE int32_t nonzero(Half x) { return x.bits & 0x7fff; }
-FEDPEFT_INLINE int32_t nonzero(BFloat16 x) { return x.bits & 0x7fff; }
-
-template <typename T>
-FEDPEFT_INLINE bool any_nonzero(const T* x, int64_t n) {
-  if (n > 0 && nonzero(x[0])) return true;  // as in most rows that a client touched
-  for (int64_t i = 0; i < n; i += kChunk) {
-    const int64_t end = i + kChunk < n ? i + kChunk : n;
-    auto any = nonzero(x[i]);
-    for (int64_t j = i; j < end; ++j) any |= nonzero(x[j]);
-    if (any) return true;
-  }
-  return false;
-}
 
 // A vector of each of an element's arrays. 16-bit parameters and gradients step in float32.
 template <typename T>
@@ -124,44 +106,21 @@ FEDPEFT_INLINE void for_items(const ClientOptimArgs& a, int64_t begin, int64_t e
   }
 }
 
-template <typename A>
-struct AdamStep {
-  A beta1, beta2, rest1, rest2, step_size, denominator_scale, eps;  // rest = 1 - beta
-
-  AdamStep(const ClientOptimArgs& a, int64_t step) {
-    const double correction1 = 1 - __builtin_pow(a.beta1, double(step));
-    const double correction2 = 1 - __builtin_pow(a.beta2, double(step));
-    beta1 = A(a.beta1);
-    beta2 = A(a.beta2);
-    rest1 = A(1 - a.beta1);
-    rest2 = A(1 - a.beta2);
-    step_size = A(a.lr / correction1);
-    denominator_scale = A(1 / __builtin_sqrt(correction2));
-    eps = A(a.eps);
-  }
-
-  template <typename T>
-  FEDPEFT_INLINE void run(Element<T>& e, A l2) const {
-    const vec_t<A> g = e.grad + l2 * e.param;
-    e.first = e.first + rest1 * (g - e.first);
-    e.second = beta2 * e.second + rest2 * g * g;
-    e.param -= step_size * (e.first / (square_root(e.second) * denominator_scale + eps));
-  }
-};
-
 template <typename T>
 void adam(const ClientOptimArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   for_items(a, begin, end, [&](int64_t client, int64_t first, int64_t last) {
     const int64_t step = a.steps[client];
     if (step < 1) return;
-    const AdamStep<A> adam_step(a, step);
+    const AdamRates<A> rates(a, step);
     const int64_t at = client * a.size;
     const Arrays<T> arrays{static_cast<T*>(a.param) + at, static_cast<const T*>(a.grad) + at,
                            static_cast<A*>(a.exp_avg) + at, static_cast<A*>(a.exp_avg_sq) + at};
     arrays.template stretches<2>(
         first, last, a.row, a.l2, a.eps > 0, [&](int64_t i, int64_t j, A l2) {
-          arrays.template step<2>(i, j, [&](Element<T>& e) { adam_step.run(e, l2); });
+          arrays.template step<2>(i, j, [&](Element<T>& e) {
+            e.param -= rates.step(e.grad + l2 * e.param, e.first, e.second);
+          });
         });
   });
 }

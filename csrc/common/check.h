@@ -59,6 +59,20 @@ inline void check_size(const Tensor& t, int64_t dim, int64_t size, const char* n
               dim, ", got shape ", shape_text(t));
 }
 
+inline void check_same_shape(const Tensor& t, const Tensor& like, const char* name,
+                             const char* like_name) {
+  bool ok = t.dim() == like.dim();
+  for (int64_t d = 0; ok && d < t.dim(); ++d) ok = t.size(d) == like.size(d);
+  check_value(ok, name, ": expected the shape of ", like_name, " ", shape_text(like), ", got ",
+              shape_text(t));
+}
+
+// A number in [0, limit).
+inline uint32_t check_uint(int64_t value, int64_t limit, const char* name) {
+  check_value(value >= 0 && value < limit, name, ": expected 0 to ", limit - 1, ", got ", value);
+  return uint32_t(value);
+}
+
 inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
@@ -141,6 +155,25 @@ inline void raise_bad_index(const FirstError& error, const IndexArray& indices, 
     throw std::out_of_range(text(name, ": index ", indices[error.position], " at position ",
                                  error.position, " is out of range: expected -1 (padding) or 0 to ",
                                  size - 1));
+  }
+}
+
+// Client ids in [0, users); on the CPU, where values can be read.
+inline void check_clients(const IndexArray& clients, int64_t count, int64_t users) {
+  for (int64_t c = 0; c < count; ++c) {
+    if (clients[c] < 0 || clients[c] >= users) [[unlikely]] {
+      throw std::out_of_range(text("clients: id ", clients[c], " at position ", c,
+                                   " is out of range: expected 0 to ", users - 1));
+    }
+  }
+}
+
+// A code of codes [I, L] that is not in [0, K).
+inline void raise_bad_code(const FirstError& error, const IndexArray& codes, int64_t L, int64_t K) {
+  if (error.any()) [[unlikely]] {
+    const int64_t at = error.position;
+    throw std::out_of_range(text("codes: code ", codes[at], " of item ", at / L, " at level ",
+                                 at % L, " is out of range: expected 0 to ", K - 1));
   }
 }
 

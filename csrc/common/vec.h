@@ -368,6 +368,24 @@ struct ClientCursor {
   }
 };
 
+constexpr int64_t kZeroTest = 64;  // elements between the branches of any_nonzero
+FEDPEFT_INLINE int32_t nonzero(float x) { return x != 0; }
+FEDPEFT_INLINE int64_t nonzero(double x) { return x != 0; }
+FEDPEFT_INLINE int32_t nonzero(Half x) { return x.bits & 0x7fff; }
+FEDPEFT_INLINE int32_t nonzero(BFloat16 x) { return x.bits & 0x7fff; }
+
+template <typename T>
+FEDPEFT_INLINE bool any_nonzero(const T* x, int64_t n) {
+  if (n > 0 && nonzero(x[0])) return true;  // as in most rows that a client touched
+  for (int64_t i = 0; i < n; i += kZeroTest) {
+    const int64_t end = i + kZeroTest < n ? i + kZeroTest : n;
+    auto any = nonzero(x[i]);
+    for (int64_t j = i; j < end; ++j) any |= nonzero(x[j]);
+    if (any) return true;
+  }
+  return false;
+}
+
 template <typename T>
 FEDPEFT_INLINE void zero_row(T* row, int64_t n) {
   memset(static_cast<void*>(row), 0, sizeof(T) * size_t(n));

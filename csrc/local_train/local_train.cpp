@@ -66,13 +66,9 @@ const void* data_of(const Optional& t) { return t ? t->const_data_ptr() : nullpt
   }
 }
 
-[[maybe_unused]] void check_clients(const LocalTrainArgs& a, int64_t C) {
+void check_ranges(const LocalTrainArgs& a, int64_t C) {
   for (int64_t c = 0; c < C; ++c) {
     const int64_t client = a.clients[c];
-    if (client < 0 || client >= a.users) [[unlikely]] {
-      throw std::out_of_range(text("clients: id ", client, " at position ", c,
-                                   " is out of range: expected 0 to ", a.users - 1));
-    }
     const int64_t first = a.indptr[client], last = a.indptr[client + 1];
     check_value(0 <= first && first <= last && last <= a.nnz,
                 "indptr: expected ascending offsets of 0 to ", a.nnz, ", got ", first, " and ",
@@ -95,11 +91,7 @@ const void* data_of(const Optional& t) { return t ? t->const_data_ptr() : nullpt
               a.bad_order->position);
   check_value(!a.no_negative->any(), "clients: client ", a.no_negative->position, " has met all ",
               a.num_items, " items: there is no negative to draw");
-  if (a.bad_code->any()) {
-    const int64_t at = a.bad_code->position;
-    throw std::out_of_range(text("codes: code ", a.codes[at], " of item ", at / a.L, " at level ",
-                                 at % a.L, " is out of range: expected 0 to ", a.K - 1));
-  }
+  raise_bad_code(*a.bad_code, a.codes, a.L, a.K);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
@@ -231,7 +223,8 @@ local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
   const int64_t C = clients.size(0);
   const bool by_row = table || A;
   if (host_readable(clients)) {
-    check_clients(a, C);
+    check_clients(a.clients, C, a.users);
+    check_ranges(a, C);
     if (by_row) {
       for (int64_t c = 0; c < C; ++c) {
         const int64_t client = a.clients[c];

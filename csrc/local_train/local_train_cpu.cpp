@@ -13,7 +13,6 @@ class Trainer {
  public:
   Trainer(const LocalTrainArgs& args, int64_t n, void* memory) : a(args), size(n), arena(memory) {
     const int64_t draws = n * (1 + a.epochs), batch = 2 * n;
-    stride = padded<T>(a.D);
     items = arena.take<int64_t>(draws);
     batch_draws = arena.take<int32_t>(batch);
     scores = arena.take<T>(batch);
@@ -25,7 +24,6 @@ class Trainer {
       keys = arena.take<uint64_t>(n);
     }
     user.lay_out(arena, a, a.user, 1, a.D, false);
-    ones = arena.take<T>(stride);
     if (a.table) table.lay_out(arena, a, a.table, a.num_items, a.D, 1, draws, false);
     if (a.A) lora.lay_out(arena, a, draws);
     if (a.codebooks) codewords.lay_out(arena, a, a.codebooks, a.L * a.K, a.D, a.L, draws, false);
@@ -66,11 +64,11 @@ class Trainer {
   const LocalTrainArgs& a;
   const int64_t size;
   Arena arena;
-  int64_t client = 0, first = 0, stride = 0;
+  int64_t client = 0, first = 0;
   int64_t* items;        // [draws]: the positives, then each epoch's negatives
   int32_t* batch_draws;  // positives and negatives alternating, so that what cancels in a pair
                          // cancels exactly
-  T *scores, *coefficients, *difference, *ones;
+  T *scores, *coefficients, *difference;
   int32_t *order = nullptr, *spare = nullptr;
   uint64_t* keys = nullptr;
   DensePart<T> user;
@@ -97,7 +95,6 @@ class Trainer {
     }
     user.source = static_cast<const T*>(a.user) + client * a.D;
     user.load_start();
-    for (int64_t d = 0; d < stride; ++d) ones[d] = d < a.D ? T(1) : T(0);
     for_slots([](Slots<T>& slots) { slots.clear(); });
     if (a.A) lora.B.load_start();
     if (a.buckets && a.w1) senet.load_start();
@@ -267,23 +264,23 @@ class Trainer {
     if (a.base) base.step(batch, coefficients, user_grad);
     if (a.table) {
       table.add_gradients(batch, coefficients);
-      table.step(u, ones, step, l2, user_grad);
+      table.step(u, step, l2, user_grad);
     }
     if (a.A) {
       lora.A.add_gradients(batch, coefficients);
-      lora.step(u, ones, step, l2, user_grad);
+      lora.step(u, step, l2, user_grad);
     }
     if (a.codebooks) {
       codewords.add_gradients(batch, coefficients);
-      codewords.step(u, ones, step, l2, user_grad);
+      codewords.step(u, step, l2, user_grad);
     }
     if (a.buckets) {
       if (a.w1) {
         senet.add_gradients(batch, coefficients);
-        senet.step(u, ones, step, l2, user_grad);
+        senet.step(u, step, l2, user_grad);
       } else {
         hashed.add_gradients(batch, coefficients);
-        hashed.step(u, ones, step, l2, user_grad);
+        hashed.step(u, step, l2, user_grad);
       }
     }
     user.step(step, T(a.l2_user));

@@ -44,7 +44,6 @@ struct RowsPart {
   int64_t reads = 1;      // rows of an item
   T scale = 1;            // of their sum
   int32_t* at = nullptr;  // [draws, reads]: slots
-  bool by_item = false;   // slots follow the item's own row
 
   void lay_out(Arena& arena, const LocalTrainArgs& a, const void* table, int64_t rows,
                int64_t width, int64_t reads_, int64_t draws, bool with_beta) {
@@ -78,13 +77,13 @@ struct RowsPart {
     }
   }
 
-  // `x`: the vector that a row's gradient is a multiple of; `into` receives sum_s alpha[s] * row.
-  void step(const T* x, const T* ones, const LocalStep<T>& step, T l2, T* into) {
+  // `x`, `y`: the vectors whose multiples alpha and beta are; `into` receives sum_s alpha[s] * row.
+  void step(const T* x, const LocalStep<T>& step, T l2, T* into, const T* y = nullptr) {
     if (scale != 1) {  // after the sums, so that gradients that cancel do so exactly
       for (int64_t s = 0; s < slots.count; ++s) slots.alpha[s] *= scale;
     }
     step_rows(RowGradients<T>{slots.count, slots.stride, slots.p, slots.m, slots.v, slots.start,
-                              slots.alpha, x, slots.beta, ones, l2, any_nonzero(x, slots.stride)},
+                              slots.alpha, x, slots.beta, y, l2, any_nonzero(x, slots.stride)},
               step, into);
     slots.forget_gradients();
   }
@@ -165,9 +164,9 @@ struct LoraPart {
     A.begin(q);
   }
 
-  void step(const T* user, const T* ones, const LocalStep<T>& step, T l2, T* user_grad) {
+  void step(const T* user, const LocalStep<T>& step, T l2, T* user_grad) {
     zero_row(mixed, B.stride);
-    A.step(q, ones, step, l2, mixed);
+    A.step(q, step, l2, mixed);
     for (int64_t d = 0; d < B.rows; ++d) {
       user_grad[d] += dot(B.p + d * B.stride, mixed, B.stride);
       add_scaled(B.grad + d * B.stride, user[d], mixed, B.stride);
@@ -244,7 +243,6 @@ struct SenetPart {
   }
 
   void add_gradients(const Batch& batch, const T* coefficients) {
-    const T share = T(1) / T(table.slots.width);
     for (int64_t k = 0; k < batch.size; ++k) {
       const int32_t* s = table.at + batch.draws[k] * H;
       hide(s);
@@ -261,13 +259,13 @@ struct SenetPart {
       add_row(b1.grad, hidden_grad, stride);
       for (int64_t h = 0; h < H; ++h) {
         add_scaled(w1_columns_grad + h * stride, means[s[h]], hidden_grad, stride);
-        table.slots.beta[s[h]] += share * dot(w1_columns + h * stride, hidden_grad, stride);
+        table.slots.beta[s[h]] += dot(w1_columns + h * stride, hidden_grad, stride);
       }
     }
   }
 
-  void step(const T* user, const T* ones, const LocalStep<T>& step, T l2, T* user_grad) {
-    table.step(user, ones, step, l2, user_grad);
+  void step(const T* user, const LocalStep<T>& step, T l2, T* user_grad) {
+    table.step(user, step, l2, user_grad, averaging);
     for (int64_t k = 0; k < w1.rows; ++k) {
       for (int64_t h = 0; h < H; ++h) w1.grad[k * w1.stride + h] = w1_columns_grad[h * stride + k];
     }

@@ -2,13 +2,14 @@
 // over them.
 //
 // With a dot-product score every gradient of a row is a number times a vector that all rows share
-// (the user's, or what LoRA's B makes of it), plus, for SENet, a number times ones. So a step needs
-// one number a row, `alpha`, and two passes over the rows: their dot products with the shared
-// vector before the scores, and afterwards, together, their part in the user's gradient and the
-// optimizer's step. Rows that never had a gradient are not here, and a row here without one does
-// not move: Adam is exact at the cost of the touched rows alone.
+// (the user's, or what LoRA's B makes of it), plus, for SENet, a number times the vector that takes
+// the mean. So a step needs one number a row, `alpha`, and two passes over the rows: their dot
+// products with the shared vector before the scores, and afterwards, together, their part in the
+// user's gradient and the optimizer's step. Rows that never had a gradient are not here, and a row
+// here without one does not move: Adam is exact at the cost of the touched rows alone.
 #pragma once
 
+#include "common/adam.h"
 #include "common/vec.h"
 
 namespace fedpeft::FEDPEFT_ISA {
@@ -36,50 +37,18 @@ FEDPEFT_INLINE int64_t padded(int64_t width) {
   return (width + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
-FEDPEFT_INLINE float root(float x) { return __builtin_sqrtf(x); }
-FEDPEFT_INLINE double root(double x) { return __builtin_sqrt(x); }
-template <typename V>
-FEDPEFT_INLINE V roots(V x) {
-  V r;
-  for (uint64_t i = 0; i < sizeof(V) / sizeof(x[0]); ++i) r[i] = root(x[i]);
-  return r;
-}
-#if FEDPEFT_VEC_BYTES == 32
-template <>
-FEDPEFT_INLINE vec_t<float> roots(vec_t<float> x) {
-  return (vec_t<float>)_mm256_sqrt_ps((__m256)x);
-}
-template <>
-FEDPEFT_INLINE vec_t<double> roots(vec_t<double> x) {
-  return (vec_t<double>)_mm256_sqrt_pd((__m256d)x);
-}
-#endif
-
 // One optimizer step of a client, the `number`-th.
 template <typename T>
-struct LocalStep {
+struct LocalStep : AdamRates<T> {
   bool adam, first;
-  T lr, beta1, beta2, rest1, rest2, step_size, denominator_scale, eps, prox;
+  T lr, prox;
 
   template <typename Args>
   LocalStep(const Args& a, int64_t number)
-      : adam(a.adam),
-        first(number == 1),
-        lr(T(a.lr)),
-        beta1(T(a.beta1)),
-        beta2(T(a.beta2)),
-        rest1(T(1 - a.beta1)),
-        rest2(T(1 - a.beta2)),
-        eps(T(a.eps)),
-        prox(T(a.prox)) {
-    const double correction1 = 1 - __builtin_pow(a.beta1, double(number));
-    const double correction2 = 1 - __builtin_pow(a.beta2, double(number));
-    step_size = T(a.lr / correction1);
-    denominator_scale = T(1 / __builtin_sqrt(correction2));
-  }
+      : AdamRates<T>(a, number), adam(a.adam), first(number == 1), lr(T(a.lr)), prox(T(a.prox)) {}
 };
 
-// Rows [count, stride] with their gradients alpha[s] * x + beta[s] * ones + l2 * p + prox * (p -
+// Rows [count, stride] with their gradients alpha[s] * x + beta[s] * y + l2 * p + prox * (p -
 // start).
 template <typename T>
 struct RowGradients {
@@ -89,7 +58,7 @@ struct RowGradients {
   const T* alpha;
   const T* x;
   const T* beta;  // null: none
-  const T* ones;  // with beta: 1 inside the width, 0 in its padding
+  const T* y;     // with beta
   T l2;           // on rows with a gradient
   bool x_moves;   // x is not all zero
 };
@@ -110,11 +79,11 @@ FEDPEFT_INLINE void step_columns(const RowGradients<T>& r, const LocalStep<T>& s
                                  T* into) {
   using V = vec_t<T>;
   constexpr int64_t N = kLanes<T>;
-  V x[W], sum[W], ones[W];
+  V x[W], sum[W], y[W];
   for (int w = 0; w < W; ++w) {
     x[w] = load(r.x + d + w * N);
     sum[w] = into ? load(into + d + w * N) : V{};
-    if constexpr (Extra) ones[w] = r.beta ? load(r.ones + d + w * N) : V{};
+    if constexpr (Extra) y[w] = r.beta ? load(r.y + d + w * N) : V{};
   }
   for (int64_t s = 0; s < r.count; ++s) {
     const T alpha = r.alpha[s];
@@ -132,7 +101,7 @@ FEDPEFT_INLINE void step_columns(const RowGradients<T>& r, const LocalStep<T>& s
       sum[w] += alpha * p;
       V g = alpha * x[w] + l2 * p;
       if constexpr (Extra) {
-        g += beta * ones[w];
+        g += beta * y[w];
         if (r.start) g += step.prox * (p - load(r.start + i));
       }
       if constexpr (rule == Rule::sgd) {
@@ -145,11 +114,9 @@ FEDPEFT_INLINE void step_columns(const RowGradients<T>& r, const LocalStep<T>& s
         p -= step.lr * (g / (size + step.eps));
       } else {
         V m = load(r.m + i), v = load(r.v + i);
-        m += step.rest1 * (g - m);
-        v = step.beta2 * v + step.rest2 * g * g;
+        p -= step.step(g, m, v);
         store(r.m + i, m);
         store(r.v + i, v);
-        p -= step.step_size * (m / (roots(v) * step.denominator_scale + step.eps));
       }
       store(r.p + i, p);
     }
@@ -199,13 +166,6 @@ FEDPEFT_INLINE void dot_rows(const T* p, int64_t count, int64_t stride, const T*
     if (d < stride) even += load(row + d) * load(x + d);
     out[s] = lane_sum<T>(even + odd);
   }
-}
-
-template <typename T>
-FEDPEFT_INLINE bool any_nonzero(const T* x, int64_t n) {
-  bool any = false;
-  for (int64_t i = 0; i < n; ++i) any |= x[i] != 0;
-  return any;
 }
 
 // Touched rows of a table [rows, width], in order of first touch.

@@ -12,14 +12,6 @@ namespace {
 
 enum class Loss { bpr, bce };
 
-void check_same_shape(const Tensor& t, const Tensor& like, const char* name,
-                      const char* like_name) {
-  bool ok = t.dim() == like.dim();
-  for (int64_t d = 0; ok && d < t.dim(); ++d) ok = t.size(d) == like.size(d);
-  check_value(ok, name, ": expected the shape of ", like_name, " ", shape_text(like), ", got ",
-              shape_text(t));
-}
-
 // Contiguous inputs of one call and what the kernels need to know of them.
 struct Inputs {
   Tensor positive, negative, items;

@@ -10,11 +10,7 @@ namespace {
 
 void raise_errors(const RqLookupArgs& a) {
   raise_bad_index(*a.bad_item, a.items, a.num_items, "items");
-  if (a.bad_code->any()) {
-    const int64_t at = a.bad_code->position;
-    throw std::out_of_range(text("codes: code ", a.codes[at], " of item ", at / a.L, " at level ",
-                                 at % a.L, " is out of range: expected 0 to ", a.K - 1));
-  }
+  raise_bad_code(*a.bad_code, a.codes, a.L, a.K);
 }
 
 Tensor rq_lookup(const Tensor& items, const Tensor& codes, const Tensor& codebooks,

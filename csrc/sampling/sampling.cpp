@@ -10,21 +10,6 @@
 namespace fedpeft {
 namespace {
 
-uint32_t check_uint(int64_t value, int64_t limit, const char* name) {
-  check_value(value >= 0 && value < limit, name, ": expected 0 to ", limit - 1, ", got ", value);
-  return uint32_t(value);
-}
-
-// Client ids in [0, users).
-[[maybe_unused]] void check_clients(const IndexArray& clients, int64_t count, int64_t users) {
-  for (int64_t c = 0; c < count; ++c) {
-    if (clients[c] < 0 || clients[c] >= users) [[unlikely]] {
-      throw std::out_of_range(text("clients: id ", clients[c], " at position ", c,
-                                   " is out of range: expected 0 to ", users - 1));
-    }
-  }
-}
-
 [[maybe_unused]] void check_positives(const SampleNegativesArgs& a, int64_t clients, int64_t nnz) {
   FirstError full, bad_range, bad_index;
   parallel_ranges(clients, 64, [&](int64_t begin, int64_t end) {
