@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.pretrain import Pretrained
 
 DIM = 8
+
+
+def small_config(**changes: Any) -> Config:
+    """Settings that fit the data set, with dotted ones changed; None is YAML's null."""
+    values: dict[str, Any] = {
+        "backbone.dim": DIM,
+        "embedding.codebook_size": 16,
+        "embedding.table_size": 24,
+        "training.clients_per_round": 9,
+        "evaluation.num_negatives": 20,
+        **changes,
+    }
+    return Config().updated(f"{key}={'null' if value is None else value}" for key, value in values.items())
 
 
 def make_dataset(users: int = 23, items: int = 60, seed: int = 0, longest: int = 20) -> Dataset:

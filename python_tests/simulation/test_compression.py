@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DIM
+from conftest import DIM, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,18 +24,7 @@ SHAPES = {"small": torch.Size([2, 3]), "table": torch.Size([9, 5])}
 
 
 def config(**changes: Any) -> Config:
-    values: dict[str, Any] = {
-        "backbone.dim": DIM,
-        "embedding.codebook_size": 16,
-        "embedding.table_size": 24,
-        "training.rounds": 3,
-        "training.clients_per_round": 9,
-        "training.optimizer": "sgd",
-        "training.lr": 0.5,
-        "evaluation.num_negatives": 20,
-        **changes,
-    }
-    return Config().updated(f"{key}={value}" for key, value in values.items())
+    return small_config(**{"training.rounds": 3, "training.optimizer": "sgd", "training.lr": 0.5, **changes})
 
 
 def trained(dataset: Dataset, pretrained: Pretrained, **changes: Any) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import small_config
 from torch import Tensor
 
 from fedpeft_ext.config import Config
@@ -35,18 +36,14 @@ STRATEGIES = [
 
 
 def config(**changes: Any) -> Config:
-    values: dict[str, Any] = {
-        "backbone.dim": 8,
-        "embedding.rank": 3,
-        "embedding.codebook_size": 16,
-        "embedding.table_size": 24,
-        "training.rounds": 3,
-        "training.clients_per_round": 9,
-        "training.l2": 1e-3,  # large enough for a mistake in it to show
-        "evaluation.num_negatives": 20,
-        **changes,
-    }
-    return Config().updated(f"{key}={'null' if value is None else value}" for key, value in values.items())
+    return small_config(
+        **{
+            "embedding.rank": 3,
+            "training.rounds": 3,
+            "training.l2": 1e-3,  # large enough for a mistake in it to show
+            **changes,
+        }
+    )
 
 
 def trained(

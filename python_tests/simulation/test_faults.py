@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DIM
+from conftest import small_config
 from torch import Tensor
 
 from fedpeft_ext.config import Config, ConfigError, FaultsConfig
@@ -21,15 +21,7 @@ from fedpeft_ext.simulation.uploads import Uploads
 
 
 def config(**changes: Any) -> Config:
-    values: dict[str, Any] = {
-        "backbone.dim": DIM,
-        "embedding.codebook_size": 16,
-        "training.rounds": 4,
-        "training.clients_per_round": 9,
-        "evaluation.num_negatives": 20,
-        **changes,
-    }
-    return Config().updated(f"{key}={value}" for key, value in values.items())
+    return small_config(**{"training.rounds": 4, **changes})
 
 
 def trained(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DIM
+from conftest import DIM, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -29,20 +29,16 @@ from fedpeft_ext.simulation.uploads import Uploads, pairwise_sum
 
 
 def config(**changes: Any) -> Config:
-    values: dict[str, Any] = {
-        "backbone.dim": DIM,
-        "embedding.codebook_size": 16,
-        "embedding.table_size": 24,
-        "training.rounds": 3,
-        "training.clients_per_round": 9,
-        "training.weighting": "uniform",
-        "evaluation.num_negatives": 20,
-        "privacy.mode": "cdp",
-        "privacy.clip": 0.05,
-        "privacy.noise_multiplier": 0.5,
-        **changes,
-    }
-    return Config().updated(f"{key}={'null' if value is None else value}" for key, value in values.items())
+    return small_config(
+        **{
+            "training.rounds": 3,
+            "training.weighting": "uniform",
+            "privacy.mode": "cdp",
+            "privacy.clip": 0.05,
+            "privacy.noise_multiplier": 0.5,
+            **changes,
+        }
+    )
 
 
 def trained(dataset: Dataset, pretrained: Pretrained, **changes: Any) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import DIM, make_dataset
+from conftest import DIM, make_dataset, small_config
 from safetensors.torch import load_file
 
 from fedpeft_ext.config import Config, load_config
@@ -23,17 +23,9 @@ from fedpeft_ext.simulation.randomness import sample_clients
 
 
 def config(**changes: Any) -> Config:
-    values: dict[str, Any] = {
-        "backbone.dim": DIM,
-        "embedding.codebook_size": 16,
-        "embedding.table_size": 24,
-        "training.rounds": 5,
-        "training.clients_per_round": 0.3,
-        "evaluation.num_negatives": 20,
-        "evaluation.every": 2,
-        **changes,
-    }
-    return Config().updated(f"{key}={value}" for key, value in values.items())
+    return small_config(
+        **{"training.rounds": 5, "training.clients_per_round": 0.3, "evaluation.every": 2, **changes}
+    )
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
