@@ -24,11 +24,11 @@ from fedpeft_ext.simulation.client_batch import plan_chunks
 from fedpeft_ext.simulation.local_training import (
     ADAM_BETAS,
     ADAM_EPS,
-    ClientError,
     Federation,
     LocalSettings,
     ParameterRoles,
     local_steps,
+    train_in_chunks,
 )
 
 CHUNK_OVERHEAD = 6_000
@@ -60,24 +60,17 @@ class BatchedEngine:
     def train(self, clients: np.ndarray, round: int, aggregator: Aggregator) -> np.ndarray:
         """See `local_training.Engine`."""
         sizes = self._federation.interactions.sizes[clients]
-        weights = self._federation.settings.weights(sizes)
-        losses = np.zeros(len(clients))
-        for chunk in plan_chunks(
+        chunks = plan_chunks(
             sizes,
             overhead=CHUNK_OVERHEAD,
             position_bytes=self._position_bytes,
             client_bytes=self._client_bytes,
             max_bytes=self._chunk_bytes,
-        ):
-            try:
-                losses[chunk] = self._train_chunk(clients[chunk], weights[chunk], round, aggregator)
-            except Exception as error:
-                raise ClientError(
-                    f"round {round}, {len(clients[chunk])} clients from client {int(clients[chunk][0])} on: "
-                    f"{error} "
-                    "(engine: sequential names the client and the stage)"
-                ) from error
-        return losses
+        )
+        weights = self._federation.settings.weights(sizes)
+        return train_in_chunks(
+            clients, weights, chunks, round, lambda ids, w: self._train_chunk(ids, w, round, aggregator)
+        )
 
     def _memory(self) -> tuple[int, int]:
         """Bytes of a padded position and of a client that training takes."""

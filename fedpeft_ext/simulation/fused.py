@@ -7,7 +7,6 @@ rows share, so that a client's training fits in a core's cache, and nothing of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,9 @@ from fedpeft_ext.simulation.client_batch import plan_chunks
 from fedpeft_ext.simulation.local_training import (
     ADAM_BETAS,
     ADAM_EPS,
-    ClientError,
     Federation,
     ParameterRoles,
+    train_in_chunks,
 )
 
 CHUNK_OVERHEAD = 40_000
@@ -51,36 +50,30 @@ class FusedEngine:
         self._roles = ParameterRoles.of(federation.model)
         self._names = _part_names(federation.model)
         self._chunk_bytes = chunk_bytes
+        parameters = dict(federation.model.named_parameters())
+        element = federation.model.item_dtype.itemsize
+        self._client_bytes = element * sum(parameters[name].numel() for name in self._roles.small)
+        # A touched row of every table, and its number.
+        self._row_bytes = 8 + element * sum(parameters[name].shape[1] for name in self._roles.rows)
 
     def train(self, clients: np.ndarray, round: int, aggregator: Aggregator) -> np.ndarray:
         """See `local_training.Engine`."""
-        sizes = self._federation.interactions.sizes[clients]
-        weights = self._federation.settings.weights(sizes)
-        losses = np.zeros(len(clients))
-        for chunk in self._chunks(sizes):
-            try:
-                losses[chunk] = self._train_chunk(clients[chunk], weights[chunk], round, aggregator)
-            except Exception as error:
-                raise ClientError(
-                    f"round {round}, {len(clients[chunk])} clients from client {int(clients[chunk][0])} on: "
-                    f"{error} (engine: sequential names the client and the stage)"
-                ) from error
-        return losses
-
-    def _chunks(self, sizes: np.ndarray) -> Iterator[slice]:
-        """Runs of clients, ascending by size, whose uploads fit in a chunk's memory."""
-        settings, interactions = self._federation.settings, self._federation.interactions
-        parameters = dict(self._federation.model.named_parameters())
-        element = self._federation.model.item_dtype.itemsize
-        small = element * sum(parameters[name].numel() for name in self._roles.small)
-        row = sum(element * parameters[name].shape[1] for name in self._roles.rows) + 8
+        interactions, settings = self._federation.interactions, self._federation.settings
+        sizes = interactions.sizes[clients]
         touched = np.minimum(sizes * (1 + settings.epochs), interactions.num_items) * bool(self._roles.rows)
-        yield from plan_chunks(
+        chunks = plan_chunks(
             touched,
-            overhead=CHUNK_OVERHEAD if self._roles.rows else len(sizes) * (1 + interactions.num_items),
-            position_bytes=row,
-            client_bytes=small,
+            overhead=CHUNK_OVERHEAD,
+            position_bytes=self._row_bytes,
+            client_bytes=self._client_bytes,
             max_bytes=self._chunk_bytes,
+        )
+        return train_in_chunks(
+            clients,
+            settings.weights(sizes),
+            chunks,
+            round,
+            lambda ids, w: self._train_chunk(ids, w, round, aggregator),
         )
 
     def _train_chunk(

@@ -17,7 +17,7 @@ which Adam scales up to a full step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -154,6 +154,28 @@ class Federation:
 
 class ClientError(RuntimeError):
     """Local training failed; the message names the client (or the group of them), the round and the stage."""
+
+
+def train_in_chunks(
+    clients: np.ndarray,
+    weights: np.ndarray,
+    chunks: Iterable[slice],
+    round: int,
+    train: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """Losses of `clients` [n], from `train(ids, weights)` of one chunk after the other; a failure of one is a
+    ClientError."""
+    losses = np.zeros(len(clients))
+    for chunk in chunks:
+        ids = clients[chunk]
+        try:
+            losses[chunk] = train(ids, weights[chunk])
+        except Exception as error:
+            raise ClientError(
+                f"round {round}, {len(ids)} clients from client {int(ids[0])} on: {error} "
+                "(engine: sequential names the client and the stage)"
+            ) from error
+    return losses
 
 
 def first_not_finite(losses: np.ndarray, clients: np.ndarray, round: int) -> None:
