@@ -100,9 +100,8 @@ def register_autograd(
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-def register_in_place(name: str, *mutated: int) -> None:
-    """For an op that writes into the arguments at `mutated`: not differentiable (as torch's optimizers it
-    runs under no_grad), seen by autograd's version counters, refused by vmap."""
+def register_not_differentiable(name: str) -> None:
+    """For an op without a gradient: refuses inputs that need one, which would lose it without a word."""
     op = raw_op(name)
 
     def autograd_kernel(keyset: Any, *args: Any) -> Any:
@@ -110,6 +109,14 @@ def register_in_place(name: str, *mutated: int) -> None:
             raise RuntimeError(f"{name} is not differentiable: call it under torch.no_grad()")
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    LIBRARY.impl(name, autograd_kernel, "Autograd", with_keyset=True)
+
+
+def register_in_place(name: str, *mutated: int) -> None:
+    """For an op that writes into the arguments at `mutated`: not differentiable (as torch's optimizers it
+    runs under no_grad), seen by autograd's version counters, refused by vmap."""
+    op = raw_op(name)
 
     def version_kernel(keyset: Any, *args: Any) -> Any:
         for i in mutated:
@@ -123,7 +130,7 @@ def register_in_place(name: str, *mutated: int) -> None:
             f"{name} writes in place and has no vmap rule: call it outside vmap on stacked tensors [C, ...]"
         )
 
-    LIBRARY.impl(name, autograd_kernel, "Autograd", with_keyset=True)
+    register_not_differentiable(name)
     LIBRARY.impl(name, version_kernel, "ADInplaceOrView", with_keyset=True)
     register_vmap(name)(vmap_rule)
 

@@ -23,7 +23,7 @@ from ._checks import (
     check_size,
     check_tensor,
 )
-from ._library import raw_op, register_fake
+from ._library import raw_op, register_fake, register_not_differentiable
 from ._plain import check_index_values
 from .client_embedding import client_embedding_reference
 from .hash_lookup import SENetWeights, hash_lookup_reference
@@ -219,6 +219,7 @@ def local_train(
             item.
         TypeError: an argument has the wrong type or dtype.
         IndexError: a client, item or code is out of range.
+        RuntimeError: a tensor requires a gradient and gradients are being recorded.
 
     Example:
         >>> import torch
@@ -329,6 +330,8 @@ def _fake(
         *(whole(t) for t in (B, codebooks, buckets, w1, b1, w2, b2)),
     )
 
+
+register_not_differentiable("local_train")
 
 # Plain twin -------------------------------------------------------------------------------------------------
 

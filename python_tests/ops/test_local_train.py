@@ -217,6 +217,13 @@ def test_a_client_that_met_every_item_has_no_negative() -> None:
         )
 
 
+def test_gradients_through_training_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="local_train is not differentiable"):
+        ops.local_train(**{**arguments(), "user": torch.ones(2, 4, requires_grad=True)})
+    with torch.no_grad():
+        ops.local_train(**{**arguments(), "user": torch.ones(2, 4, requires_grad=True)})
+
+
 def test_no_clients() -> None:
     changed = ops.local_train(**{**arguments(), "clients": torch.empty(0, dtype=torch.int64)})
     assert changed.user.shape == (0, 4)
