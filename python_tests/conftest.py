@@ -3,10 +3,14 @@
 A test takes the ops from its target and puts its tensors on the target's device, so that it runs on every
 device that there is: the CPU, the CUDA kernels on the CPU (csrc/emulator), and CUDA. Another implementation
 of the ops joins by becoming a target.
+
+Hypothesis draws the same examples in every run, so that a run repeats; HYPOTHESIS_PROFILE=explore draws new
+ones.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +18,13 @@ from typing import Any
 import pytest
 import torch
 from emulated import EMULATED, emulated_kernels
+from hypothesis import settings
 
 from fedpeft_ext import ops
+
+settings.register_profile("repeat", derandomize=True)
+settings.register_profile("explore", derandomize=False, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,8 @@ def local_train(
         batch_size: positives of a step; None: all.
         loss: mean over the batch of -log sigmoid(s+ - s-), or of the binary cross-entropy of both scores.
         optimizer: Adam (Kingma and Ba, 2015) or SGD, with `lr` and, for Adam, `betas` and `eps`.
-        l2_user, l2_items: l2 * parameter is added to the gradient of each row that has one.
+        l2_user, l2_items: l2 * parameter is added to the gradient of each row whose gradient is not zero.
+            (Where a row serves a positive and its negative alike, rounding may decide whether it is.)
         prox: FedProx (Li et al., MLSys 2020): prox * (parameter - global) is added to the gradient of what
             travels.
         seed: 0 to 2^63 - 1. round: 0 to 2^32 - 1. Draws are functions of (seed, round, client, position,

@@ -148,6 +148,9 @@ def test_any_shape(
     indptr, items, positives = federation(sizes, num_items, 7, index)
     user = torch.randn(len(sizes), dim, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
     parts = make_parts(kinds, num_items, dim, 9, torch.float64, base=data.draw(st.booleans()) or not kinds)
+    # A shared row that a positive and its negative both use can have a gradient of zero, or of rounding,
+    # and L2 asks which of the two it is.
+    shared = not {"rq", "hash", "senet"}.isdisjoint(kinds)
     compare(
         1e-9,
         num_items,
@@ -156,7 +159,8 @@ def test_any_shape(
         epochs=epochs,
         batch_size=batch_size,
         prox=prox,
-        l2_items=1e-2,
+        l2_items=0.0 if shared else 1e-2,
+        eps=1e-4,  # Adam multiplies the rounding of a gradient near zero by lr / eps
         seed=1,
         round=2,
     )
