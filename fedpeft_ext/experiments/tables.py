@@ -98,13 +98,13 @@ def summary_table(summary: Summary) -> Table:
         caption=f"{traffic}; {summary.clients_per_second:,.0f} clients/s; {summary.seconds:.1f} s{privacy}",
         caption_justify="left",
     )
-    everywhere = any(name.startswith("full/") for name in summary.metrics)
+    columns = {"": "sampled items", "full/": "all items", "valid/": "validation item"}
+    columns = {p: c for p, c in columns.items() if any(name.startswith(p) for name in summary.metrics)}
     table.add_column("test item among")
-    for scope in ("sampled items", "all items")[: 1 + everywhere]:
-        table.add_column(scope, justify="right")
-    for name in (name for name in summary.metrics if not name.startswith("full/")):
-        values = [summary.metrics[scope + name] for scope in ("", "full/")[: 1 + everywhere]]
-        table.add_row(name, *(f"{value:.4f}" for value in values))
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
+    for name in (name for name in summary.metrics if "/" not in name):
+        table.add_row(name, *(f"{summary.metrics[prefix + name]:.4f}" for prefix in columns))
     return table
 
 

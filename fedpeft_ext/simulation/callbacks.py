@@ -63,7 +63,7 @@ class Metrics:
     Attributes:
         round: how many rounds were finished.
         values: by name: `HR@10`, `NDCG@10`, `MRR`, ... among sampled candidates, `full/HR@10`, ... in the
-            full ranking.
+            full ranking; `valid/HR@10`, ... of the validation items, if there are any.
         seconds: wall time of the evaluation.
     """
 

@@ -8,7 +8,7 @@ a model that scores everything alike gets HR@10 = 10/101 among 100 negatives, ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -66,10 +66,10 @@ def ranking_metrics(greater: Tensor, equal: Tensor, ks: Sequence[int]) -> dict[s
 
 
 class Evaluator:
-    """Ranks each user's test item among sampled candidates and among all items.
+    """Ranks each user's held-out item among sampled candidates and among all items.
 
-    Full ranking leaves out the items that the user met (training and validation) other than the test item.
-    Users without a test item are left out.
+    Full ranking leaves out the items that the user met (training, validation, test) other than the target.
+    Users without a target are left out.
 
     Args:
         dataset: interactions and held-out items.
@@ -78,6 +78,10 @@ class Evaluator:
         full_ranking: also rank among the whole catalogue.
         ks: cut-offs k.
         seed: of the sampled candidates.
+        target: which held-out item is ranked, "test" or "valid".
+
+    Raises:
+        ValueError: no user has such an item, or one has too few items never met.
     """
 
     def __init__(
@@ -89,15 +93,17 @@ class Evaluator:
         full_ranking: bool,
         ks: Sequence[int],
         seed: int,
+        target: Literal["test", "valid"] = "test",
     ) -> None:
-        users = np.flatnonzero(dataset.test_items >= 0)
+        users = np.flatnonzero((dataset.test_items if target == "test" else dataset.valid_items) >= 0)
         if len(users) == 0:
-            raise ValueError(f"evaluation: data set {dataset.name!r} has no user with a test item")
+            raise ValueError(f"evaluation: data set {dataset.name!r} has no user with a {target} item")
         self.full_ranking = full_ranking
         self.ks = tuple(ks)
         self._interactions = interactions
         device = interactions.device
-        self._candidates = torch.from_numpy(dataset.candidates(users, num_negatives, seed)).to(device)
+        candidates = dataset.candidates(users, num_negatives, seed, target=target)
+        self._candidates = torch.from_numpy(candidates).to(device)
         self._users = torch.from_numpy(users).to(device)
         met_indptr, met_items = dataset.met_csr()
         counts = (met_indptr[1:] - met_indptr[:-1])[users]

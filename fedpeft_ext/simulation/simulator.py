@@ -45,6 +45,9 @@ from fedpeft_ext.simulation.randomness import sample_clients, sample_clients_ind
 from fedpeft_ext.simulation.sequential import SequentialEngine
 from fedpeft_ext.simulation.uploads import UploadStage
 
+VALID = "valid/"
+"""Before the names of metrics of validation items."""
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -54,8 +57,10 @@ class Summary:
         dataset, backbone, embedding, engine, seed: what was run.
         rounds: trained rounds, `warmup_rounds` of them as warm-up.
         metrics: of the last evaluation, by name as in `Metrics`.
-        best_round: the evaluated round of the highest HR@10 (or HR at the first cut-off). It is chosen on the
-            test items: good for describing a curve, not for comparing methods.
+        best_round: the evaluated round of the highest HR@10 (or HR at the first cut-off) of the validation
+            items. Where none are held out it is chosen on the test items, which flatters: it then describes
+            a curve and does not compare methods.
+        best_by: the metric that chose it, such as `valid/HR@10`.
         best: metrics of that round.
         evaluations: every evaluation: {"round": r, metric: value, ...}.
         bytes_down, bytes_up: received and sent by a client in each round it takes part in, after warm-up.
@@ -79,6 +84,7 @@ class Summary:
     warmup_rounds: int
     metrics: Mapping[str, float]
     best_round: int
+    best_by: str
     best: Mapping[str, float]
     evaluations: Sequence[Mapping[str, float]]
     bytes_down: int
@@ -164,14 +170,7 @@ class Simulator:
         self._callbacks = tuple(callbacks)
         self._dtype = getattr(torch, config.dtype)
         self._interactions = Interactions(dataset, self._device)
-        self._evaluator = Evaluator(
-            dataset,
-            self._interactions,
-            num_negatives=config.evaluation.num_negatives,
-            full_ranking=config.evaluation.full_ranking,
-            ks=config.evaluation.ks,
-            seed=config.seed if config.evaluation.seed is None else config.evaluation.seed,
-        )
+        self._evaluators = _evaluators(config, dataset, self._interactions)
         self._pretrained = pretrained
         if pretrained is None and (spec.plug or "full" in spec.parts or "rq" in spec.parts):
             self._pretrained = pretrain(
@@ -424,7 +423,10 @@ class Simulator:
     def evaluate(self) -> Metrics:
         """Rank the test items with the current parameters. Raises FloatingPointError on NaN scores."""
         began = time.perf_counter()
-        values = self._evaluator(self.model, self.store, self.rounds_done)
+        values: dict[str, float] = {}
+        for prefix, evaluator in self._evaluators.items():
+            result = evaluator(self.model, self.store, self.rounds_done)
+            values |= {prefix + name: value for name, value in result.items()}
         metrics = Metrics(self.rounds_done, values, time.perf_counter() - began)
         self._evaluations.append(metrics)
         for callback in self._callbacks:
@@ -478,6 +480,8 @@ class Simulator:
     def _summary(self, seconds: float) -> Summary:
         config = self.config
         headline = f"HR@{10 if 10 in config.evaluation.ks else config.evaluation.ks[0]}"
+        if VALID in self._evaluators:
+            headline = VALID + headline
         best = max(self._evaluations, key=lambda metrics: metrics[headline])
         return Summary(
             dataset=self.dataset.name,
@@ -489,6 +493,7 @@ class Simulator:
             warmup_rounds=min(self._warmup_rounds, self.rounds_done),
             metrics=dict(self._evaluations[-1].values),
             best_round=best.round,
+            best_by=headline,
             best=dict(best.values),
             evaluations=[{"round": metrics.round, **metrics.values} for metrics in self._evaluations],
             bytes_down=self._traffic.down,
@@ -502,6 +507,19 @@ class Simulator:
             faults=None if self._faults is None else dict(self._faults.counts),
             excluded_clients=self.dataset.num_users - len(self._eligible),
         )
+
+
+def _evaluators(config: Config, dataset: Dataset, interactions: Interactions) -> dict[str, Evaluator]:
+    """Evaluators by the prefix of their metrics' names: of test items, and of validation items if there are
+    any. The latter only choose between rounds and settings, for which sampled candidates do.
+    """
+    settings = config.evaluation
+    seed = config.seed if settings.seed is None else settings.seed
+    shared: dict[str, Any] = {"num_negatives": settings.num_negatives, "ks": settings.ks, "seed": seed}
+    result = {"": Evaluator(dataset, interactions, full_ranking=settings.full_ranking, **shared)}
+    if (dataset.valid_items >= 0).any():
+        result[VALID] = Evaluator(dataset, interactions, full_ranking=False, target="valid", **shared)
+    return result
 
 
 def _make_engine(config: Config, federation: Federation) -> tuple[str, Engine]:

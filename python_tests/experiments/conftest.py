@@ -32,6 +32,7 @@ def result() -> Maker:
             warmup_rounds=0,
             metrics={"HR@10": hr, "NDCG@10": hr / 2},
             best_round=rounds,
+            best_by="HR@10",
             best={"HR@10": hr, "NDCG@10": hr / 2},
             evaluations=evaluations,
             bytes_down=bytes_each_way,

@@ -104,6 +104,27 @@ def test_evaluation_agrees_with_brute_force(dataset: Dataset, monkeypatch: pytes
     assert sampled == pytest.approx({k: v for k, v in results[0].items() if not k.startswith("full/")})
 
 
+def test_validation_items_are_ranked_like_test_items() -> None:
+    dataset = make_dataset(validation=True)
+    model, store = fedmf(dataset)
+    scores = (store.state["user"] @ model.item_embedding.full_embedding().T).numpy()
+    users = np.flatnonzero(dataset.valid_items >= 0)
+    assert 0 < len(users) < dataset.num_users
+    sampled, full = [], []
+    for user, row in zip(users, dataset.candidates(users, 20, 5, target="valid"), strict=True):
+        own = scores[user, dataset.valid_items[user]]
+        assert row[0] == dataset.valid_items[user]
+        others = np.setdiff1d(np.arange(dataset.num_items), dataset.met(user))
+        sampled.append(int((scores[user, row[1:]] > own).sum()) < 3)
+        full.append(int((scores[user, others] > own).sum()) < 3)
+    interactions = Interactions(dataset, torch.device("cpu"))
+    valid = Evaluator(
+        dataset, interactions, num_negatives=20, full_ranking=True, ks=KS, seed=5, target="valid"
+    )
+    result = valid(model, store)
+    assert (result["HR@3"], result["full/HR@3"]) == (pytest.approx(np.mean(sampled)), np.mean(full))
+
+
 @pytest.mark.parametrize("full_ranking", [True, False])
 def test_nan_scores_are_refused(dataset: Dataset, full_ranking: bool) -> None:
     model, store = fedmf(dataset)

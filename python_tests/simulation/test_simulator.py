@@ -41,6 +41,21 @@ def test_a_run_is_a_function_of_its_settings(dataset: Dataset, pretrained: Pretr
     assert other.run().metrics != first.evaluate().values
 
 
+def test_validation_items_choose_the_best_round(pretrained: Pretrained) -> None:
+    settings = config(**{"evaluation.every": 1, "training.lr": 0.05, "training.rounds": 8})
+    with_valid = Simulator(settings, make_dataset(validation=True), pretrained=pretrained).run()
+    valid = [values["valid/HR@10"] for values in with_valid.evaluations]
+    assert len(set(valid)) > 1
+    assert (with_valid.best_by, with_valid.best_round) == ("valid/HR@10", int(np.argmax(valid)))
+    assert with_valid.best == {
+        k: v for k, v in with_valid.evaluations[with_valid.best_round].items() if k != "round"
+    }
+    assert not any(name.startswith("valid/full") for name in with_valid.metrics)
+    without = Simulator(settings, make_dataset(), pretrained=pretrained).run()
+    assert without.best_by == "HR@10"
+    assert without.best_round == int(np.argmax([values["HR@10"] for values in without.evaluations]))
+
+
 def test_step_by_step_equals_run(dataset: Dataset, pretrained: Pretrained) -> None:
     whole, steps = (Simulator(config(), dataset, pretrained=pretrained) for _ in range(2))
     summary = whole.run()
