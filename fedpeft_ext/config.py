@@ -162,7 +162,14 @@ class TrainingConfig(_Section):
     loss: Literal["bpr", "bce"] = "bpr"
     optimizer: Literal["adam", "sgd"] = "adam"
     lr: _Positive | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="of local SGD, from zero in every round"
+    )
     l2: _NonNegative = 1e-8
+    algorithm: Literal["fedavg", "scaffold"] = Field(
+        default="fedavg",
+        description="plain local training (with prox_mu: FedProx), or SGD corrected by control variates",
+    )
     prox_mu: _NonNegative = Field(
         default=0.0, description="FedProx: weight mu of the squared distance to the global parameters"
     )
@@ -193,6 +200,23 @@ class TrainingConfig(_Section):
         elif not 0.0 < value <= 1.0:
             raise ValueError(f"expected a share in (0, 1] or a count (an integer), got {value}")
         return value
+
+    @model_validator(mode="after")
+    def _local_training_agrees(self) -> TrainingConfig:
+        optimizers = {"optimizer": self.optimizer, "warmup_optimizer": self.warmup_optimizer}
+        if self.momentum > 0.0 and "sgd" not in optimizers.values():
+            raise ValueError(f"momentum: expected 0 without optimizer sgd, got {self.momentum}")
+        if self.algorithm == "scaffold":
+            for name, optimizer in optimizers.items():
+                if optimizer == "adam":
+                    raise ValueError(
+                        f"{name}: expected 'sgd' with algorithm scaffold, whose control variates are mean "
+                        f"gradients of its steps, got {optimizer!r}"
+                    )
+            for name in ("momentum", "prox_mu"):
+                if getattr(self, name) > 0.0:
+                    raise ValueError(f"{name}: expected 0 with algorithm scaffold, got {getattr(self, name)}")
+        return self
 
     @model_validator(mode="after")
     def _warmup_within_rounds(self) -> TrainingConfig:
@@ -370,6 +394,19 @@ class Config(_Section):
                 "compression.method: expected 'none' with privacy.mode ldp, whose noise is drawn for the "
                 f"sum of uploads, got {self.compression.method!r}"
             )
+        if self.training.algorithm == "scaffold":
+            # What no stage between client and server sees: control variates.
+            for name, is_off, expected in (
+                ("privacy.mode", self.privacy.mode == "none", "'none'"),
+                ("compression.method", self.compression.method == "none", "'none'"),
+                ("faults.reject", not self.faults.reject, "false"),
+                ("faults.corrupt_rate", self.faults.corrupt_rate == 0.0, "0"),
+            ):
+                if not is_off:
+                    raise ValueError(
+                        f"{name}: expected {expected} with training.algorithm scaffold, whose control "
+                        "variates are sent beside the updates and would go past it"
+                    )
         if self.privacy.mode != "none" and self.faults.min_clients > 0:
             raise ValueError(
                 "faults.min_clients: expected 0 with privacy, since a round that is skipped for its updates "

@@ -24,6 +24,7 @@ from fedpeft_ext.simulation.uploads import Uploads, UploadStage
 if TYPE_CHECKING:
     from fedpeft_ext.simulation.faults import Faults
     from fedpeft_ext.simulation.privacy import Noise
+    from fedpeft_ext.simulation.scaffold import ControlVariates
 
 SERVER_LR: Mapping[str, float] = {"avg": 1.0, "adam": 1e-2}
 BETA1, BETA2, TAU = 0.9, 0.99, 1e-3  # of FedAdam, as in its paper
@@ -90,6 +91,7 @@ class Aggregator:
         faults: rejects updates before anything else.
         stages: what uploads go through, in this order, before they are summed.
         noise: added to the sums.
+        variates: SCAFFOLD's control variates, which go with the sums.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Aggregator:
         stages: Sequence[UploadStage] = (),
         noise: Noise | None = None,
         faults: Faults | None = None,
+        variates: ControlVariates | None = None,
     ) -> None:
         self.server = Server(parameters, optimizer, lr)
         self._heights = [len(parameters[name]) for name in row_parameters]
@@ -108,6 +111,7 @@ class Aggregator:
         self._stages = tuple(stages)
         self._noise = noise
         self._faults = faults
+        self._variates = variates
         self._totals = {name: zeros_for(p) for name, p in parameters.items()}
         self._weight = 0.0
         self._uploads = 0
@@ -191,13 +195,19 @@ class Aggregator:
             touched = None  # noise is everywhere
         else:
             weight, touched = self._weight, self._touched()
+            if self._variates is not None and self._variates.settle(self._totals):
+                touched = None
         if weight > 0.0:
             rows = None if touched is None else dict.fromkeys(self._row_parameters, touched)
             self.server.step(self._totals, weight, rows)
-        self.discard() if touched is None else self._clear(touched)
+        if self._variates is not None:
+            self._variates.commit()
+        self._clear(touched)
 
     def discard(self) -> None:
         """Forget the round's sums without a step."""
+        if self._variates is not None:
+            self._variates.discard()
         self._clear(None)
 
     def _clear(self, touched: Tensor | None) -> None:

@@ -30,6 +30,7 @@ from fedpeft_ext.simulation.local_training import (
     local_steps,
     train_in_chunks,
 )
+from fedpeft_ext.simulation.scaffold import ControlVariates
 
 CHUNK_OVERHEAD = 6_000
 """Fixed cost of a chunk in padded positions: kernels skip padding, so a position costs little beside a
@@ -89,6 +90,7 @@ class BatchedEngine:
         self, clients: np.ndarray, weights: np.ndarray, round: int, aggregator: Aggregator
     ) -> np.ndarray:
         interactions, settings = self._federation.interactions, self._federation.settings
+        variates = self._federation.variates
         ids = torch.from_numpy(clients).to(interactions.device)
         positives = interactions.padded(ids)
         negatives = ops.sample_negatives(
@@ -103,14 +105,19 @@ class BatchedEngine:
         rows = positions = None
         if self._roles.rows:
             every = torch.cat([positives[:, None], negatives], 1)  # [C, 1 + epochs, P]
-            rows, positions = ops.touched_rows(every.flatten(1))
-            positions = positions.view_as(every)
+            moving = every.flatten(1)
+            if variates is not None:
+                moving = torch.cat([moving, variates.rows(ids)], 1)
+            rows, positions = ops.touched_rows(moving)
+            positions = positions[:, : every[0].numel()].reshape(every.shape)
 
         start = self._start(ids, rows)
+        drift = None if variates is None else _DriftCorrection(variates, ids, rows, settings.l2, self._roles)
         local = {name: value.clone(memory_format=torch.contiguous_format) for name, value in start.items()}
         # Leaves share the storage that the optimizer writes to.
         leaves = {name: value.detach().requires_grad_() for name, value in local.items()}
-        optimizer = _StackedOptimizer(local, self._roles.l2, settings)
+        penalised = self._roles.l2 if drift is None else self._roles.l2 - drift.names
+        optimizer = _StackedOptimizer(local, penalised, settings)
         losses, numbers = [], []
         history = Items(positives, None if positions is None else positions[:, 0])
         for step in local_steps(positives, ids, settings, round):
@@ -131,16 +138,21 @@ class BatchedEngine:
                 for name in (*self._roles.rows, *self._roles.small):
                     distance = local[name] - start[name]
                     moved[name] = moved[name] + active.view(-1, *[1] * (distance.dim() - 1)) * distance
+            if drift is not None:
+                moved |= drift.corrected(moved, local, step.numbers)
             optimizer.step(moved, step.numbers)
             losses.append(loss.detach())
             numbers.append(step.numbers)
 
         uploads = {name: local[name] - start[name] for name in (*self._roles.rows, *self._roles.small)}
-        accepted = aggregator.add(uploads, torch.from_numpy(weights).to(ids.device), rows, ids)
-        state = {name: local[name] for name in self._roles.local}
-        self._federation.store.write(ids, state, accepted)
         # Steps that a client sat out have loss 0 and do not count.
         taken = (torch.stack(numbers) > 0).sum(0).clamp(min=1)
+        weight = torch.from_numpy(weights).to(ids.device)
+        if drift is not None:
+            uploads |= drift.finish(uploads, weight, taken, settings.lr)
+        accepted = aggregator.add(uploads, weight, rows, ids)
+        state = {name: local[name] for name in self._roles.local}
+        self._federation.store.write(ids, state, accepted)
         return (torch.stack(losses).double().sum(0) / taken).cpu().numpy()
 
     def _start(self, clients: Tensor, rows: Tensor | None) -> _Parameters:
@@ -169,6 +181,59 @@ def _stacked_forward(model: Backbone, with_rows: bool) -> _Forward:
     return stacked
 
 
+class _DriftCorrection:
+    """SCAFFOLD in the local training of C clients.
+
+    It adds L2 itself, which acts on rows with a gradient, before the correction gives every row one.
+    """
+
+    def __init__(
+        self,
+        variates: ControlVariates,
+        clients: Tensor,
+        rows: Tensor | None,
+        l2: float,
+        roles: ParameterRoles,
+    ) -> None:
+        self.names = frozenset((*roles.rows, *roles.small))
+        self._variates, self._clients, self._rows, self._roles = variates, clients, rows, roles
+        self._l2 = {name: l2 if name in roles.l2 else 0.0 for name in self.names}
+        self._own = variates.own(clients, rows)
+        self._common = variates.common(clients, rows)
+        self._correction = {name: self._common[name] - self._own[name] for name in self.names}
+        self._sums = {name: torch.zeros_like(value) for name, value in self._own.items()}
+
+    def corrected(self, gradients: _Parameters, parameters: _Parameters, numbers: Tensor) -> _Parameters:
+        """g + l2 w + c - c_i of the averaged parameters; zero for clients that sit the step out."""
+        result = {}
+        for name in self.names:
+            gradient = gradients[name]
+            if self._l2[name] > 0.0:
+                touched = (gradient != 0).any(-1, keepdim=True)
+                gradient = gradient + self._l2[name] * parameters[name] * touched
+            self._sums[name] += gradient
+            active = (numbers > 0).view(-1, *[1] * (gradient.dim() - 1))
+            result[name] = torch.where(active, gradient + self._correction[name], 0.0)
+        return result
+
+    def finish(self, uploads: _Parameters, weights: Tensor, taken: Tensor, lr: float) -> _Parameters:
+        """Keep the clients' new c_i, the mean of their `taken` [C] gradients; the tables' uploads without the
+        part that all rows have in common."""
+        lengths = lr * taken.double()
+        after = {name: total / _like(taken, total) for name, total in self._sums.items()}
+        left_out = lengths if self._roles.rows else None
+        self._variates.write(self._clients, self._rows, self._own, after, weights, left_out)
+        return {
+            name: uploads[name] + _like(lengths, uploads[name]) * self._common[name]
+            for name in self._roles.rows
+        }
+
+
+def _like(values: Tensor, other: Tensor) -> Tensor:
+    """[C] in the dtype of `other` [C, ...] and with as many dimensions."""
+    return values.to(other.dtype).view(-1, *[1] * (other.dim() - 1))
+
+
 class _StackedOptimizer:
     """A fresh Adam or SGD for each of C clients, over stacked parameters that it changes in place."""
 
@@ -179,6 +244,9 @@ class _StackedOptimizer:
         self._settings = settings
         self._l2 = {name: settings.l2 if name in l2_parameters else 0.0 for name in parameters}
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self._momentum = {}
+        if settings.momentum > 0.0:
+            self._momentum = {name: torch.zeros_like(p) for name, p in parameters.items()}
         if settings.optimizer == "adam":
             self._moments = {
                 name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()
@@ -201,9 +269,21 @@ class _StackedOptimizer:
                     ADAM_EPS,
                     self._l2[name],
                 )
-            else:
-                # Without momentum a client that sits a step out has no gradient and stays as it is.
+            elif not self._momentum:  # a client that sits a step out has no gradient and stays as it is
                 ops.client_sgd_(parameter, gradients[name], None, lr, 0.0, self._l2[name])
+            else:  # but momentum would carry it on
+                self._step_of(numbers > 0, parameter, gradients[name], self._momentum[name], self._l2[name])
+
+    def _step_of(
+        self, active: Tensor, parameter: Tensor, gradient: Tensor, buffer: Tensor, l2: float
+    ) -> None:
+        lr, momentum = self._settings.lr, self._settings.momentum
+        if bool(active.all()):
+            ops.client_sgd_(parameter, gradient, buffer, lr, momentum, l2)
+            return
+        part, velocity = parameter[active], buffer[active]
+        ops.client_sgd_(part, gradient[active], velocity, lr, momentum, l2)
+        parameter[active], buffer[active] = part, velocity
 
 
 def _gather(items: Items, positions: Tensor) -> Items:

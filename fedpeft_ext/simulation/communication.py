@@ -44,13 +44,14 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def traffic(model: Backbone, starts_averaged: bool = True) -> Traffic:
+def traffic(model: Backbone, starts_averaged: bool = True, control_variates: bool = False) -> Traffic:
     """Bytes per client of the protocol for this model.
 
     `starts_averaged`: whether clients send the state whose mean newcomers start from (`averaged_start`).
     Newcomers receive it once.
+    `control_variates`: whether SCAFFOLD's are sent both ways beside the parameters, as long as these.
     """
-    each_way = num_bytes(message(model).values())
+    each_way = num_bytes(message(model).values()) * (1 + control_variates)
     parameters = dict(model.named_parameters())
     start = num_bytes(parameters[name] for name in model.averaged_start)
     return Traffic(

@@ -43,7 +43,7 @@ class FusedEngine:
     """
 
     def __init__(self, federation: Federation, chunk_bytes: float) -> None:
-        reason = why_not(federation.model)
+        reason = why_not(federation)
         if reason is not None:
             raise ValueError(f"engine: 'fused' cannot train this model, since {reason}; use 'batched'")
         self._federation = federation
@@ -110,8 +110,13 @@ class FusedEngine:
         return updates.losses.cpu().numpy()
 
 
-def why_not(model: Backbone) -> str | None:
-    """What keeps the fused engine from training `model`, or None."""
+def why_not(federation: Federation) -> str | None:
+    """What keeps the fused engine from training a federation, or None."""
+    if federation.variates is not None:
+        return "it knows no control variates (training.algorithm)"
+    if federation.settings.momentum > 0.0:
+        return "it has no momentum"
+    model = federation.model
     if type(model) is not FedMF:
         return f"it trains backbone 'fedmf' alone, not {model.name!r}"
     device = model.user.device.type

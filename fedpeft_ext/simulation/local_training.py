@@ -7,7 +7,8 @@ global parameters is uploaded.
 
 With `prox_mu` a client minimises loss + mu / 2 ||w - w_global||^2 over the averaged parameters (FedProx: Li
 et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020). A row that a client does not touch
-has w = w_global, so that the term leaves it where it is.
+has w = w_global, so that the term leaves it where it is. With SCAFFOLD's control variates (`scaffold`) every
+step on them is corrected by c - c_i, after L2.
 
 Engines score a batch in one forward, each positive followed by its negative. The order matters where
 parameters are shared between items: with BPR the gradients of a pair cancel in a row that both read, and in
@@ -29,6 +30,7 @@ from fedpeft_ext.backbones import Backbone
 from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
 from fedpeft_ext.simulation.randomness import shuffled_positions
+from fedpeft_ext.simulation.scaffold import ControlVariates
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -47,6 +49,7 @@ class LocalSettings:
     weighting: Literal["samples", "uniform"]
     seed: int
     prox_mu: float = 0.0
+    momentum: float = 0.0
 
     def weights(self, sizes: np.ndarray) -> np.ndarray:
         """Weight float64 [C] of each client's upload."""
@@ -144,12 +147,14 @@ class Federation:
         store: state of all clients, changed by training.
         interactions: training positives.
         settings: of local training.
+        variates: with SCAFFOLD its control variates, changed by training.
     """
 
     model: Backbone
     store: ClientStore
     interactions: Interactions
     settings: LocalSettings
+    variates: ControlVariates | None = None
 
 
 class ClientError(RuntimeError):

@@ -71,6 +71,7 @@ class SequentialEngine:
                 round,
             )
             optimizer = self._optimizer(local)
+            drift = self._drift(ids)
             losses = []
             for step in local_steps(positives, ids, settings, round):
                 stage = f"step {int(step.numbers[0])} (epoch {step.epoch})"
@@ -82,6 +83,10 @@ class SequentialEngine:
                 torch.autograd.backward(loss)
                 self._pull_back(local)
                 self._penalise(local)
+                for name, (common, own) in drift.items():
+                    gradient = local[name].grad
+                    correction = (common - own)[0]
+                    local[name].grad = correction if gradient is None else gradient + correction
                 optimizer.step()
                 losses.append(float(loss.detach()))
 
@@ -90,6 +95,11 @@ class SequentialEngine:
             uploaded = (*self._roles.rows, *self._roles.small)
             updates = {name: (local[name] - start[name]).detach()[None] for name in uploaded}
             weights = torch.tensor([weight], dtype=torch.float64, device=ids.device)
+            if federation.variates is not None:
+                before = {name: own for name, (_, own) in drift.items()}
+                length = len(losses) * settings.lr
+                after = {name: own - common - updates[name] / length for name, (common, own) in drift.items()}
+                federation.variates.write(ids, None, before, after, weights)
             accepted = aggregator.add(updates, weights, clients=ids)
             state = {name: local[name].detach()[None] for name in self._roles.local}
             federation.store.write(ids, state, accepted)
@@ -102,7 +112,15 @@ class SequentialEngine:
         trained = [p for p in parameters.values() if p.requires_grad]
         if settings.optimizer == "adam":
             return torch.optim.Adam(trained, settings.lr, betas=ADAM_BETAS, eps=ADAM_EPS)
-        return torch.optim.SGD(trained, settings.lr)
+        return torch.optim.SGD(trained, settings.lr, momentum=settings.momentum)
+
+    def _drift(self, client: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """SCAFFOLD's c and c_i of a client [1], {name: both [1, ...]}, whole tables; empty without it."""
+        variates = self._federation.variates
+        if variates is None:
+            return {}
+        common, own = variates.common(client, None), variates.own(client, None)
+        return {name: (common[name], own[name]) for name in common}
 
     def _loss(self, model: Backbone, positives: Tensor, negatives: Tensor, context: ClientContext) -> Tensor:
         scores = model(torch.stack([positives, negatives], 1).flatten(), context)

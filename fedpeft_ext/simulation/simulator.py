@@ -42,6 +42,7 @@ from fedpeft_ext.simulation.local_training import (
 from fedpeft_ext.simulation.output import RunFolder, prepare_folder
 from fedpeft_ext.simulation.privacy import Clipping, Ledger, Noise, PrivacyReport
 from fedpeft_ext.simulation.randomness import sample_clients, sample_clients_independently
+from fedpeft_ext.simulation.scaffold import ControlVariates, check_memory
 from fedpeft_ext.simulation.sequential import SequentialEngine
 from fedpeft_ext.simulation.uploads import UploadStage
 
@@ -289,8 +290,10 @@ class Simulator:
             weighting=training.weighting,
             seed=config.seed,
             prox_mu=training.prox_mu,
+            momentum=training.momentum if optimizer == "sgd" else 0.0,
         )
-        self._federation = Federation(model, self._store, self._interactions, settings)
+        variates = self._control_variates(model, settings) if training.algorithm == "scaffold" else None
+        self._federation = Federation(model, self._store, self._interactions, settings, variates)
         self._engine_name, self._engine = _make_engine(config, self._federation)
         self._aggregator = Aggregator(
             message(model),
@@ -300,13 +303,29 @@ class Simulator:
             self._upload_stages(model),
             self._noise(),
             self._faults,
+            variates,
         )
-        self._traffic = traffic(model, starts_averaged=config.privacy.mode == "none")
+        self._traffic = traffic(
+            model, starts_averaged=config.privacy.mode == "none", control_variates=variates is not None
+        )
         compression = config.compression
         if compression.method != "none":  # its length is the same whatever the values are
             encoded = encode(message(model), compression.method, share=compression.top_k)
             saved = num_bytes(message(model).values()) - len(encoded)
             self._traffic = dataclasses.replace(self._traffic, up=self._traffic.up - saved)
+
+    @property
+    def variates(self) -> ControlVariates | None:
+        """SCAFFOLD's control variates in the present phase; None without it."""
+        return self._federation.variates
+
+    def _control_variates(self, model: Backbone, settings: LocalSettings) -> ControlVariates:
+        """Those of a phase, zero at first."""
+        sizes = self._interactions.sizes[self._eligible]
+        touched = np.minimum(sizes * (1 + settings.epochs), self.dataset.num_items)
+        tables = frozenset(ParameterRoles.of(model).rows)
+        check_memory(message(model), tables, touched.tolist())
+        return ControlVariates(message(model), tables, float(settings.weights(sizes).sum()))
 
     def _upload_stages(self, model: Backbone) -> list[UploadStage]:
         """What uploads go through before they are summed. Clipping comes last: it bounds what is decoded."""
@@ -526,7 +545,7 @@ def _make_engine(config: Config, federation: Federation) -> tuple[str, Engine]:
     """The engine that the settings ask for, under its own name."""
     name, chunk_bytes = config.engine, config.chunk_memory_mb * 2**20
     if name == "auto":
-        name = "fused" if why_not(federation.model) is None else "batched"
+        name = "fused" if why_not(federation) is None else "batched"
     if name == "fused":
         return name, FusedEngine(federation, chunk_bytes)
     if name == "batched":

@@ -69,6 +69,13 @@ def test_batched_equals_sequential(
     "changes",
     [
         {"training.batch_size": 3},
+        {
+            "training.batch_size": 3,
+            "training.optimizer": "sgd",
+            "training.lr": 0.3,
+            "training.momentum": 0.9,
+            "training.l2": 1e-2,
+        },
         {"training.warmup_rounds": 1},
         {"training.server_optimizer": "adam"},
         {"training.clients_per_round": 1.0, "training.weighting": "uniform"},

@@ -13,7 +13,7 @@ import torch
 from conftest import small_config
 from torch import Tensor
 
-from fedpeft_ext.config import Config
+from fedpeft_ext.config import Config, ConfigError
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation import ClientError, Simulator
@@ -226,6 +226,26 @@ def test_divergence_is_reported_and_leaves_the_global_parameters(
         simulator.round()
     for name, value in simulator.model.named_parameters():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("strategy", ["full", "p-rq+lora"])
+def test_momentum(dataset: Dataset, pretrained: Pretrained, strategy: str) -> None:
+    changes = {
+        "training.optimizer": "sgd",
+        "training.lr": 0.3,
+        "training.local_epochs": 3,
+        "dtype": "float64",
+    }
+    changes |= {"embedding.name": strategy, "training.momentum": 0.9, "training.batch_size": 4}
+    batched = trained(dataset, pretrained, **changes)
+    assert_equal(batched, trained(dataset, pretrained, **changes, engine="sequential"), 1e-9)
+    plain = trained(dataset, pretrained, **{**changes, "training.momentum": 0.0})
+    assert not torch.equal(batched[0]["clients.user"], plain[0]["clients.user"])
+    # Adam's warm-up has none, and needs none.
+    changes |= {"training.warmup_optimizer": "adam", "training.warmup_rounds": 1}
+    assert Simulator(config(**changes), dataset, pretrained=pretrained).engine == "fused"
+    with pytest.raises(ConfigError, match=r"training\.momentum: expected 0 without optimizer sgd"):
+        config(**{"training.momentum": 0.9})
 
 
 def test_auto_takes_the_fused_engine_where_it_applies(dataset: Dataset, pretrained: Pretrained) -> None:
