@@ -31,6 +31,55 @@ def raw_op(name: str) -> Any:
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+class EagerOp:
+    """An op as the public functions call it: without the dispatcher's detour through Python wherever that
+    would change nothing, which is plain tensors outside transforms, modes, tracing and compilation.
+
+    Autograd's kernel is written in Python. The dispatcher would enter it at each call, with arguments
+    converted back and forth; from Python it is one call away, and without a gradient it is not needed at all.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._op = raw_op(name)
+        self.apply: Callable[..., Any] | None = None  # an autograd.Function's, for differentiable ops
+        self.written: tuple[int, ...] = ()  # arguments that the op writes into
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _plain(args):
+            return self._op(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self._op(*args) if self.apply is None else self.apply(*args)
+        if self.written:
+            torch.autograd.graph.increment_version([args[i] for i in self.written if args[i] is not None])
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                return self._op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._op(*args)
+
+
+_EAGER_OPS: dict[str, EagerOp] = {}
+
+
+def eager_op(name: str) -> EagerOp:
+    """The one `EagerOp` of an op; `register_autograd` gives it its gradient."""
+    return _EAGER_OPS.setdefault(name, EagerOp(name))
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _plain(args: tuple[Any, ...]) -> bool:
+    if (
+        _FORWARD_AD._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    return all(type(x) in _PLAIN_TYPES for x in args if isinstance(x, Tensor))
+
+
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return cast(
         Callable[[Callable[..., Any]], Callable[..., Any]],
@@ -74,6 +123,12 @@ def register_autograd(
         setup_context(ctx, tuple(inputs), output)
         return output
 
+    def eager_forward(ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op(*args)
+        setup_context(ctx, args, output)
+        return output
+
     def backward_and_keyset(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (*backward(ctx, *grads), None)
 
@@ -84,6 +139,13 @@ def register_autograd(
     )
     # Function.apply would hand over to functorch, but this kernel already runs at one level of its stack.
     apply_here: Any = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    eager_function = type(
+        f"fedpeft_ext_{name}",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(eager_forward), "backward": staticmethod(backward)},
+    )
+    eager_op(name).apply = super(torch.autograd.Function, eager_function).apply  # type: ignore[misc]
 
     def kernel(keyset: Any, *args: Any) -> Any:
         if _FORWARD_AD._current_level >= 0:
@@ -131,6 +193,7 @@ def register_in_place(name: str, *mutated: int) -> None:
         )
 
     register_not_differentiable(name)
+    eager_op(name).written = mutated
     LIBRARY.impl(name, version_kernel, "ADInplaceOrView", with_keyset=True)
     register_vmap(name)(vmap_rule)
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ._checks import check_device, check_dim, check_dtype, check_float, check_index, check_shape
-from ._library import Dims, raw_op, register_fake, register_in_place, register_vmap, to_front
+from ._library import Dims, eager_op, register_fake, register_in_place, register_vmap, to_front
 from ._plain import check_index_values
 
-_TOUCHED = raw_op("touched_rows")
-_ACCUMULATE = raw_op("accumulate_updates_")
+_TOUCHED = eager_op("touched_rows")
+_ACCUMULATE = eager_op("accumulate_updates_")
 
 
 def _check_touched(items: Tensor) -> None:

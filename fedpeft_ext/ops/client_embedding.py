@@ -15,11 +15,11 @@ from ._checks import (
     check_not_negative,
     check_parameter_dim,
 )
-from ._library import Dims, LookupBatch, raw_op, register_autograd, register_fake, register_vmap
+from ._library import Dims, LookupBatch, eager_op, register_autograd, register_fake, register_vmap
 from ._plain import check_index_values, gather_rows
 
-_OP = raw_op("client_embedding")
-_BACKWARD = raw_op("client_embedding_backward")
+_OP = eager_op("client_embedding")
+_BACKWARD = eager_op("client_embedding_backward")
 
 
 def _check(rows: Tensor, weight: Tensor) -> None:

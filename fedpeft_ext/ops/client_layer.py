@@ -17,11 +17,11 @@ from ._checks import (
     check_range,
     check_shape,
 )
-from ._library import Dims, promoted, raw_op, register_autograd, register_fake, register_vmap, to_front
+from ._library import Dims, eager_op, promoted, register_autograd, register_fake, register_vmap, to_front
 from .sampling import client_dropout_reference
 
-_OP = raw_op("client_layer")
-_BACKWARD = raw_op("client_layer_backward")
+_OP = eager_op("client_layer")
+_BACKWARD = eager_op("client_layer_backward")
 
 
 def _check_shapes(x: Tensor, weight: Tensor, items: Tensor, p: float) -> None:

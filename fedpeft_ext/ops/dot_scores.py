@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from ._checks import check_float, check_like, check_parameter_dim, check_shape
-from ._library import Dims, promoted, raw_op, register_autograd, register_fake, register_vmap, to_front
+from ._library import Dims, eager_op, promoted, register_autograd, register_fake, register_vmap, to_front
 
-_OP = raw_op("dot_scores")
-_BACKWARD = raw_op("dot_scores_backward")
+_OP = eager_op("dot_scores")
+_BACKWARD = eager_op("dot_scores_backward")
 
 
 def _check(vectors: Tensor, user: Tensor) -> None:

@@ -29,9 +29,9 @@ from ._library import (
     Dims,
     LookupBatch,
     add_batched_base,
+    eager_op,
     loop_over,
     promoted,
-    raw_op,
     register_autograd,
     register_fake,
     register_vmap,
@@ -41,10 +41,10 @@ from ._plain import check_index_values, gather_rows, pad_to_zero, values_availab
 
 HASH_PRIME = 2**61 - 1
 
-_OP = raw_op("hash_lookup")
-_BACKWARD = raw_op("hash_lookup_backward")
-_BUCKETS = raw_op("hash_buckets")
-_ROWS_BACKWARD = raw_op("client_embedding_backward")
+_OP = eager_op("hash_lookup")
+_BACKWARD = eager_op("hash_lookup_backward")
+_BUCKETS = eager_op("hash_buckets")
+_ROWS_BACKWARD = eager_op("client_embedding_backward")
 
 
 class SENetWeights(NamedTuple):

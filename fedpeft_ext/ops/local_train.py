@@ -23,7 +23,7 @@ from ._checks import (
     check_size,
     check_tensor,
 )
-from ._library import raw_op, register_fake, register_not_differentiable
+from ._library import eager_op, register_fake, register_not_differentiable
 from ._plain import check_index_values
 from .client_embedding import client_embedding_reference
 from .hash_lookup import SENetWeights, hash_lookup_reference
@@ -31,7 +31,7 @@ from .lora_lookup import lora_lookup_reference
 from .rq_lookup import rq_lookup_reference
 from .sampling import sample_negatives_reference
 
-_LOCAL_TRAIN = raw_op("local_train")
+_LOCAL_TRAIN = eager_op("local_train")
 
 
 class ItemParts(NamedTuple):

@@ -23,17 +23,17 @@ from ._library import (
     Dims,
     LookupBatch,
     add_batched_base,
+    eager_op,
     promoted,
-    raw_op,
     register_autograd,
     register_fake,
     register_vmap,
 )
 from ._plain import check_index_values, gather_rows, values_available
 
-_OP = raw_op("lora_lookup")
-_BACKWARD = raw_op("lora_lookup_backward")
-_ROWS_BACKWARD = raw_op("client_embedding_backward")
+_OP = eager_op("lora_lookup")
+_BACKWARD = eager_op("lora_lookup_backward")
+_ROWS_BACKWARD = eager_op("client_embedding_backward")
 
 
 def _check_factors(A: Tensor, B: Tensor) -> bool:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import check_device, check_float, check_index, check_like, check_shape
-from ._library import Dims, promoted, raw_op, register_autograd, register_fake, register_vmap, to_front
+from ._library import Dims, eager_op, promoted, register_autograd, register_fake, register_vmap, to_front
 
-_BPR, _BCE = raw_op("bpr_loss"), raw_op("bce_loss")
+_BPR, _BCE = eager_op("bpr_loss"), eager_op("bce_loss")
 
 
 def _check(positive: Tensor, negative: Tensor, items: Tensor) -> None:
@@ -149,7 +149,7 @@ def _bce_double_backward(
 
 
 def _register(name: str, double_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
-    op, backward_op = raw_op(name), raw_op(f"{name}_backward")
+    op, backward_op = eager_op(name), eager_op(f"{name}_backward")
 
     @register_fake(name)
     def fake(positive: Tensor, negative: Tensor, items: Tensor) -> Tensor:

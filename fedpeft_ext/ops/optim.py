@@ -15,10 +15,10 @@ from ._checks import (
     check_not_negative,
     check_shape,
 )
-from ._library import raw_op, register_fake, register_in_place
+from ._library import eager_op, register_fake, register_in_place
 
-_ADAM = raw_op("client_adam_")
-_SGD = raw_op("client_sgd_")
+_ADAM = eager_op("client_adam_")
+_SGD = eager_op("client_sgd_")
 
 
 def _check_param(param: Tensor, grad: Tensor, lr: float, l2: float) -> None:

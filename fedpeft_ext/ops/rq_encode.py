@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ._checks import check_dim, check_float, check_like, check_size
-from ._library import Dims, loop_over, promoted, raw_op, register_fake, register_vmap
+from ._library import Dims, eager_op, loop_over, promoted, register_fake, register_vmap
 from ._plain import values_available
 
-_OP = raw_op("rq_encode")
+_OP = eager_op("rq_encode")
 
 
 def _check(x: Tensor, codebooks: Tensor) -> None:

@@ -25,18 +25,18 @@ from ._library import (
     Dims,
     LookupBatch,
     add_batched_base,
+    eager_op,
     loop_over,
     promoted,
-    raw_op,
     register_autograd,
     register_fake,
     register_vmap,
 )
 from ._plain import check_index_values, gather_rows, nonempty, pad_to_zero, values_available
 
-_OP = raw_op("rq_lookup")
-_BACKWARD = raw_op("rq_lookup_backward")
-_ROWS_BACKWARD = raw_op("client_embedding_backward")
+_OP = eager_op("rq_lookup")
+_BACKWARD = eager_op("rq_lookup_backward")
+_ROWS_BACKWARD = eager_op("client_embedding_backward")
 
 
 def _check(items: Tensor, codes: Tensor, codebooks: Tensor, base: Tensor | None) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from . import philox
 from ._checks import check_device, check_dim, check_draw, check_float, check_index, check_range, check_shape
-from ._library import Dims, loop_over, raw_op, register_autograd, register_fake, register_vmap, to_front
+from ._library import Dims, eager_op, loop_over, register_autograd, register_fake, register_vmap, to_front
 from ._plain import check_index_values, philox_words
 
-_NEGATIVES = raw_op("sample_negatives")
-_DROPOUT = raw_op("client_dropout")
+_NEGATIVES = eager_op("sample_negatives")
+_DROPOUT = eager_op("client_dropout")
 
 
 def _check_negatives(
