@@ -9,15 +9,14 @@ from pathlib import Path
 
 import torch
 
-from fedpeft_ext.backbones import build_backbone
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset, load_dataset
 from fedpeft_ext.experiments.plots import plot_accuracy_against_bytes, plot_learning_curves
 from fedpeft_ext.experiments.results import RunResult, headline_k
+from fedpeft_ext.experiments.runner import run_all
 from fedpeft_ext.experiments.tables import csv_table, markdown_table
-from fedpeft_ext.nn import build_embedding, parse_spec
-from fedpeft_ext.pretrain import Pretrained, pretrain
-from fedpeft_ext.simulation import Callback, Simulator, traffic
+from fedpeft_ext.nn import parse_spec
+from fedpeft_ext.simulation import Callback
 from fedpeft_ext.simulation.output import prepare_folder
 
 JSON, CSV, MARKDOWN, SCATTER, CURVES = (
@@ -91,21 +90,16 @@ def compare(
         notify(f"Loading {config.dataset.name}")
         dataset = load_dataset(config.dataset.name, **config.dataset.options)
     notify("Preparing full embeddings and codes on the server")
-    pretrained = _pretrained(config, list(configs), dataset)
-    full_bytes = _full_bytes(config, dataset)
-
     results: list[RunResult] = []
-    for name, settings in configs.items():
-        place = None if folder is None else folder / name
-        simulator = Simulator(
-            settings,
-            dataset,
-            pretrained=pretrained,
-            callbacks=callbacks_for(name),
-            out=place,
-            overwrite=overwrite,
-        )
-        results.append(RunResult(simulator.run(), full_bytes, place))
+    for result in run_all(
+        list(configs.values()),
+        dataset,
+        lambda settings: None if folder is None else folder / settings.embedding.name,
+        reuse=False,
+        callbacks_for=lambda settings: callbacks_for(settings.embedding.name),
+    ):
+        assert result is not None  # only with reuse
+        results.append(result)
         if folder is not None:
             _write_tables(Comparison(config, results, folder), folder)
     comparison = Comparison(config, results, folder)
@@ -133,39 +127,11 @@ def check_embeddings(config: Config, embeddings: Sequence[str]) -> dict[str, Con
     return configs
 
 
-def _pretrained(config: Config, names: Sequence[str], dataset: Dataset) -> Pretrained | None:
-    """What all the named embeddings together need from the server, or None where they need nothing."""
-    specs = [parse_spec(name) for name in names]
-    coded = any("rq" in spec.parts for spec in specs)
-    if not coded and not any(spec.plug or "full" in spec.parts for spec in specs):
-        return None
-    return pretrain(
-        config.pretrain,
-        dataset,
-        config.backbone.dim,
-        levels=config.embedding.levels if coded else None,
-        codebook_size=config.embedding.codebook_size,
-        seed=config.seed,
-    )
-
-
 def _prepare(folder: Path, overwrite: bool) -> Path:
     prepare_folder(folder, overwrite)
     for name in (JSON, CSV, MARKDOWN, SCATTER, CURVES):
         (folder / name).unlink(missing_ok=True)
     return folder
-
-
-def _full_bytes(config: Config, dataset: Dataset) -> int:
-    """Down and up together of one client and round that trains and sends the full embedding."""
-    dtype = getattr(torch, config.dtype)
-    table = build_embedding("full", dataset.num_items, config.backbone.dim, dtype=dtype)
-    backbone = config.backbone
-    model = build_backbone(
-        backbone.name, table, backbone.dim, hidden=backbone.hidden, dropout=backbone.dropout
-    )
-    each_way = traffic(model.to(dtype))
-    return each_way.down + each_way.up
 
 
 def _write_tables(comparison: Comparison, folder: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from fedpeft_ext.simulation import Summary
+from fedpeft_ext.simulation import Summary
+from fedpeft_ext.simulation.output import METRICS, SUMMARY
 
 KB = 1000
 """Bytes in a KB here and in everything printed."""
@@ -56,6 +57,36 @@ class RunResult:
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """(round, value) of every evaluation."""
         return [(int(values["round"]), values[metric]) for values in self.summary.evaluations]
+
+    def bytes_until(self) -> list[tuple[int, int]]:
+        """(round, bytes sent both ways by all clients so far) of every evaluation, from the run's files.
+
+        Raises:
+            ValueError: the run wrote no files.
+        """
+        if self.folder is None:
+            raise ValueError("folder: expected that of the run's files, got None")
+        lines = (self.folder / METRICS).read_text(encoding="utf-8").splitlines()
+        return [(record["round"], record["total_bytes"]) for record in map(json.loads, lines)]
+
+    @classmethod
+    def load(cls, folder: str | Path, full_bytes: int) -> RunResult:
+        """Read a finished run from its folder.
+
+        Raises:
+            FileNotFoundError: there is no summary.json. ValueError: it is not one of a run.
+        """
+        folder = Path(folder)
+        file = folder / SUMMARY
+        if not file.is_file():
+            raise FileNotFoundError(f"folder: expected a finished run, found no {SUMMARY} in {folder}")
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            known = {name.name for name in fields(Summary)}
+            summary = Summary(**{name: value for name, value in values.items() if name in known})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is not the summary of a run ({error})") from error
+        return cls(summary, full_bytes, folder)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the summary with the derived numbers."""

@@ -1,0 +1,176 @@
+"""Runs one after the other: `compare` and the studies. What was trained before is read, not trained again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedpeft_ext.backbones import build_backbone
+from fedpeft_ext.config import Config
+from fedpeft_ext.data import Dataset
+from fedpeft_ext.experiments.results import RunResult
+from fedpeft_ext.nn import build_embedding, parse_spec
+from fedpeft_ext.pretrain import Pretrained, pretrain
+from fedpeft_ext.simulation import Callback, Simulator, traffic
+from fedpeft_ext.simulation.output import CONFIG, SUMMARY
+
+DIVERGED = "diverged.json"
+"""Beside config.yaml in the folder of a run whose training ended in NaN or infinity."""
+
+# Settings that change no result.
+_NEUTRAL: dict[str, Any] = {
+    "threads": ...,
+    "chunk_memory_mb": ...,
+    "dataset": ...,
+    "pretrain": ("cache", "cache_dir"),
+}
+
+
+@dataclass
+class Server:
+    """Full embeddings and codes of one data set, prepared once for all runs that share them.
+
+    Args:
+        dataset: the items.
+        configs: all runs that are to come: what some of them need is then prepared together.
+    """
+
+    dataset: Dataset
+    configs: Sequence[Config] = ()
+    _prepared: dict[str, Pretrained] = field(default_factory=dict)
+
+    def pretrained(self, config: Config) -> Pretrained | None:
+        """What the embedding of `config` needs, or None where that is nothing."""
+        spec = parse_spec(config.embedding.name)
+        coded = "rq" in spec.parts
+        if not coded and not (spec.plug or "full" in spec.parts):
+            return None
+        if not coded:  # codes change no full embedding: let those be prepared that a run with codes needs
+            others = (other for other in self.configs if "rq" in parse_spec(other.embedding.name).parts)
+            shared = next((other for other in others if _same_items(other, config)), None)
+            if shared is not None:
+                return self.pretrained(shared)
+        embedding = config.embedding
+        levels = embedding.levels if coded else None
+        key = json.dumps([_items_of(config), levels, embedding.codebook_size if coded else None])
+        if key not in self._prepared:
+            self._prepared[key] = pretrain(
+                config.pretrain,
+                self.dataset,
+                config.backbone.dim,
+                levels=levels,
+                codebook_size=embedding.codebook_size,
+                seed=config.seed,
+            )
+        return self._prepared[key]
+
+
+def _items_of(config: Config) -> list[Any]:
+    return [config.pretrain.model_dump(mode="json"), config.backbone.dim, config.seed]
+
+
+def _same_items(one: Config, other: Config) -> bool:
+    return _items_of(one) == _items_of(other)
+
+
+def run_all(
+    configs: Sequence[Config],
+    dataset: Dataset,
+    place: Callable[[Config], Path | None],
+    *,
+    reuse: bool,
+    callbacks_for: Callable[[Config], Sequence[Callback]] = lambda config: (),
+) -> Iterator[RunResult | None]:
+    """Train each configuration; yields its result as soon as it is there, None where training diverged.
+
+    Args:
+        configs: of the runs.
+        dataset: of all of them.
+        place: the folder of a run, or None for none.
+        reuse: whether a finished run that is in its folder is read instead of trained, and a diverged one is
+            passed over. Otherwise diverging raises, as in `Simulator.run`.
+        callbacks_for: observers of a run that is trained.
+    """
+    server = Server(dataset, configs)
+    full_bytes: dict[str, int] = {}
+    for config in configs:
+        folder = place(config)
+        if reuse and folder is not None and (folder / DIVERGED).is_file():
+            yield None
+            continue
+        key = json.dumps([config.backbone.model_dump(mode="json"), config.dtype])
+        if key not in full_bytes:
+            full_bytes[key] = bytes_of_full(config, dataset)
+        if reuse and folder is not None and (folder / SUMMARY).is_file():
+            yield RunResult.load(folder, full_bytes[key])
+            continue
+        simulator = Simulator(
+            config,
+            dataset,
+            pretrained=server.pretrained(config),
+            callbacks=callbacks_for(config),
+            out=folder,
+            overwrite=True,
+        )
+        try:
+            summary = simulator.run()
+        except FloatingPointError as error:
+            if not reuse or folder is None:
+                raise
+            (folder / DIVERGED).write_text(json.dumps({"reason": str(error)}) + "\n", encoding="utf-8")
+            yield None
+        else:
+            yield RunResult(summary, full_bytes[key], folder)
+
+
+def bytes_of_full(config: Config, dataset: Dataset) -> int:
+    """Down and up together of one client and round that trains and sends the full embedding."""
+    dtype = getattr(torch, config.dtype)
+    table = build_embedding("full", dataset.num_items, config.backbone.dim, dtype=dtype)
+    backbone = config.backbone
+    model = build_backbone(
+        backbone.name, table, backbone.dim, hidden=backbone.hidden, dropout=backbone.dropout
+    )
+    each_way = traffic(model.to(dtype))
+    return each_way.down + each_way.up
+
+
+def run_name(config: Config, data: str) -> str:
+    """A folder's name for a run: what it is, for people, and a digest of all that its result depends on.
+
+    Args:
+        data: the `fingerprint` of the data set.
+    """
+    from fedpeft_ext import __version__
+
+    values = config.model_dump(mode="json")
+    for name in _NEUTRAL:
+        del values[name]
+    for name in _NEUTRAL_OF_PRETRAIN:
+        del values["pretrain"][name]
+    features = Path(config.pretrain.features)
+    if features.suffix and features.is_file():
+        values["pretrain"]["features"] = hashlib.sha256(features.read_bytes()).hexdigest()
+    digest = hashlib.sha256(json.dumps([__version__, data, values], sort_keys=True).encode()).hexdigest()
+    return f"{config.backbone.name}-{config.embedding.name}-seed{config.seed}-{digest[:12]}"
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A digest of interactions, held-out items and texts."""
+    digest = hashlib.sha256(f"{dataset.num_users} {dataset.num_items}".encode())
+    for array in (dataset.indptr, dataset.indices, dataset.test_items, dataset.valid_items):
+        digest.update(np.ascontiguousarray(array).data)
+    digest.update(json.dumps(dataset.item_text).encode())
+    return digest.hexdigest()
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a run has been to its end in `folder`, in a result or in NaN."""
+    return (folder / CONFIG).is_file() and ((folder / SUMMARY).is_file() or (folder / DIVERGED).is_file())
