@@ -25,12 +25,8 @@ DIVERGED = "diverged.json"
 """Beside config.yaml in the folder of a run whose training ended in NaN or infinity."""
 
 # Settings that change no result.
-_NEUTRAL: dict[str, Any] = {
-    "threads": ...,
-    "chunk_memory_mb": ...,
-    "dataset": ...,
-    "pretrain": ("cache", "cache_dir"),
-}
+_NEUTRAL = ("threads", "chunk_memory_mb", "dataset")
+_NEUTRAL_OF_PRETRAIN = ("cache", "cache_dir")
 
 
 @dataclass
