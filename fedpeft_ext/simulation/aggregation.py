@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from fedpeft_ext import ops
+from fedpeft_ext.simulation.state import State, below, copy_into, prefixed
 from fedpeft_ext.simulation.uploads import Uploads, UploadStage
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Server:
     """Moves the global parameters along the mean of uploads, of which it gets the weighted sum and no more.
 
     Args:
-        parameters: {name: global parameter}, changed in place by `step`.
+        parameters: {name: global parameter}, changed in place by `step`. They are the model's and not part of
+            `state_dict`.
         optimizer: `avg` or `adam`.
         lr: server learning rate; None is 1 for `avg`, 0.01 for `adam`.
     """
@@ -79,6 +81,14 @@ class Server:
                 parameter.add_((total * (self._lr / weight)).to(parameter.dtype))
             else:
                 parameter[at] += (total[at] * (self._lr / weight)).to(parameter.dtype)
+
+    def state_dict(self) -> State:
+        """See `state.Stateful`: the optimizer's moments."""
+        return {f"{name}.{index}": m for name, both in self._moments.items() for index, m in enumerate(both)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `state.Stateful`."""
+        copy_into(self.state_dict(), state)
 
 
 class Aggregator:
@@ -202,13 +212,34 @@ class Aggregator:
             self.server.step(self._totals, weight, rows)
         if self._variates is not None:
             self._variates.commit()
+        for stage in self._stages:
+            stage.commit()
         self._clear(touched)
 
     def discard(self) -> None:
         """Forget the round's sums without a step."""
         if self._variates is not None:
             self._variates.discard()
+        for stage in self._stages:
+            stage.discard()
         self._clear(None)
+
+    def state_dict(self) -> State:
+        """See `state.Stateful`: that of the server's optimizer, control variates and stages."""
+        state = prefixed("server", self.server.state_dict())
+        if self._variates is not None:
+            state |= prefixed("variates", self._variates.state_dict())
+        for index, stage in enumerate(self._stages):
+            state |= prefixed(f"stages.{index}", stage.state_dict())
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `state.Stateful`."""
+        self.server.load_state_dict(below("server", state))
+        if self._variates is not None:
+            self._variates.load_state_dict(below("variates", state))
+        for index, stage in enumerate(self._stages):
+            stage.load_state_dict(below(f"stages.{index}", state))
 
     def _clear(self, touched: Tensor | None) -> None:
         for name, total in self._totals.items():

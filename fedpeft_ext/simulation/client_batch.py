@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedpeft_ext import ops
+from fedpeft_ext.simulation.state import State, below, copy_into, prefixed
 
 if TYPE_CHECKING:
     from fedpeft_ext.data import Dataset
@@ -27,6 +28,7 @@ class Interactions:
 
     Attributes:
         num_users, num_items: sizes U and I.
+        user_ids: external ids, by number.
         sizes: int64 [U] on the host, training items of each user.
         indptr, items: int64 [U + 1] and [nnz], each user's training items, oldest first.
         positives: (indptr [U + 1], indices [nnz] ascending in each user), int64, what `ops.sample_negatives`
@@ -36,6 +38,7 @@ class Interactions:
     def __init__(self, dataset: Dataset, device: torch.device) -> None:
         self.num_users = dataset.num_users
         self.num_items = dataset.num_items
+        self.user_ids = dataset.user_ids
         self.device = device
         self.sizes = np.diff(dataset.indptr)
         self.indptr = torch.from_numpy(dataset.indptr.astype(np.int64)).to(device)
@@ -63,11 +66,13 @@ class Interactions:
 class ClientStore:
     """State that never leaves the clients (user vectors, personal networks): one row a client.
 
+    A round is a transaction: what `write` is given is kept apart until `commit`, and forgotten by `discard`.
+
     Args:
         state: {parameter name: [U, ...]}.
         starts: {parameter name: [...]} of further parameters, which all clients start from the same value of.
-            Whenever a round ends, its clients' mean becomes the value that clients who have not trained yet
-            start from; their rows are not written, so a round costs nothing for them.
+            When a round is committed, its clients' mean becomes the value that clients who have not trained
+            yet start from; their rows are not written, so a round costs nothing for them.
         num_clients: U, needed with `starts`.
 
     Attributes:
@@ -86,8 +91,7 @@ class ClientStore:
         self.state |= {
             name: value.new_zeros(num_clients, *value.shape) for name, value in self.starts.items()
         }
-        self._sums = {name: torch.zeros_like(v, dtype=torch.float64) for name, v in self.starts.items()}
-        self._count = 0
+        self._written: list[tuple[Tensor, Mapping[str, Tensor]]] = []
         devices = [value.device for value in self.starts.values()]
         self.trained = torch.zeros(num_clients, dtype=torch.bool, device=devices[0]) if devices else None
 
@@ -107,26 +111,50 @@ class ClientStore:
         return self.read(torch.arange(len(self.trained), device=self.trained.device))
 
     def write(self, clients: Tensor, state: Mapping[str, Tensor], accepted: Tensor | None = None) -> None:
-        """Replace the rows of `clients` [C] by [C, ...]; of those in `accepted` (bool [C]) if given."""
+        """On `commit`, replace the rows of `clients` [C] by [C, ...]; of those in `accepted` (bool [C]) if
+        given. A client is written at most once a round.
+        """
         if accepted is not None:
             clients, state = clients[accepted], {name: values[accepted] for name, values in state.items()}
-        for name, values in state.items():
-            self.state[name].index_copy_(0, clients, values)
-        if self.trained is not None:
-            self.trained[clients] = True
-            ones = torch.ones(len(clients), dtype=torch.float64, device=clients.device)
-            for name, total in self._sums.items():
-                # Summed client by client, so that chunks make no difference.
-                ops.accumulate_updates_(total, state[name].detach(), ones, None)
-            self._count += len(clients)
+        self._written.append((clients, {name: values.detach() for name, values in state.items()}))
 
-    def end_round(self) -> None:
-        """Make the mean of the states written since the last call the start of clients without one."""
-        if self._count:
-            for name, total in self._sums.items():
-                self.starts[name] = (total / self._count).to(self.starts[name].dtype)
-                total.zero_()
-            self._count = 0
+    def commit(self, average: bool = True) -> None:
+        """Take over what was written since the last `commit` or `discard`.
+
+        Args:
+            average: make the mean of it the start of clients without a state.
+        """
+        sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in self.starts.items()}
+        count = 0
+        for clients, state in self._written:
+            for name, values in state.items():
+                self.state[name].index_copy_(0, clients, values)
+            if self.trained is not None:
+                self.trained[clients] = True
+                ones = torch.ones(len(clients), dtype=torch.float64, device=clients.device)
+                for name, total in sums.items():
+                    # Summed client by client, so that chunks make no difference.
+                    ops.accumulate_updates_(total, state[name], ones, None)
+                count += len(clients)
+        if count and average:
+            self.starts = {name: (sums[name] / count).to(start.dtype) for name, start in self.starts.items()}
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what was written since the last `commit`."""
+        self._written = []
+
+    def state_dict(self) -> State:
+        """See `state.Stateful`."""
+        trained = {} if self.trained is None else {"trained": self.trained}
+        return prefixed("state", self.state) | prefixed("starts", self.starts) | trained
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `state.Stateful`."""
+        copy_into(self.state, below("state", state))
+        copy_into(self.starts, below("starts", state))
+        if self.trained is not None:
+            copy_into({"trained": self.trained}, state)
 
 
 def plan_chunks(

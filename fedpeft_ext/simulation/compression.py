@@ -14,7 +14,7 @@ of the encoding. Encodings hold whole tensors, untouched rows included, in the o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedpeft_ext.ops import philox
 from fedpeft_ext.simulation.randomness import UPLOAD_ROUNDING
+from fedpeft_ext.simulation.state import State
 from fedpeft_ext.simulation.uploads import Uploads, UploadStage
 
 Method = Literal["fp16", "int8", "top-k"]
@@ -38,14 +39,14 @@ def make_stage(method: Method, parameters: Mapping[str, Tensor], *, share: float
     return TopK(parameters, share)
 
 
-class HalfPrecision:
+class HalfPrecision(UploadStage):
     """The stage of `fp16`."""
 
     def __call__(self, uploads: Uploads) -> Iterable[Uploads]:
         return [uploads.replaced({name: to_half(u).to(u.dtype) for name, u in uploads.updates.items()})]
 
 
-class StochasticRounding:
+class StochasticRounding(UploadStage):
     """The stage of `int8`.
 
     Args:
@@ -69,7 +70,7 @@ class StochasticRounding:
         return [uploads.replaced(updates)]
 
 
-class TopK:
+class TopK(UploadStage):
     """The stage of `top-k`. It keeps what each client has not sent yet.
 
     Args:
@@ -77,13 +78,14 @@ class TopK:
         share: of all their elements that is sent.
 
     Attributes:
-        residuals: {client: [N]}, the message's tensors flattened and joined; belongs into a checkpoint.
+        residuals: {client: [N]}, the message's tensors flattened and joined.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], share: float) -> None:
         self._shapes = {name: p.shape for name, p in parameters.items()}
         self._kept = kept_elements(parameters, share)
         self.residuals: dict[int, Tensor] = {}
+        self._rests: dict[int, Tensor] = {}
 
     def __call__(self, uploads: Uploads) -> Iterable[Uploads]:
         for c, client in enumerate(uploads.clients.tolist()):
@@ -94,7 +96,7 @@ class TopK:
             sent = torch.zeros_like(wanted)
             sent[chosen] = wanted[chosen]
             wanted[chosen] = 0.0
-            self.residuals[client] = wanted
+            self._rests[client] = wanted
             updates = {name: u[None] for name, u in split(sent, self._shapes).items()}
             at = slice(c, c + 1)
             yield Uploads(
@@ -106,6 +108,29 @@ class TopK:
                 uploads.round,
                 uploads.attempt,
             )
+
+    def commit(self) -> None:
+        """What was not sent in this round is the clients' rest from now on."""
+        self.residuals |= self._rests
+        self._rests = {}
+
+    def discard(self) -> None:
+        """Clients keep the rests of before."""
+        self._rests = {}
+
+    def state_dict(self) -> State:
+        """See `state.Stateful`."""
+        if not self.residuals:
+            return {}
+        clients = torch.tensor(list(self.residuals))
+        return {"clients": clients, "residuals": torch.stack(list(self.residuals.values()))}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `state.Stateful`."""
+        self.residuals = {}
+        if state:
+            rests = state["residuals"].clone().unbind()
+            self.residuals = dict(zip(state["clients"].tolist(), rests, strict=True))
 
     def _flat(self, uploads: Uploads, c: int) -> Tensor:
         parts = []
@@ -127,8 +152,10 @@ def largest(values: Tensor, count: int) -> Tensor:
     """Indices, ascending, of the `count` elements of [N] that are largest in size; the first of equal ones.
 
     Sizes are compared in float32, so that a rest of rounding in float64 does not decide between equal ones.
+    NaN counts as infinite: it is sent, and found, rather than kept.
     """
     sizes = values.abs().float()
+    sizes = torch.where(sizes.isnan(), torch.inf, sizes)
     limit = sizes.topk(count).values[-1]
     chosen = sizes > limit
     equal = (sizes == limit).nonzero()[: count - int(chosen.sum())]

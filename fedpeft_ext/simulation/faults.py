@@ -6,6 +6,9 @@ alone, so neither depends on the engine or on how a round is cut into chunks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from torch import Tensor
 from fedpeft_ext.config import FaultsConfig
 from fedpeft_ext.ops import philox
 from fedpeft_ext.simulation.randomness import FAULTS
+from fedpeft_ext.simulation.state import State
 from fedpeft_ext.simulation.uploads import Uploads
 
 EXPLODED = 1e6
@@ -32,7 +36,7 @@ class Faults:
 
     Attributes:
         counts: {what: how often so far}: clients `dropped`, updates `empty`, `not_finite` and `exploding`,
-            and rounds `repeated` and `skipped`. It belongs into a checkpoint.
+            and rounds `repeated` and `skipped`.
     """
 
     def __init__(self, config: FaultsConfig, seed: int, *, keep_as_zero: bool = False) -> None:
@@ -79,6 +83,14 @@ class Faults:
     def accepted(self, clients: np.ndarray) -> np.ndarray:
         """Which of a round's `clients` were not rejected: bool [n]."""
         return ~np.isin(clients, np.concatenate([*self._rejected, np.empty(0, dtype=np.int64)]))
+
+    def state_dict(self) -> State:
+        """See `state.Stateful`."""
+        return dict(self.counts)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `state.Stateful`."""
+        self.counts = {what: int(state[what]) for what in self.counts}
 
     def _corrupted(self, uploads: Uploads) -> Uploads:
         clients = uploads.clients.cpu().numpy()

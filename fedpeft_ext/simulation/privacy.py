@@ -33,12 +33,13 @@ from torch import Tensor
 
 from fedpeft_ext.config import PrivacyConfig
 from fedpeft_ext.ops import philox
-from fedpeft_ext.simulation.uploads import Uploads
+from fedpeft_ext.simulation.state import State, copy_into
+from fedpeft_ext.simulation.uploads import Uploads, UploadStage
 
 Sampling = Literal["fixed", "poisson"]
 
 
-class Clipping:
+class Clipping(UploadStage):
     """The stage that bounds each client's upload.
 
     The scaling goes into the client's weight, which the sum multiplies in float64. Uploads with NaN or
@@ -195,7 +196,7 @@ class Ledger:
 
     Attributes:
         rounds: rounds released so far.
-        participations: int64 [num_users], rounds that each user was chosen in. Both belong into a checkpoint.
+        participations: int64 [num_users], rounds that each user was chosen in.
 
     Raises:
         ImportError: the accountant's library is not installed.
@@ -222,6 +223,15 @@ class Ledger:
         """A round with these clients (user ids) was released."""
         self.rounds += 1
         self.participations[clients] += 1
+
+    def state_dict(self) -> State:
+        """See `state.Stateful`."""
+        return {"rounds": self.rounds, "participations": torch.from_numpy(self.participations)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `state.Stateful`."""
+        copy_into({"participations": torch.from_numpy(self.participations)}, state)
+        self.rounds = state["rounds"]
 
     def report(self) -> PrivacyReport:
         """The guarantee for everything released so far."""

@@ -60,7 +60,7 @@ class SequentialEngine:
                     local[name].copy_(value[0])
             positives = federation.interactions.padded(ids)
 
-            stage = "drawing negatives"
+            stage = "sampling"
             negatives = reference.sample_negatives(
                 positives,
                 ids,
@@ -74,13 +74,16 @@ class SequentialEngine:
             drift = self._drift(ids)
             losses = []
             for step in local_steps(positives, ids, settings, round):
-                stage = f"step {int(step.numbers[0])} (epoch {step.epoch})"
+                at = f"step {int(step.numbers[0])}, epoch {step.epoch}"
+                stage = f"forward ({at})"
                 chosen = slice(None) if step.positions is None else step.positions[0]
                 context = ClientContext(ids[0], Items(positives[0], None), settings.seed, round, step.epoch)
                 with PlainOps():
                     loss = self._loss(model, positives[0, chosen], negatives[0, step.epoch, chosen], context)
+                stage = f"backward ({at})"
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
+                stage = f"optimizer ({at})"
                 self._pull_back(local)
                 self._penalise(local)
                 for name, (common, own) in drift.items():
@@ -90,7 +93,7 @@ class SequentialEngine:
                 optimizer.step()
                 losses.append(float(loss.detach()))
 
-            stage = "uploading"
+            stage = "upload"
             start = dict(federation.model.named_parameters())
             uploaded = (*self._roles.rows, *self._roles.small)
             updates = {name: (local[name] - start[name]).detach()[None] for name in uploaded}
@@ -105,7 +108,11 @@ class SequentialEngine:
             federation.store.write(ids, state, accepted)
             return float(np.mean(losses))
         except Exception as error:
-            raise ClientError(f"client {client}, round {round}, {stage}: {error}") from error
+            interactions = self._federation.interactions
+            who = f"client {client} (user {interactions.user_ids[client]!r}, "
+            raise ClientError(
+                f"{who}{int(interactions.sizes[client])} training items), round {round}, {stage}: {error}"
+            ) from error
 
     def _optimizer(self, parameters: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
         settings = self._federation.settings

@@ -367,8 +367,8 @@ class Simulator:
         """Train one round and return its record. It may go beyond `config.training.rounds`.
 
         Raises:
-            ClientError: local training failed. FloatingPointError: a loss is NaN or infinite; the global
-                parameters are those of the round before.
+            ClientError: local training failed. FloatingPointError: a loss is NaN or infinite. The federation
+                is as it was before the round.
         """
         number, phase = self.rounds_done + 1, self.phase
         began = time.perf_counter()
@@ -376,25 +376,31 @@ class Simulator:
         repeats = faults.max_repeats if faults.too_few == "repeat" else 0
         chosen = trained = 0
         enough = False
-        for attempt in range(repeats + 1):
-            sampled = self._sample(number, attempt)
-            clients = sampled if self._faults is None else self._faults.present(sampled, number, attempt)
-            self._aggregator.begin(number, attempt)
-            losses = self._train(clients, number)
-            chosen, trained = chosen + len(sampled), trained + len(clients)
-            enough = self._aggregator.uploads >= faults.min_clients
-            if enough:
-                break
-            self._aggregator.discard()
-            if self._faults is not None:
-                self._faults.counts["repeated" if attempt < repeats else "skipped"] += 1
+        counts = None if self._faults is None else self._faults.state_dict()
+        try:
+            for attempt in range(repeats + 1):
+                sampled = self._sample(number, attempt)
+                clients = sampled if self._faults is None else self._faults.present(sampled, number, attempt)
+                self._aggregator.begin(number, attempt)
+                losses = self._train(clients, number)
+                chosen, trained = chosen + len(sampled), trained + len(clients)
+                enough = self._aggregator.uploads >= faults.min_clients
+                if enough:
+                    break
+                self._discard()
+                if self._faults is not None:
+                    self._faults.counts["repeated" if attempt < repeats else "skipped"] += 1
+        except BaseException:
+            self._discard()
+            if self._faults is not None and counts is not None:
+                self._faults.load_state_dict(counts)
+            raise
         if enough:
             self._aggregator.apply()
+            # No noise covers the mean of the clients' states, so that with privacy it stays unknown.
+            self.store.commit(average=self.config.privacy.mode == "none")
         if self._ledger is not None:
             self._ledger.add_round(sampled)
-        if self.config.privacy.mode == "none":
-            # No noise covers the mean of the clients' states, so that with privacy it stays unknown.
-            self.store.end_round()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - began
@@ -426,18 +432,19 @@ class Simulator:
         if self._faults is not None:
             accepted = self._faults.accepted(clients)
             losses, clients = losses[accepted], clients[accepted]
-        try:
-            first_not_finite(losses, clients, number)
-            broken = self._aggregator.first_not_finite()
-            if broken is not None:
-                raise FloatingPointError(
-                    f"training diverged in round {number}: the sum of updates of {broken} is NaN or "
-                    "infinite; a lower training.lr may help, and faults.reject=true leaves such clients out"
-                )
-        except FloatingPointError:
-            self._aggregator.discard()
-            raise
+        first_not_finite(losses, clients, number)
+        broken = self._aggregator.first_not_finite()
+        if broken is not None:
+            raise FloatingPointError(
+                f"training diverged in round {number}: the sum of updates of {broken} is NaN or "
+                "infinite; a lower training.lr may help, and faults.reject=true leaves such clients out"
+            )
         return losses
+
+    def _discard(self) -> None:
+        """Forget what the round's clients wrote and sent."""
+        self._aggregator.discard()
+        self.store.discard()
 
     def evaluate(self) -> Metrics:
         """Rank the test items with the current parameters. Raises FloatingPointError on NaN scores."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fedpeft_ext.simulation.state import State
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,29 @@ class Uploads:
         )
 
 
-class UploadStage(Protocol):
-    """A step between local training and the sum. Returns the uploads in the same order of clients, in one or
-    several parts.
+class UploadStage:
+    """A step between local training and the sum.
+
+    A stage that keeps something about clients changes it on `commit` alone, so that a round that is not
+    applied leaves it as it was, and hands it to checkpoints (`state.Stateful`).
     """
 
-    def __call__(self, uploads: Uploads) -> Iterable[Uploads]: ...
+    def __call__(self, uploads: Uploads) -> Iterable[Uploads]:
+        """The uploads that go on, in the same order of clients, in one or several parts."""
+        raise NotImplementedError
+
+    def commit(self) -> None:
+        """The round is applied."""
+
+    def discard(self) -> None:
+        """The uploads since the last `commit` are not applied."""
+
+    def state_dict(self) -> State:
+        """See `state.Stateful`. Default: nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `state.Stateful`. Default: nothing."""
 
 
 def pairwise_sum(values: Tensor) -> Tensor:

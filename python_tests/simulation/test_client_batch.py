@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,7 +51,29 @@ def test_store_reads_copies_and_writes_rows() -> None:
     state["user"] += 100.0
     assert store.state["user"].max() == 11.0
     store.write(clients, state)
-    assert store.state["user"][:, 0].tolist() == [0.0, 103.0, 6.0, 109.0]
+    assert store.state["user"].max() == 11.0
+    store.discard()
+    store.commit()
+    assert store.state["user"].max() == 11.0
+    store.write(clients, state, torch.tensor([True, False]))
+    store.write(torch.tensor([2]), {"user": torch.full((1, 3), -1.0)})
+    store.commit()
+    assert store.state["user"][:, 0].tolist() == [0.0, 3.0, -1.0, 109.0]
+
+
+def test_newcomers_start_from_the_mean_of_the_committed_states_alone() -> None:
+    store = ClientStore({}, {"w": torch.zeros(2)}, num_clients=4)
+    store.write(torch.tensor([0, 3]), {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])})
+    store.discard()
+    store.write(torch.tensor([1]), {"w": torch.tensor([[5.0, 6.0]])})
+    store.write(torch.tensor([2]), {"w": torch.tensor([[7.0, 6.0]])})
+    store.commit()
+    assert store.all()["w"].tolist() == [[6.0, 6.0], [5.0, 6.0], [7.0, 6.0], [6.0, 6.0]]
+    other = ClientStore({}, {"w": torch.zeros(2)}, num_clients=4)
+    other.load_state_dict(store.state_dict())
+    assert torch.equal(other.all()["w"], store.all()["w"])
+    with pytest.raises(ValueError, match=r"w: expected \[4, 2\] of torch.float32, got nothing"):
+        other.load_state_dict({})
 
 
 @settings(deadline=None, max_examples=100)

@@ -132,9 +132,14 @@ def test_error_feedback_loses_nothing(whole: bool) -> None:
             flat = torch.cat([u[0].flatten() for u in part.updates.values()])
             assert int((flat != 0).sum()) <= 5
             received[c] += flat.double()
+        stage.commit()
+        list(stage(uploads(whole, round + 100)))
+        stage.discard()
         full = uploads(whole=True, round=round)
         wanted += torch.cat([full.updates["small"].flatten(1), full.updates["table"].flatten(1)], 1).double()
-    left = torch.stack([stage.residuals[client] for client in (7, 3, 11)])
+    other = TopK(parameters(), share=0.1)
+    other.load_state_dict(stage.state_dict())
+    left = torch.stack([other.residuals[client] for client in (7, 3, 11)])
     torch.testing.assert_close(received + left, wanted, rtol=0.0, atol=1e-5)
     assert bool((received != 0).sum() > 15)
 

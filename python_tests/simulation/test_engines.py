@@ -210,7 +210,9 @@ def test_sequential_names_the_failing_client_and_its_stage(
     chosen = int(sample_clients(np.arange(dataset.num_users), 9, simulator.config.seed, 1)[0])
     monkeypatch.setattr(type(simulator.model), "forward", forward)
     with pytest.raises(
-        ClientError, match=rf"client {chosen}, round 1, step 2 \(epoch 1\): the battery is empty"
+        ClientError,
+        match=rf"client {chosen} \(user 'u{chosen}', \d+ training items\), round 1, "
+        r"forward \(step 2, epoch 1\): the battery is empty",
     ):
         simulator.round()
 

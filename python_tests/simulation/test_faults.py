@@ -15,7 +15,7 @@ from torch import Tensor
 from fedpeft_ext.config import Config, ConfigError, FaultsConfig
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.pretrain import Pretrained
-from fedpeft_ext.simulation import Simulator
+from fedpeft_ext.simulation import ClientError, Simulator
 from fedpeft_ext.simulation.faults import Faults
 from fedpeft_ext.simulation.uploads import Uploads
 
@@ -167,6 +167,96 @@ def test_a_round_with_too_few_survivors(
     assert [line["faults"]["skipped"] for line in lines[1:]] == [1, 2, 3, 4]
     assert lines[-1]["excluded_clients"] == 0
     assert lines[-1]["loss"] is None
+
+
+def bits(simulator: Simulator) -> dict[str, Any]:
+    """All that a round may change."""
+    parts = {"clients": simulator.store, "aggregator": simulator._aggregator, "faults": simulator._faults}
+    states = {part: {} if held is None else held.state_dict() for part, held in parts.items()}
+    values = {f"{part}.{name}": value for part, state in states.items() for name, value in state.items()}
+    values |= dict(simulator.model.state_dict())
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any], *, but: tuple[str, ...] = ()) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if name not in but:
+            assert torch.equal(value, other[name]) if isinstance(value, Tensor) else value == other[name], (
+                name
+            )
+
+
+@pytest.mark.parametrize("engine", ["fused", "batched", "sequential"])
+@pytest.mark.parametrize("embedding", ["full", "p-rq"])
+def test_a_repeated_round_leaves_no_trace_of_its_first_attempt(
+    dataset: Dataset, pretrained: Pretrained, engine: str, embedding: str
+) -> None:
+    """Who was asked in a discarded attempt alone is as before, and who was asked again trains from there."""
+    changes = {
+        "engine": engine,
+        "embedding.name": embedding,
+        "compression.method": "top-k",
+        "faults.dropout_rate": 0.5,
+        "faults.min_clients": 6,
+        "faults.too_few": "repeat",
+        "faults.max_repeats": 30,
+    }
+    simulator = Simulator(config(**changes), dataset, pretrained=pretrained)
+    before = simulator.store.state["user"].clone()
+    info = simulator.round()
+    assert info.faults is not None
+    attempts = info.faults["repeated"]
+    assert attempts > 0
+    sampled = simulator._sample(1, attempts)
+    last = Faults(FaultsConfig(dropout_rate=0.5), simulator.config.seed).present(sampled, 1, attempts)
+    changed = (simulator.store.state["user"] != before).any(1).nonzero().flatten().tolist()
+    assert changed == sorted(last.tolist())
+    (stage,) = simulator._aggregator._stages
+    assert sorted(stage.state_dict()["clients"].tolist()) == changed
+
+
+@pytest.mark.parametrize("engine", ["fused", "batched", "sequential"])
+@pytest.mark.parametrize("fault", [RuntimeError("no memory"), KeyboardInterrupt(), "nan"])
+def test_after_a_failed_round_all_is_as_before(
+    dataset: Dataset, pretrained: Pretrained, engine: str, fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the next try of it equals one that never failed, to the bit."""
+    changes = {
+        "engine": engine,
+        "embedding.name": "full",
+        "compression.method": "top-k",
+        "faults.dropout_rate": 0.2,
+        "training.server_optimizer": "adam",
+        "chunk_memory_mb": 1e-3,  # several chunks, of which the first is summed before the second fails
+    }
+    simulator, untroubled = (Simulator(config(**changes), dataset, pretrained=pretrained) for _ in range(2))
+    simulator.round()
+    untroubled.round()
+    before = bits(simulator)
+    add, calls = simulator._aggregator.add, 0
+
+    def failing(updates: Any, weights: Tensor, *args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1 and isinstance(fault, BaseException):
+            raise fault
+        broken = {name: update * float("nan") for name, update in updates.items()}
+        return add(broken if fault == "nan" else updates, weights, *args, **options)
+
+    monkeypatch.setattr(simulator._aggregator, "add", failing)
+    expected = {RuntimeError: ClientError, KeyboardInterrupt: KeyboardInterrupt}.get(
+        type(fault), FloatingPointError
+    )
+    with pytest.raises(expected):
+        simulator.round()
+    assert calls > 1
+    assert_same(bits(simulator), before)
+    monkeypatch.undo()
+    assert simulator.rounds_done == 1
+    simulator.round()
+    untroubled.round()
+    assert_same(bits(simulator), bits(untroubled))
 
 
 def test_a_repeated_round_asks_other_clients(dataset: Dataset, pretrained: Pretrained) -> None:
