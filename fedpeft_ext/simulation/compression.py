@@ -6,7 +6,8 @@ of the encoding. Encodings hold whole tensors, untouched rows included, in the o
 
 - `fp16`: IEEE half precision, values beyond its range at its largest.
 - `int8`: for each tensor q = floor(u / s + r) with s = max |u| / 127 and r uniform in [0, 1), so that the
-  mean of s q is u (Alistarh et al., "QSGD", NeurIPS 2017). r is a function of (seed, round, client, element).
+  mean of s q is u (Alistarh et al., "QSGD", NeurIPS 2017). r is a function of (seed, round, client, element),
+  in the middle of one of 2^16 cells, so that the mean is exact to s / 2^17.
 - `top-k`: the k elements of largest size of u + e, where e is what the client did not send before and then
   becomes the rest ("error feedback": Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory", NeurIPS 2018).
 """
@@ -193,7 +194,7 @@ def quantize(
     Returns:
         int8 like update, 0 at padding, and the scales, float32 [C].
     """
-    values = update.detach().double()
+    values = update.detach().to(torch.promote_types(update.dtype, torch.float32))
     if rows is not None:
         values = values.masked_fill((rows < 0).unsqueeze(-1), 0.0)
     else:  # the last dimension is a row's, so that a table is rounded alike with and without `rows`
@@ -202,15 +203,16 @@ def quantize(
     size = values.abs().flatten(1).amax(1) if values.numel() else values.new_zeros(len(values))
     # Rounded up, so that no quotient is above 127.
     scale = torch.nextafter((size / LEVELS).float(), torch.tensor(torch.inf, device=size.device))
-    blocks = -(-values.shape[2] // 4)
+    blocks = -(-values.shape[2] // 8)  # of eight draws of 16 bits
     row = rows.clamp(min=0).cpu().numpy()
     position = row[:, :, None] * blocks + np.arange(blocks)
     words = philox.words(
         seed, round, clients[:, None, None], position, UPLOAD_ROUNDING, layer=layer, epoch=attempt
     )
-    random = words.reshape(*position.shape[:2], -1)[:, :, : values.shape[2]] * 2.0**-32
-    quotient = values / scale.double()[:, None, None]
-    rounded = (quotient + torch.from_numpy(random).to(values.device)).floor().clamp(-LEVELS, LEVELS)
+    halves = words.astype("<u4", copy=False).view("<u2").reshape(*position.shape[:2], -1)
+    random = torch.from_numpy(halves.astype(np.int32)[:, :, : values.shape[2]]).to(values)
+    rounded = (values / scale.to(values.dtype)[:, None, None]).add_(random.add_(0.5).mul_(2.0**-16))
+    rounded = rounded.floor_().clamp_(-LEVELS, LEVELS)
     return rounded.to(torch.int8).view(update.shape), scale
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,14 @@ def make_dataset(
         item_text=None,
         report={},
     )
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Torch's number of threads is afterwards what it was before."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

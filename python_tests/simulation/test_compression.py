@@ -146,22 +146,26 @@ def test_error_feedback_loses_nothing(whole: bool) -> None:
 
 @pytest.mark.parametrize("strategy", ["full", "p-rq+lora", "p-hash"])
 @pytest.mark.parametrize("method", METHODS)
-def test_batched_equals_sequential(
-    dataset: Dataset, pretrained: Pretrained, method: str, strategy: str
-) -> None:
+def test_engines_agree(dataset: Dataset, pretrained: Pretrained, method: str, strategy: str) -> None:
     changes = {"dtype": "float64", "embedding.name": strategy, "compression.method": method}
-    mine = trained(dataset, pretrained, **changes)
     theirs = trained(dataset, pretrained, **changes, engine="sequential")
     # A value that two engines round to neighbours differs by a step of float16, and by none elsewhere.
-    for name, value in mine.items():
-        torch.testing.assert_close(value, theirs[name], rtol=0.0, atol=1e-9 if method != "fp16" else 1e-4)
+    tolerance = 1e-9 if method != "fp16" else 1e-4
+    for engine in ("fused", "batched"):
+        for name, value in trained(dataset, pretrained, **changes, engine=engine).items():
+            torch.testing.assert_close(value, theirs[name], rtol=0.0, atol=tolerance)
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("engine", ["fused", "batched"])
 @pytest.mark.parametrize("method", METHODS)
-def test_same_bits_for_any_chunks(dataset: Dataset, pretrained: Pretrained, method: str) -> None:
-    changes = {"embedding.name": "full", "compression.method": method}
+def test_same_bits_for_any_chunks_and_threads(
+    dataset: Dataset, pretrained: Pretrained, method: str, engine: str
+) -> None:
+    changes = {"embedding.name": "full", "compression.method": method, "engine": engine}
     results = [
-        trained(dataset, pretrained, **changes, chunk_memory_mb=memory) for memory in (1e6, 0.05, 1e-6)
+        trained(dataset, pretrained, **changes, chunk_memory_mb=memory, threads=count)
+        for memory, count in ((1e6, 1), (1e6, 3), (0.05, 2), (1e-6, 3))
     ]
     for other in results[1:]:
         assert all(torch.equal(value, other[name]) for name, value in results[0].items())

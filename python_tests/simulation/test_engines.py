@@ -4,7 +4,6 @@ chunks and threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -133,13 +132,6 @@ def test_settings_agree_between_engines(
     sequential = trained(dataset, pretrained, **changes, engine="sequential")
     assert_equal(trained(dataset, pretrained, **changes, engine="batched"), sequential, 1e-9)
     assert_equal(trained(dataset, pretrained, **changes, engine="fused"), sequential, 1e-9)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")

@@ -186,7 +186,7 @@ def test_everything_that_is_sent_is_clipped_and_noised(
 @pytest.mark.parametrize("mode", ["cdp", "ldp"])
 @pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
 @pytest.mark.parametrize("strategy", ["full", "p-rq+lora"])
-def test_batched_equals_sequential(
+def test_engines_agree(
     dataset: Dataset, pretrained: Pretrained, mode: str, mechanism: str, strategy: str
 ) -> None:
     changes = {
@@ -196,17 +196,23 @@ def test_batched_equals_sequential(
         "privacy.mechanism": mechanism,
         "training.client_sampling": "poisson",
     }
-    mine = trained(dataset, pretrained, **changes)
     theirs = trained(dataset, pretrained, **changes, engine="sequential")
-    for name, value in mine.items():
-        torch.testing.assert_close(value, theirs[name], rtol=0.0, atol=1e-9)
+    for engine in ("fused", "batched"):
+        for name, value in trained(dataset, pretrained, **changes, engine=engine).items():
+            torch.testing.assert_close(value, theirs[name], rtol=0.0, atol=1e-9)
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("engine", ["fused", "batched"])
+@pytest.mark.parametrize(("mode", "mechanism"), [("cdp", "gaussian"), ("ldp", "laplace")])
 @pytest.mark.parametrize("strategy", ["full", "p-hash+senet"])
-def test_same_bits_for_any_chunks(dataset: Dataset, pretrained: Pretrained, strategy: str) -> None:
+def test_same_bits_for_any_chunks_and_threads(
+    dataset: Dataset, pretrained: Pretrained, strategy: str, mode: str, mechanism: str, engine: str
+) -> None:
+    changes = {"embedding.name": strategy, "privacy.mode": mode, "privacy.mechanism": mechanism}
     results = [
-        trained(dataset, pretrained, **{"embedding.name": strategy, "chunk_memory_mb": memory})
-        for memory in (1e6, 0.05, 1e-6)
+        trained(dataset, pretrained, **changes, engine=engine, chunk_memory_mb=memory, threads=count)
+        for memory, count in ((1e6, 1), (1e6, 3), (0.05, 2), (1e-6, 3))
     ]
     for other in results[1:]:
         assert all(torch.equal(value, other[name]) for name, value in results[0].items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -97,13 +96,6 @@ def test_batched_equals_sequential(
     assert_equal(batched, trained(dataset, pretrained, **changes, engine="sequential"), 1e-9)
     plain = trained(dataset, pretrained, **{**changes, "training.algorithm": "fedavg"}, engine="batched")
     assert any(not torch.equal(value, plain[0][name]) for name, value in batched[0].items())
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")
