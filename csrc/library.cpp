@@ -78,7 +78,8 @@ STABLE_TORCH_LIBRARY(FEDPEFT_LIBRARY, m) {
   // Between clients and the server.
   m.def("touched_rows(Tensor items) -> (Tensor, Tensor)");
   m.def(
-      "accumulate_updates_(Tensor(a!) total, Tensor updates, Tensor weights, Tensor? rows) -> ()");
+      "accumulate_updates_(Tensor(a!) total, Tensor updates, Tensor weights, Tensor? rows,"
+      " float grid=0.0) -> ()");
 
   m.def("rq_encode(Tensor x, Tensor codebooks) -> Tensor");
 }

@@ -1,4 +1,5 @@
 // Binding of touched_rows and accumulate_updates_: checks, allocation, dispatch.
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <tuple>
@@ -67,7 +68,7 @@ std::tuple<Tensor, Tensor> touched_rows(const Tensor& items) {
 }
 
 void accumulate_updates_(const Tensor& total, const Tensor& updates, const Tensor& weights,
-                         const std::optional<Tensor>& rows) {
+                         const std::optional<Tensor>& rows, double grid) {
   const DType dtype = dtype_of(updates, "updates");
   check_value(updates.dim() >= 1, "updates: expected shape [C, ...], got ", shape_text(updates));
   const int64_t C = updates.size(0);
@@ -83,7 +84,10 @@ void accumulate_updates_(const Tensor& total, const Tensor& updates, const Tenso
              torch::headeronly::toString(weights.scalar_type()));
   check_same_device(weights, total, "weights", "total");
 
+  check_value(grid >= 0.0 && std::isfinite(grid), "grid: expected 0 or a power of two, got ", grid);
+
   AccumulateArgs a{};
+  a.shift = 0x1.8p52 * grid;
   a.clients = C;
   if (rows.has_value()) {
     check_dim(total, 2, "total", "[I, W]");

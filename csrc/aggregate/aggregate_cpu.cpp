@@ -155,8 +155,10 @@ FEDPEFT_INLINE void add(T* total, double x) {
 
 template <typename Total, typename T>
 FEDPEFT_INLINE void add_weighted(Total* __restrict total, const T* __restrict update, int64_t n,
-                                 double weight) {
-  for (int64_t i = 0; i < n; ++i) add(total + i, weight * double(to_acc(update[i])));
+                                 double weight, double shift) {
+  for (int64_t i = 0; i < n; ++i) {
+    add(total + i, (weight * double(to_acc(update[i])) + shift) - shift);
+  }
 }
 
 template <typename Total, typename T>
@@ -166,7 +168,7 @@ void dense(const AccumulateArgs& a, int64_t begin, int64_t end) {
     const int64_t n = a.size - first < kAccumulateBlock ? a.size - first : kAccumulateBlock;
     for (int64_t c = 0; c < a.clients; ++c) {
       add_weighted(static_cast<Total*>(a.total) + first,
-                   static_cast<const T*>(a.updates) + c * a.size + first, n, a.weights[c]);
+                   static_cast<const T*>(a.updates) + c * a.size + first, n, a.weights[c], a.shift);
     }
   }
 }
@@ -184,7 +186,7 @@ void rows(const AccumulateArgs& a, const int64_t* entries, int64_t count) {
     const int64_t row = a.rows[entry];
     if (row < 0) continue;
     add_weighted(total + row * a.width, static_cast<const T*>(a.updates) + entry * a.width, a.width,
-                 a.weights[entry / a.R]);
+                 a.weights[entry / a.R], a.shift);
   }
 }
 

@@ -22,6 +22,7 @@ struct AccumulateArgs {
   void* total;            // [size], or [num_rows, width]
   const void* updates;    // [C, size], or [C, R, width]
   const double* weights;  // [C]
+  double shift;           // 1.5 * 2^52 * grid: x + shift - shift rounds x to the grid; 0 leaves x
   IndexArray rows;        // [C, R] with rows
   int64_t clients, size;
   int64_t R, num_rows, width;

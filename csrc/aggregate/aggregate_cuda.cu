@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 4) dense(AccumulateArgs a) {
     Total sum = total[i];
 #pragma unroll 8
     for (int64_t c = 0; c < a.clients; ++c)
-      add(sum, a.weights[c] * double(to_acc(updates[c * a.size + i])));
+      add(sum, (a.weights[c] * double(to_acc(updates[c * a.size + i])) + a.shift) - a.shift);
     total[i] = sum;
   }
 }
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       for (int64_t i = e; i < entries && keys[i] == row; ++i) {
         const int64_t entry = order[i];
         const T update = static_cast<const T*>(a.updates)[entry * a.width + column];
-        add(sum, a.weights[divide(entry, a.R)] * double(to_acc(update)));
+        add(sum, (a.weights[divide(entry, a.R)] * double(to_acc(update)) + a.shift) - a.shift);
       }
       total[column] = sum;
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -85,7 +87,11 @@ def _vmap_touched(size: int, in_dims: Dims, items: Tensor) -> tuple[tuple[Tensor
     return (rows.reshape(*items.shape[:2], rows.size(1)), index.reshape(items.shape)), (0, 0)
 
 
-def _check_accumulate(total: Tensor, updates: Tensor, weights: Tensor, rows: Tensor | None) -> None:
+def _check_accumulate(
+    total: Tensor, updates: Tensor, weights: Tensor, rows: Tensor | None, grid: float
+) -> None:
+    if grid != 0.0 and not (0.0 < grid < math.inf and math.frexp(grid)[0] == 0.5):
+        raise ValueError(f"grid: expected 0 or a power of two, got {grid}")
     check_float(updates, "updates")
     check_float(total, "total")
     if total.dtype != torch.float64 and total.dtype != updates.dtype:
@@ -108,7 +114,9 @@ def _check_accumulate(total: Tensor, updates: Tensor, weights: Tensor, rows: Ten
     check_device(weights, total, "weights", "total")
 
 
-def accumulate_updates_(total: Tensor, updates: Tensor, weights: Tensor, rows: Tensor | None = None) -> None:
+def accumulate_updates_(
+    total: Tensor, updates: Tensor, weights: Tensor, rows: Tensor | None = None, grid: float = 0.0
+) -> None:
     """Adds the weighted updates of clients to a total, in place, in the order of clients. Run it under
     torch.no_grad().
 
@@ -117,6 +125,9 @@ def accumulate_updates_(total: Tensor, updates: Tensor, weights: Tensor, rows: T
         updates: [C, ...] or, with rows, [C, R, W]; float32, float64, float16 or bfloat16.
         weights: float64 [C].
         rows: None, or int32 or int64 [C, R]: the row of total that each update lands on; -1 is skipped.
+        grid: 0, or a power of two: every weights[c] * updates[c] is rounded to a multiple of it. A float64
+            total that holds multiples of it and stays below 2^53 grid is then exact, so that it is the same
+            bits in whatever order clients are added, in one process or in several whose totals are summed.
 
     Raises:
         ValueError: a shape does not fit, or the devices differ.
@@ -139,19 +150,22 @@ def accumulate_updates_(total: Tensor, updates: Tensor, weights: Tensor, rows: T
         >>> total.flatten()
         tensor([ 0.5000,  0.0000, 11.0000], dtype=torch.float64)
     """
-    _check_accumulate(total, updates, weights, rows)
-    _ACCUMULATE(total, updates, weights, rows)
+    _check_accumulate(total, updates, weights, rows, grid)
+    _ACCUMULATE(total, updates, weights, rows, grid)
 
 
 def accumulate_updates_reference_(
-    total: Tensor, updates: Tensor, weights: Tensor, rows: Tensor | None = None
+    total: Tensor, updates: Tensor, weights: Tensor, rows: Tensor | None = None, grid: float = 0.0
 ) -> None:
     """`accumulate_updates_` in plain PyTorch."""
-    _check_accumulate(total, updates, weights, rows)
+    _check_accumulate(total, updates, weights, rows, grid)
     if rows is not None:
         check_index_values(rows, total.size(0), "rows")
     for c in range(updates.size(0)):
-        update = (updates[c].double() * weights[c]).to(total.dtype)
+        update = updates[c].double() * weights[c]
+        if grid > 0.0:
+            update = (update / grid).round() * grid
+        update = update.to(total.dtype)
         if rows is None:
             total.add_(update)
         else:
@@ -160,8 +174,10 @@ def accumulate_updates_reference_(
 
 
 @register_fake("accumulate_updates_")
-def _fake_accumulate(total: Tensor, updates: Tensor, weights: Tensor, rows: Tensor | None) -> None:
-    _check_accumulate(total, updates, weights, rows)
+def _fake_accumulate(
+    total: Tensor, updates: Tensor, weights: Tensor, rows: Tensor | None, grid: float = 0.0
+) -> None:
+    _check_accumulate(total, updates, weights, rows, grid)
 
 
 register_in_place("accumulate_updates_", 0)

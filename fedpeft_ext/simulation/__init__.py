@@ -5,6 +5,7 @@ them.
 from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.callbacks import Callback, Metrics, RoundInfo
 from fedpeft_ext.simulation.communication import Traffic, traffic
+from fedpeft_ext.simulation.distributed import RankError
 from fedpeft_ext.simulation.evaluation import Evaluator, rank_counts, ranking_metrics
 from fedpeft_ext.simulation.local_training import ClientError
 from fedpeft_ext.simulation.privacy import PrivacyReport
@@ -17,6 +18,7 @@ __all__ = [
     "Evaluator",
     "Metrics",
     "PrivacyReport",
+    "RankError",
     "RoundInfo",
     "Simulator",
     "Summary",

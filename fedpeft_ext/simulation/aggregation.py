@@ -3,7 +3,8 @@
 Federated averaging (McMahan et al., AISTATS 2017): global += server_lr * sum_c w_c delta_c / sum_c w_c. With
 `server_optimizer=adam` the mean is the pseudo-gradient of FedAdam (Reddi et al., "Adaptive Federated
 Optimization", ICLR 2021, algorithm 2: no bias correction). Sums are float64 and in the order of the clients,
-however they come in chunks.
+however they come in chunks; with `begin` told the weight of a round, they are exact, and the same bits
+in whatever order and from however many processes uploads come (`distributed.exact_grid`).
 
 `Aggregator` is what secure aggregation (Bonawitz et al., CCS 2017) would stand in for: it alone sees uploads.
 `Server` is given their weighted sum.
@@ -15,10 +16,12 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedpeft_ext import ops
+from fedpeft_ext.simulation.distributed import Ranks, exact_grid
 from fedpeft_ext.simulation.state import State, below, copy_into, prefixed
 from fedpeft_ext.simulation.uploads import Uploads, UploadStage
 
@@ -125,14 +128,21 @@ class Aggregator:
         self._totals = {name: zeros_for(p) for name, p in parameters.items()}
         self._weight = 0.0
         self._uploads = 0
-        self._rows: list[Tensor] = []
+        self._rows: list[Tensor] = []  # of uploads so far,
+        self._whole = False  # unless one came whole
         self._round = self._attempt = 0
+        self._grid = 0.0
 
-    def begin(self, round: int, attempt: int = 0) -> None:
-        """Start a round: its 1-based number, and how often it was repeated before; stages and noise draw by
-        them.
+    def begin(self, round: int, attempt: int = 0, weight: float = 0.0) -> None:
+        """Start a round.
+
+        Args:
+            round, attempt: its 1-based number, and how often it was repeated before; stages and noise draw by
+                them.
+            weight: at least the sum of the round's weights, which makes sums exact; 0 rounds nothing.
         """
         self._round, self._attempt = round, attempt
+        self._grid = exact_grid(weight)
 
     @property
     def uploads(self) -> int:
@@ -182,11 +192,31 @@ class Aggregator:
     def _sum(self, updates: Mapping[str, Tensor], weights: Tensor, rows: Tensor | None) -> None:
         for name, update in updates.items():
             at = rows if name in self._row_parameters else None
-            ops.accumulate_updates_(self._totals[name], update, weights, at)
+            ops.accumulate_updates_(self._totals[name], update, weights, at, self._grid)
         self._weight += float(weights.sum())
         self._uploads += len(weights)
-        if rows is not None:
+        if rows is None:
+            self._whole = True
+        else:
             self._rows.append(rows)
+
+    @torch.no_grad()
+    def exchange(self, ranks: Ranks) -> None:
+        """Make the sums those over the uploads of all ranks. Every rank calls it once before `apply`."""
+        if ranks.size == 1:
+            return
+        weight, uploads = ranks.sum_numbers(np.array([self._weight, float(self._uploads)]))
+        self._weight, self._uploads = float(weight), int(uploads)
+        if self._variates is not None:
+            self._variates.exchange(ranks)
+        union = ranks.union(None if self._whole else self._rows, max(self._heights, default=0))
+        self._whole, self._rows = union is None, [] if union is None else [union]
+        tables = frozenset[str]() if union is None else self._row_parameters
+        ranks.sum_([total for name, total in self._totals.items() if name not in tables])
+        for name in sorted(tables):
+            values = self._totals[name][union]
+            ranks.sum_([values])
+            self._totals[name][union] = values
 
     def first_not_finite(self) -> str | None:
         """Name of the first parameter whose sum has NaN or infinite values."""
@@ -250,15 +280,18 @@ class Aggregator:
         self._weight = 0.0
         self._uploads = 0
         self._rows = []
+        self._whole = False
 
     def _touched(self) -> Tensor | None:
         """Distinct rows with an update, or None where going through the whole table is cheaper than finding
         them.
         """
-        if not self._heights or not self._rows:
+        if not self._heights or self._whole:
             return None
         if sum(rows.numel() for rows in self._rows) >= max(self._heights):
             return None
+        if not self._rows:  # no upload
+            return torch.zeros(0, dtype=torch.int64)
         rows: Tensor = torch.unique(torch.cat([rows.flatten() for rows in self._rows]))
         touched: Tensor = rows[rows >= 0]
         return touched

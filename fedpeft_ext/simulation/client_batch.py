@@ -17,10 +17,15 @@ import torch
 from torch import Tensor
 
 from fedpeft_ext import ops
+from fedpeft_ext.simulation.distributed import Ranks, exact_grid
 from fedpeft_ext.simulation.state import State, below, copy_into, prefixed
 
 if TYPE_CHECKING:
+    from fedpeft_ext.backbones import Backbone
     from fedpeft_ext.data import Dataset
+
+DRAWN_AT_A_TIME = 1 << 14
+"""Clients whose initial state is drawn at once: more only takes memory."""
 
 
 class Interactions:
@@ -87,10 +92,7 @@ class ClientStore:
     ) -> None:
         self.state = dict(state)
         self.starts = {name: value.detach().clone() for name, value in (starts or {}).items()}
-        # Zeros take memory when they are first written.
-        self.state |= {
-            name: value.new_zeros(num_clients, *value.shape) for name, value in self.starts.items()
-        }
+        self.state |= {name: lazy_zeros(value[None], num_clients) for name, value in self.starts.items()}
         self._written: list[tuple[Tensor, Mapping[str, Tensor]]] = []
         devices = [value.device for value in self.starts.values()]
         self.trained = torch.zeros(num_clients, dtype=torch.bool, device=devices[0]) if devices else None
@@ -104,11 +106,11 @@ class ClientStore:
                 rows[name] = torch.where(own.view(-1, *[1] * start.dim()), rows[name], start)
         return rows
 
-    def all(self) -> dict[str, Tensor]:
-        """The state of all clients [U, ...]: the stored tensors, copies where not every row is written."""
+    def rows(self, clients: range) -> dict[str, Tensor]:
+        """The state of consecutive clients [C, ...]: views of it, copies where not every row is written."""
         if self.trained is None:
-            return self.state
-        return self.read(torch.arange(len(self.trained), device=self.trained.device))
+            return {name: values[clients.start : clients.stop] for name, values in self.state.items()}
+        return self.read(torch.arange(clients.start, clients.stop, device=self.trained.device))
 
     def write(self, clients: Tensor, state: Mapping[str, Tensor], accepted: Tensor | None = None) -> None:
         """On `commit`, replace the rows of `clients` [C] by [C, ...]; of those in `accepted` (bool [C]) if
@@ -118,27 +120,34 @@ class ClientStore:
             clients, state = clients[accepted], {name: values[accepted] for name, values in state.items()}
         self._written.append((clients, {name: values.detach() for name, values in state.items()}))
 
-    def commit(self, average: bool = True) -> None:
+    def commit(self, ranks: Ranks | None = None, average: bool = True) -> None:
         """Take over what was written since the last `commit` or `discard`.
 
         Args:
+            ranks: processes whose clients are averaged together.
             average: make the mean of it the start of clients without a state.
         """
-        sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in self.starts.items()}
-        count = 0
         for clients, state in self._written:
             for name, values in state.items():
                 self.state[name].index_copy_(0, clients, values)
             if self.trained is not None:
                 self.trained[clients] = True
-                ones = torch.ones(len(clients), dtype=torch.float64, device=clients.device)
-                for name, total in sums.items():
-                    # Summed client by client, so that chunks make no difference.
-                    ops.accumulate_updates_(total, state[name], ones, None)
-                count += len(clients)
-        if count and average:
-            self.starts = {name: (sums[name] / count).to(start.dtype) for name, start in self.starts.items()}
+        if self.starts and average:
+            self._average_starts(ranks)
         self.discard()
+
+    def _average_starts(self, ranks: Ranks | None) -> None:
+        counts = np.array([float(sum(len(clients) for clients, _ in self._written))])
+        count = float((counts if ranks is None else ranks.sum_numbers(counts))[0])
+        sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in self.starts.items()}
+        for clients, state in self._written:
+            ones = torch.ones(len(clients), dtype=torch.float64, device=clients.device)
+            for name, total in sums.items():
+                ops.accumulate_updates_(total, state[name], ones, None, exact_grid(count))
+        if ranks is not None:
+            ranks.sum_(list(sums.values()))
+        if count > 0.0:
+            self.starts = {name: (sums[name] / count).to(start.dtype) for name, start in self.starts.items()}
 
     def discard(self) -> None:
         """Forget what was written since the last `commit`."""
@@ -155,6 +164,35 @@ class ClientStore:
         copy_into(self.starts, below("starts", state))
         if self.trained is not None:
             copy_into({"trained": self.trained}, state)
+
+
+def initial_states(
+    model: Backbone, drawn: range, num_clients: int, seed: int, init_std: float
+) -> dict[str, Tensor]:
+    """Local parameters [U, ...] as `Backbone.initial_state` gives them to clients `drawn`; zero for others.
+
+    On the host the rows of others take no memory.
+    """
+    state: dict[str, Tensor] = {}
+    for start in range(drawn.start, drawn.stop, DRAWN_AT_A_TIME):
+        clients = torch.arange(start, min(start + DRAWN_AT_A_TIME, drawn.stop), device=_device(model))
+        for name, values in model.initial_state(clients, seed, init_std).items():
+            if name not in state:
+                state[name] = lazy_zeros(values, num_clients)
+            state[name][clients] = values
+    return state
+
+
+def lazy_zeros(like: Tensor, count: int) -> Tensor:
+    """Zeros [count, ...] for rows like those of `like`, which (on the host) take memory when written."""
+    shape = (count, *like.shape[1:])
+    if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
+        return like.new_zeros(shape)
+    return torch.from_numpy(np.zeros(shape, dtype=np.float32 if like.dtype == torch.float32 else np.float64))
+
+
+def _device(model: Backbone) -> torch.device:
+    return next(model.parameters()).device
 
 
 def plan_chunks(

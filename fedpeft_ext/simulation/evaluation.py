@@ -17,6 +17,7 @@ from torch import Tensor
 from fedpeft_ext.backbones import Backbone, ClientContext
 from fedpeft_ext.nn.items import Items
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
+from fedpeft_ext.simulation.distributed import Ranks
 
 if TYPE_CHECKING:
     from fedpeft_ext.data import Dataset
@@ -79,6 +80,7 @@ class Evaluator:
         ks: cut-offs k.
         seed: of the sampled candidates.
         target: which held-out item is ranked, "test" or "valid".
+        ranks: each evaluates its own users, and all get the metrics of all.
 
     Raises:
         ValueError: no user has such an item, or one has too few items never met.
@@ -94,10 +96,14 @@ class Evaluator:
         ks: Sequence[int],
         seed: int,
         target: Literal["test", "valid"] = "test",
+        ranks: Ranks | None = None,
     ) -> None:
         users = np.flatnonzero((dataset.test_items if target == "test" else dataset.valid_items) >= 0)
         if len(users) == 0:
             raise ValueError(f"evaluation: data set {dataset.name!r} has no user with a {target} item")
+        self._ranks = ranks
+        if ranks is not None:
+            users = users[ranks.owns(users)]
         self.full_ranking = full_ranking
         self.ks = tuple(ks)
         self._interactions = interactions
@@ -108,13 +114,14 @@ class Evaluator:
         met_indptr, met_items = dataset.met_csr()
         counts = (met_indptr[1:] - met_indptr[:-1])[users]
         self._met_start = np.concatenate([[0], np.cumsum(counts)])
-        entries = np.concatenate([met_items[met_indptr[u] : met_indptr[u + 1]] for u in users])
+        none = np.zeros(0, dtype=np.int64)
+        entries = np.concatenate([none, *(met_items[met_indptr[u] : met_indptr[u + 1]] for u in users)])
         self._met_items = torch.from_numpy(entries.astype(np.int64)).to(device)
         self._met_users = torch.from_numpy(np.repeat(np.arange(len(users)), counts)).to(device)
 
     @property
     def num_users(self) -> int:
-        """Users that are evaluated."""
+        """Users that are evaluated on this rank."""
         return len(self._users)
 
     @torch.no_grad()
@@ -162,12 +169,19 @@ class Evaluator:
             scores.scatter_(1, candidates[:, :1], target[:, None])
             full.append(rank_counts(scores, target))
 
-        metrics = ranking_metrics(*_joined(sampled), self.ks)
+        metrics = ranking_metrics(*self._joined(sampled), self.ks)
         if self.full_ranking:
             metrics |= {
-                f"full/{name}": value for name, value in ranking_metrics(*_joined(full), self.ks).items()
+                f"full/{name}": value for name, value in ranking_metrics(*self._joined(full), self.ks).items()
             }
         return metrics
+
+    def _joined(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The counts of all users, of all ranks."""
+        counts = torch.cat([self._users.new_empty(2, 0), *map(torch.stack, parts)], 1)
+        if self._ranks is not None:
+            counts = self._ranks.gather_rows(counts.T).T
+        return counts[0], counts[1]
 
     @staticmethod
     def _refuse_nan(scores: Tensor, users: Tensor, round: int) -> None:
@@ -177,7 +191,3 @@ class Evaluator:
                 f"evaluation after round {round}: NaN scores for {int(bad.sum())} users, the first is user "
                 f"{int(users[bad][0])}; training has diverged (a lower training.lr may help)"
             )
-
-
-def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])

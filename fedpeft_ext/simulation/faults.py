@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedpeft_ext.config import FaultsConfig
 from fedpeft_ext.ops import philox
+from fedpeft_ext.simulation.distributed import Ranks
 from fedpeft_ext.simulation.randomness import FAULTS
 from fedpeft_ext.simulation.state import State
 from fedpeft_ext.simulation.uploads import Uploads
@@ -44,7 +45,7 @@ class Faults:
         self._seed = seed
         self._keep_as_zero = keep_as_zero
         self.counts = dict.fromkeys(("dropped", *REASONS, "repeated", "skipped"), 0)
-        self._rejected: list[np.ndarray] = []
+        self._rejected: list[tuple[int, np.ndarray]] = []  # (number of the reason, clients)
 
     def present(self, clients: np.ndarray, round: int, attempt: int) -> np.ndarray:
         """Those of the chosen `clients` that do not drop out."""
@@ -75,14 +76,30 @@ class Faults:
         if not bool(rejected.any()):
             return uploads, None
         for reason, found in zip(REASONS, (empty, not_finite, exploding), strict=True):
-            self.counts[reason] += int(found.sum())
-        self._rejected.append(uploads.clients[rejected].cpu().numpy())
+            if bool(found.any()):
+                self.counts[reason] += int(found.sum())
+                self._rejected.append((REASONS.index(reason), uploads.clients[found].cpu().numpy()))
         kept = uploads.zeroed(rejected) if self._keep_as_zero else uploads.selected(~rejected)
         return kept, ~rejected
 
     def accepted(self, clients: np.ndarray) -> np.ndarray:
         """Which of a round's `clients` were not rejected: bool [n]."""
-        return ~np.isin(clients, np.concatenate([*self._rejected, np.empty(0, dtype=np.int64)]))
+        rejected = [found for _, found in self._rejected]
+        return ~np.isin(clients, np.concatenate([*rejected, np.empty(0, dtype=np.int64)]))
+
+    def exchange(self, ranks: Ranks, clients: np.ndarray) -> None:
+        """Make what was rejected that of all ranks, of which each trained a part of a round's `clients`."""
+        if ranks.size == 1:
+            return
+        reasons = np.zeros(len(clients))  # 0: accepted
+        for number, found in self._rejected:
+            reasons[np.isin(clients, found)] = number + 1
+        everywhere = ranks.sum_numbers(reasons)
+        self._rejected = []
+        for number, reason in enumerate(REASONS):
+            found = clients[everywhere == number + 1]
+            self.counts[reason] += len(found) - int((reasons == number + 1).sum())
+            self._rejected.append((number, found))
 
     def state_dict(self) -> State:
         """See `state.Stateful`."""

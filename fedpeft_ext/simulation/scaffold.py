@@ -23,11 +23,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fedpeft_ext import ops
+from fedpeft_ext.simulation.distributed import Ranks
 
 
 class _Variate(NamedTuple):
@@ -151,6 +153,11 @@ class ControlVariates:
                 kept = places if rows is None else rows[c][places]
                 values |= {name: after[name][c][places] for name in tables}
             self._written[client] = _Variate(kept, values)
+
+    def exchange(self, ranks: Ranks) -> None:
+        """Make what was written for the server that of all ranks; every c_i stays where its client is."""
+        ranks.sum_(list(self._change.values()))
+        self._left_out = float(ranks.sum_numbers(np.array([self._left_out]))[0])
 
     def settle(self, totals: Mapping[str, Tensor]) -> bool:
         """Bring what clients left out into the sums of uploads {name: float64}.

@@ -26,9 +26,10 @@ from fedpeft_ext.pretrain import Pretrained, pretrain
 from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.batched import BatchedEngine
 from fedpeft_ext.simulation.callbacks import Callback, Metrics, RoundInfo
-from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
+from fedpeft_ext.simulation.client_batch import ClientStore, Interactions, initial_states
 from fedpeft_ext.simulation.communication import Traffic, message, num_bytes, traffic
 from fedpeft_ext.simulation.compression import encode, make_stage
+from fedpeft_ext.simulation.distributed import Ranks, pretrained_everywhere, rank_device, train_round
 from fedpeft_ext.simulation.evaluation import Evaluator
 from fedpeft_ext.simulation.faults import Faults
 from fedpeft_ext.simulation.fused import FusedEngine, why_not
@@ -117,15 +118,19 @@ class Simulator:
         dataset: the interactions.
         pretrained: full embeddings and codes; None prepares what the embedding needs, as `config.pretrain`
             says.
-        callbacks: told about rounds and evaluations.
+        callbacks: told about rounds and evaluations, on the first rank.
         out: folder for the run's files (see `output`); made and tried first.
         overwrite: whether `out` may hold an earlier run, whose files are replaced.
 
     `config.threads` sets torch's number of CPU threads for the whole process.
 
+    In an initialised torch.distributed process group all ranks make the same Simulator and call the same
+    methods; they share the clients (`distributed`), and the first writes the files.
+
     Raises:
         ValueError: settings that do not fit the data set or each other, named by their dotted path.
         FileExistsError, OSError: `out` is not empty, or cannot be written.
+        RankError: another rank failed.
     """
 
     def __init__(
@@ -139,7 +144,8 @@ class Simulator:
         overwrite: bool = False,
     ) -> None:
         began = time.perf_counter()
-        self._device = _available_device(config.device)
+        self._ranks = ranks = Ranks()
+        self._device = rank_device(_available_device(config.device))
         spec = parse_spec(config.embedding.name)
         training = config.training
         self.config = config
@@ -165,22 +171,29 @@ class Simulator:
                 self._per_round,
                 dataset.num_users,
             )
-        self._folder = None if out is None else prepare_folder(out, overwrite)
+        self._folder: Path | None = None
+        with ranks.together("preparing the folder"):
+            if out is not None and ranks.first:
+                self._folder = prepare_folder(out, overwrite)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self._callbacks = tuple(callbacks)
+        self._callbacks = tuple(callbacks) if ranks.first else ()
         self._dtype = getattr(torch, config.dtype)
         self._interactions = Interactions(dataset, self._device)
-        self._evaluators = _evaluators(config, dataset, self._interactions)
+        ranks.divide(self._interactions.sizes)
+        self._evaluators = _evaluators(config, dataset, self._interactions, ranks)
         self._pretrained = pretrained
         if pretrained is None and (spec.plug or "full" in spec.parts or "rq" in spec.parts):
-            self._pretrained = pretrain(
-                config.pretrain,
-                dataset,
-                config.backbone.dim,
-                levels=config.embedding.levels if "rq" in spec.parts else None,
-                codebook_size=config.embedding.codebook_size,
-                seed=config.seed,
+            self._pretrained = pretrained_everywhere(
+                ranks,
+                lambda: pretrain(
+                    config.pretrain,
+                    dataset,
+                    config.backbone.dim,
+                    levels=config.embedding.levels if "rq" in spec.parts else None,
+                    codebook_size=config.embedding.codebook_size,
+                    seed=config.seed,
+                ),
             )
 
         self.rounds_done = 0
@@ -214,6 +227,11 @@ class Simulator:
     def engine(self) -> str:
         """The engine in use: "fused", "batched" or "sequential"."""
         return self._engine_name
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the clients."""
+        return self._ranks
 
     @property
     def phase(self) -> str:
@@ -262,12 +280,12 @@ class Simulator:
             dropout=config.backbone.dropout,
         ).to(self._device, self._dtype)
         if self._store is None:
-            users = torch.arange(self.dataset.num_users, device=self._device)
+            users = self.dataset.num_users
             parameters = dict(model.named_parameters())
             self._store = ClientStore(
-                model.initial_state(users, config.seed, config.backbone.init_std),
+                initial_states(model, self._ranks.owned, users, config.seed, config.backbone.init_std),
                 {name: parameters[name] for name in model.averaged_start},
-                len(users),
+                users,
             )
         else:  # after warm-up: what it trained besides the item embedding goes on
             before = dict(self._federation.model.named_parameters())
@@ -381,7 +399,8 @@ class Simulator:
             for attempt in range(repeats + 1):
                 sampled = self._sample(number, attempt)
                 clients = sampled if self._faults is None else self._faults.present(sampled, number, attempt)
-                self._aggregator.begin(number, attempt)
+                weights = self._federation.settings.weights(self._interactions.sizes[clients])
+                self._aggregator.begin(number, attempt, float(weights.sum()))
                 losses = self._train(clients, number)
                 chosen, trained = chosen + len(sampled), trained + len(clients)
                 enough = self._aggregator.uploads >= faults.min_clients
@@ -398,7 +417,7 @@ class Simulator:
         if enough:
             self._aggregator.apply()
             # No noise covers the mean of the clients' states, so that with privacy it stays unknown.
-            self.store.commit(average=self.config.privacy.mode == "none")
+            self.store.commit(self._ranks, average=self.config.privacy.mode == "none")
         if self._ledger is not None:
             self._ledger.add_round(sampled)
         if self._device.type == "cuda":
@@ -428,8 +447,9 @@ class Simulator:
 
     def _train(self, clients: np.ndarray, number: int) -> np.ndarray:
         """Local training of a round: losses of the clients whose updates were accepted."""
-        losses = self._engine.train(clients, number, self._aggregator)
+        losses = train_round(self._ranks, self._engine, clients, number, self._aggregator)
         if self._faults is not None:
+            self._faults.exchange(self._ranks, clients)
             accepted = self._faults.accepted(clients)
             losses, clients = losses[accepted], clients[accepted]
         first_not_finite(losses, clients, number)
@@ -451,7 +471,8 @@ class Simulator:
         began = time.perf_counter()
         values: dict[str, float] = {}
         for prefix, evaluator in self._evaluators.items():
-            result = evaluator(self.model, self.store, self.rounds_done)
+            with self._ranks.together("evaluating"):
+                result = evaluator(self.model, self.store, self.rounds_done)
             values |= {prefix + name: value for name, value in result.items()}
         metrics = Metrics(self.rounds_done, values, time.perf_counter() - began)
         self._evaluations.append(metrics)
@@ -473,8 +494,9 @@ class Simulator:
                 if self.rounds_done % every == 0 or self.rounds_done == training.rounds:
                     self._evaluated_line(folder, info)
             summary = self._summary(self._seconds + time.perf_counter() - began)
+            tensors = self.state_dict()  # from all ranks
             if folder is not None:
-                folder.finish(summary.as_dict(), self.state_dict())
+                folder.finish(summary.as_dict(), tensors)
         finally:
             if folder is not None:
                 folder.close()
@@ -501,7 +523,8 @@ class Simulator:
         """
         model = self.model
         server = {name: v for name, v in model.state_dict().items() if name not in model.local_parameters}
-        return server | {f"clients.{name}": values for name, values in self.store.all().items()}
+        clients = {name: self._ranks.gather_rows(v) for name, v in self.store.rows(self._ranks.owned).items()}
+        return server | {f"clients.{name}": values for name, values in clients.items()}
 
     def _summary(self, seconds: float) -> Summary:
         config = self.config
@@ -535,13 +558,16 @@ class Simulator:
         )
 
 
-def _evaluators(config: Config, dataset: Dataset, interactions: Interactions) -> dict[str, Evaluator]:
+def _evaluators(
+    config: Config, dataset: Dataset, interactions: Interactions, ranks: Ranks
+) -> dict[str, Evaluator]:
     """Evaluators by the prefix of their metrics' names: of test items, and of validation items if there are
     any. The latter only choose between rounds and settings, for which sampled candidates do.
     """
     settings = config.evaluation
     seed = config.seed if settings.seed is None else settings.seed
     shared: dict[str, Any] = {"num_negatives": settings.num_negatives, "ks": settings.ks, "seed": seed}
+    shared["ranks"] = ranks
     result = {"": Evaluator(dataset, interactions, full_ranking=settings.full_ranking, **shared)}
     if (dataset.valid_items >= 0).any():
         result[VALID] = Evaluator(dataset, interactions, full_ranking=False, target="valid", **shared)

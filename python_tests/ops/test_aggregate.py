@@ -240,3 +240,29 @@ def test_a_bad_row_leaves_the_total_alone(target: Any) -> None:
         with pytest.raises(IndexError, match="rows: index 4 at position 6"):
             space.accumulate_updates_(total, torch.ones(2, 5, 3), torch.ones(2).double(), rows)
         assert bool((total == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("with_rows", [False, True])
+def test_on_a_grid_sums_have_no_order(target: Any, dtype: torch.dtype, with_rows: bool) -> None:
+    """Sums of multiples of the grid are the same bits in any order, and within the grid of unrounded ones."""
+    grid, clients = 2.0**-30, 40
+    g = torch.Generator().manual_seed(0)
+    updates = torch.randn(clients, 4, 3, generator=g).to(target.device, dtype)
+    weights = torch.randint(1, 100, (clients,), generator=g).double().to(target.device)
+    rows = torch.stack([torch.randperm(6, generator=g)[:4] for _ in range(clients)]).to(target.device)
+    totals = []
+    for order in (torch.arange(clients), torch.arange(clients).flip(0)):
+        total = torch.zeros(6 if with_rows else 4, 3, dtype=torch.float64, device=target.device)
+        at = rows[order] if with_rows else None
+        target.ops.accumulate_updates_(total, updates[order], weights[order], at, grid)
+        totals.append(total)
+    twin, plain = torch.zeros_like(totals[0]), torch.zeros_like(totals[0])
+    reference.accumulate_updates_(twin, updates, weights, rows if with_rows else None, grid)
+    target.ops.accumulate_updates_(plain, updates, weights, rows if with_rows else None)
+    assert torch.equal(*totals)
+    assert torch.equal(totals[0] / grid, (totals[0] / grid).round())
+    torch.testing.assert_close(totals[0], plain, rtol=0, atol=grid * clients / 2)
+    torch.testing.assert_close(totals[0], twin, rtol=0, atol=0 if dtype == torch.float32 else grid * clients)
+    with pytest.raises(ValueError, match="grid: expected 0 or a power of two"):
+        target.ops.accumulate_updates_(totals[0], updates, weights, rows if with_rows else None, 0.3)

@@ -1,0 +1,221 @@
+"""Federations on 2 and 3 processes (gloo): the bits of one process, and the end of a run that loses one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import make_dataset, small_config
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedpeft_ext.pretrain import Pretrained
+from fedpeft_ext.simulation import RankError, Simulator
+from fedpeft_ext.simulation.aggregation import Aggregator
+from fedpeft_ext.simulation.distributed import Ranks, exact_grid
+
+PRIVACY = {
+    "training.weighting": "uniform",
+    "privacy.mode": "cdp",
+    "privacy.clip": 0.5,
+    "privacy.noise_multiplier": 0.3,
+}
+FAULTS = {
+    "faults.dropout_rate": 0.2,
+    "faults.corrupt_rate": 0.3,
+    "faults.reject": True,
+    "faults.max_norm": 100.0,
+    "faults.min_clients": 4,
+    "faults.too_few": "repeat",
+}
+CASES: dict[str, dict[str, Any]] = {
+    "full": {"embedding.name": "full"},
+    "p-lora": {"embedding.name": "p-lora", "training.server_optimizer": "adam", "training.batch_size": 4},
+    "p-hash+senet": {"embedding.name": "p-hash+senet", "training.warmup_rounds": 1},
+    "p-rq": {"embedding.name": "p-rq", "dtype": "float64"},
+    "pfedrec": {"embedding.name": "p-rq", "backbone.name": "pfedrec"},
+    "privacy": {"embedding.name": "p-lora", **PRIVACY},
+    "faults": {"embedding.name": "p-lora", **FAULTS},
+    "top-k": {"embedding.name": "p-rq", "compression.method": "top-k", "compression.top_k": 0.1},
+    "few of many items": {"embedding.name": "full", "training.clients_per_round": 2},
+    "scaffold": {
+        "embedding.name": "p-lora",
+        "training.algorithm": "scaffold",
+        "training.optimizer": "sgd",
+        "training.client_sampling": "poisson",
+    },
+}
+ON_THREE = ("full", "p-lora", "pfedrec", "faults")
+ONLY_CLOSE = {"scaffold"}
+TIMED = ("seconds", "training_seconds", "clients_per_second")
+
+
+def simulator(name: str, out: Path | None = None) -> Simulator:
+    case = dict(CASES[name])
+    items = 5000 if name == "few of many items" else 60
+    config = small_config(**{"training.rounds": 4, "evaluation.every": 2, **case})
+    generator = torch.Generator().manual_seed(1)
+    pretrained = Pretrained(
+        full=0.3 * torch.randn(items, 8, generator=generator),
+        codes=torch.randint(0, 16, (items, 3), generator=generator).to(torch.uint8),
+        codebooks=torch.randn(3, 16, 8, generator=generator),
+    )
+    return Simulator(config, make_dataset(items=items), pretrained=pretrained, out=out)
+
+
+def results(run: Simulator) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    summary = run.run().as_dict()
+    tensors = {name: tensor.contiguous().clone() for name, tensor in run.state_dict().items()}
+    return tensors, {key: value for key, value in summary.items() if key not in TIMED}
+
+
+def join(rank: int, size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+
+
+def train_all(rank: int, size: int, folder: Path) -> None:
+    join(rank, size, folder)
+    for name in CASES if size == 2 else ON_THREE:
+        out = folder / "run" if name == "p-lora" else None
+        run = simulator(name, out)
+        tensors, summary = results(run)
+        save_file(tensors, folder / f"{name}-{rank}.safetensors")
+        (folder / f"{name}-{rank}.json").write_text(json.dumps([summary, run.ranks.bytes_summed]))
+    dist.destroy_process_group()
+
+
+class Broken:
+    """An engine that fails, or dies with its process, in round 2."""
+
+    def __init__(self, engine: Any, die: bool) -> None:
+        self._engine, self._die = engine, die
+
+    def train(self, clients: np.ndarray, round: int, aggregator: Aggregator) -> np.ndarray:
+        if round == 2 and self._die:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if round == 2:
+            raise ValueError("out of luck")
+        losses: np.ndarray = self._engine.train(clients, round, aggregator)
+        return losses
+
+
+def lose_one(rank: int, size: int, folder: Path) -> None:
+    join(rank, size, folder)
+    for die in (False, True):
+        run = simulator("p-lora")
+        if rank == 1:
+            run._engine = Broken(run._engine, die)
+        try:
+            run.run()
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            (folder / f"{'died' if die else 'failed'}-{rank}").write_text(text)
+
+
+def spawn(function: Any, size: int, folder: Path, deaths: int = 0) -> None:
+    context = mp.spawn(function, args=(size, folder), nprocs=size, join=False)
+    for process in context.processes:
+        process.join(120)
+    assert sum(process.exitcode != 0 for process in context.processes) == deaths
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
+    return {name: results(simulator(name)) for name in CASES}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_give_the_bits_of_one_process(size: int, alone: Any, tmp_path: Path) -> None:
+    spawn(train_all, size, tmp_path)
+    for name in CASES if size == 2 else ON_THREE:
+        tensors, summary = alone[name]
+        moved = []
+        for rank in range(size):
+            others = load_file(tmp_path / f"{name}-{rank}.safetensors")
+            found, summed = json.loads((tmp_path / f"{name}-{rank}.json").read_text())
+            moved.append(summed)
+            assert others.keys() == tensors.keys()
+            if name in ONLY_CLOSE:
+                for key, tensor in tensors.items():
+                    torch.testing.assert_close(others[key], tensor, atol=1e-6, rtol=1e-6)
+                continue
+            different = [key for key, tensor in tensors.items() if not torch.equal(others[key], tensor)]
+            assert not different, (name, rank, different)
+            assert found == json.loads(json.dumps(summary)), (name, rank)
+        assert len(set(moved)) == 1
+        assert moved[0] > 0
+    if size == 2:  # a table of which a round touches few rows is not summed whole
+        few = json.loads((tmp_path / "few of many items-0.json").read_text())[1]
+        assert few < 4 * 5000 * 8 * 8 / 10
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "model.safetensors"} <= written
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_rank_that_fails_or_dies_ends_the_others(tmp_path: Path) -> None:
+    spawn(lose_one, 3, tmp_path, deaths=1)
+    for rank in (0, 2):
+        failed, died = (tmp_path / f"failed-{rank}").read_text(), (tmp_path / f"died-{rank}").read_text()
+        assert failed == "RankError: rank 1 of 3 failed while training round 2: ValueError: out of luck"
+        assert died == "RankError: rank 1 of 3 died or did not answer"
+    assert (tmp_path / "failed-1").read_text() == "ValueError: out of luck"
+
+
+def test_sums_do_not_depend_on_the_order_of_clients() -> None:
+    generator = torch.Generator().manual_seed(3)
+    updates = torch.randn(200, 6, 5, generator=generator)
+    weights = torch.randint(1, 500, (200,), generator=generator).double()
+    exact = torch.einsum("c,cij->ij", weights, updates.double()) / weights.sum()
+    results = []
+    for order in (torch.arange(200), torch.randperm(200, generator=generator)):
+        parameter = torch.zeros(6, 5, dtype=torch.float64)
+        aggregator = Aggregator({"p": parameter}, frozenset())
+        aggregator.begin(1, weight=float(weights.sum()))
+        aggregator.add({"p": updates[order]}, weights[order])
+        aggregator.apply()
+        results.append(parameter)
+    assert torch.equal(*results)
+    torch.testing.assert_close(results[0], exact, atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0, 4096.0, 1e7])
+def test_the_grid_is_exact_and_fine(weight: float) -> None:
+    grid = exact_grid(weight)
+    assert np.log2(grid) == round(np.log2(grid))
+    assert 16 * weight / grid <= 2**52
+    assert grid / 2 <= weight * 2.0**-48
+    assert exact_grid(0.0) == 0.0
+
+
+def test_ranges_of_users_share_the_work() -> None:
+    sizes = np.random.default_rng(0).integers(1, 200, 10_000)
+    parts = []
+    for rank in range(7):
+        ranks = Ranks()
+        ranks.rank, ranks.size = rank, 7
+        ranks.divide(sizes)
+        parts.append(ranks.owned)
+        assert ranks.owns(np.arange(10_000)).sum() == len(ranks.owned)
+    assert [r.start for r in parts[1:]] == [r.stop for r in parts[:-1]]
+    assert parts[0].start == 0
+    assert parts[-1].stop == 10_000
+    work = [sizes[r.start : r.stop].sum() for r in parts]
+    assert max(work) < 1.05 * min(work)
+
+
+def test_one_process_is_a_rank_alone() -> None:
+    ranks = Ranks()
+    assert ranks.first
+    assert ranks.size == 1
+    with pytest.raises(KeyError), ranks.together("anything"):
+        raise KeyError("as it is")
+    assert issubclass(RankError, RuntimeError)
