@@ -1,0 +1,1 @@
+"""Rivals that `benchmarks.bench_sim` measures the engines against."""
