@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft_ext.backbones import Backbone, build_backbone
+from fedpeft_ext.backbones import Backbone
 from fedpeft_ext.config import Config, FaultsConfig
 from fedpeft_ext.data import Dataset
-from fedpeft_ext.nn import build_embedding, parse_spec
+from fedpeft_ext.nn import parse_spec
 from fedpeft_ext.pretrain import Pretrained, pretrain
 from fedpeft_ext.simulation.aggregation import Aggregator
-from fedpeft_ext.simulation.batched import BatchedEngine
 from fedpeft_ext.simulation.callbacks import Callback, Metrics, RoundInfo
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions, initial_states
 from fedpeft_ext.simulation.communication import Traffic, message, num_bytes, traffic
@@ -32,9 +31,7 @@ from fedpeft_ext.simulation.compression import encode, make_stage
 from fedpeft_ext.simulation.distributed import Ranks, pretrained_everywhere, rank_device, train_round
 from fedpeft_ext.simulation.evaluation import Evaluator
 from fedpeft_ext.simulation.faults import Faults
-from fedpeft_ext.simulation.fused import FusedEngine, why_not
 from fedpeft_ext.simulation.local_training import (
-    Engine,
     Federation,
     LocalSettings,
     ParameterRoles,
@@ -44,7 +41,13 @@ from fedpeft_ext.simulation.output import RunFolder, prepare_folder
 from fedpeft_ext.simulation.privacy import Clipping, Ledger, Noise, PrivacyReport
 from fedpeft_ext.simulation.randomness import sample_clients, sample_clients_independently
 from fedpeft_ext.simulation.scaffold import ControlVariates, check_memory
-from fedpeft_ext.simulation.sequential import SequentialEngine
+from fedpeft_ext.simulation.setup import (
+    build_model,
+    clients_per_round,
+    eligible_clients,
+    local_settings,
+    make_engine,
+)
 from fedpeft_ext.simulation.uploads import UploadStage
 
 VALID = "valid/"
@@ -152,8 +155,8 @@ class Simulator:
         self.dataset = dataset
         self._spec = spec
         self._warmup_rounds = training.warmup_rounds if spec.plug or "full" in spec.parts else 0
-        self._eligible = _eligible_clients(dataset)
-        self._per_round = _clients_per_round(training.clients_per_round, len(self._eligible))
+        self._eligible = eligible_clients(dataset)
+        self._per_round = clients_per_round(training.clients_per_round, len(self._eligible))
         self._faults: Faults | None = None
         if config.faults != FaultsConfig():
             if config.faults.min_clients > self._per_round:
@@ -245,40 +248,15 @@ class Simulator:
         """Set up model, engine and aggregation for the phase of the next round, over the full embeddings
         `base`.
         """
-        config, embedding = self.config, self.config.embedding
-        spec = "full" if self.phase == "warm-up" else str(self._spec)
-        codes = codebooks = None
-        if "rq" in self._spec.parts and self._pretrained is not None:
-            codes, codebooks = self._pretrained.codes, self._pretrained.codebooks
-        table = build_embedding(
-            spec,
+        config = self.config
+        model = build_model(
+            config,
             self.dataset.num_items,
-            config.backbone.dim,
             base=base,
-            freeze_full=embedding.freeze_full,
-            dtype=self._dtype,
-            generator=torch.Generator().manual_seed(config.seed),
-            rank=embedding.rank,
-            table_size=embedding.table_size,
-            num_hashes=embedding.num_hashes,
-            senet_hidden=embedding.senet_hidden,
-            reduce=embedding.reduce,
-            codes=codes,
-            codebooks=codebooks if embedding.warm_start_codebooks else None,
-            codebook_size=embedding.codebook_size,
-            warm_start=embedding.warm_start_codebooks,
-            levels=embedding.levels if "rq" in self._spec.parts else None,
-            seed=config.seed,
-            init_std=embedding.init_std,
-        )
-        model = build_backbone(
-            config.backbone.name,
-            table,
-            config.backbone.dim,
-            config.seed,
-            hidden=config.backbone.hidden,
-            dropout=config.backbone.dropout,
-        ).to(self._device, self._dtype)
+            codes=None if self._pretrained is None else self._pretrained.codes,
+            codebooks=None if self._pretrained is None else self._pretrained.codebooks,
+            warmup=self.phase == "warm-up",
+        ).to(self._device)
         if self._store is None:
             users = self.dataset.num_users
             parameters = dict(model.named_parameters())
@@ -293,26 +271,13 @@ class Simulator:
                 if not name.startswith("item_embedding.") and name not in model.local_parameters:
                     parameter.data.copy_(before[name].data)
         training = config.training
-        optimizer, lr, server_lr = training.optimizer, training.lr, training.server_lr
+        server_lr = training.server_lr
         if self.phase == "warm-up":  # which trains other parameters, and may want other steps
-            optimizer = training.warmup_optimizer or optimizer
-            lr = training.warmup_lr or lr
             server_lr = training.warmup_server_lr or server_lr
-        settings = LocalSettings(
-            epochs=training.local_epochs,
-            batch_size=training.batch_size,
-            loss=training.loss,
-            optimizer=optimizer,
-            lr=model.default_lr if lr is None else lr,
-            l2=training.l2,
-            weighting=training.weighting,
-            seed=config.seed,
-            prox_mu=training.prox_mu,
-            momentum=training.momentum if optimizer == "sgd" else 0.0,
-        )
+        settings = local_settings(config, model, warmup=self.phase == "warm-up")
         variates = self._control_variates(model, settings) if training.algorithm == "scaffold" else None
         self._federation = Federation(model, self._store, self._interactions, settings, variates)
-        self._engine_name, self._engine = _make_engine(config, self._federation)
+        self._engine_name, self._engine = make_engine(config, self._federation)
         self._aggregator = Aggregator(
             message(model),
             frozenset(ParameterRoles.of(model).rows),
@@ -574,42 +539,8 @@ def _evaluators(
     return result
 
 
-def _make_engine(config: Config, federation: Federation) -> tuple[str, Engine]:
-    """The engine that the settings ask for, under its own name."""
-    name, chunk_bytes = config.engine, config.chunk_memory_mb * 2**20
-    if name == "auto":
-        name = "fused" if why_not(federation) is None else "batched"
-    if name == "fused":
-        return name, FusedEngine(federation, chunk_bytes)
-    if name == "batched":
-        return name, BatchedEngine(federation, chunk_bytes)
-    return name, SequentialEngine(federation)
-
-
 def _available_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: expected one that this machine has, got {name!r} and torch finds no GPU")
     return device
-
-
-def _eligible_clients(dataset: Dataset) -> np.ndarray:
-    """Clients that can train: with at least one training item, and one left to draw as a negative."""
-    sizes = np.diff(dataset.indptr)
-    clients = np.flatnonzero((sizes > 0) & (sizes < dataset.num_items)).astype(np.int64)
-    if len(clients) == 0:
-        raise ValueError(
-            f"data set {dataset.name!r} has no user with a training item and an item not yet met"
-        )
-    return clients
-
-
-def _clients_per_round(setting: float, eligible: int) -> int:
-    if isinstance(setting, int):
-        if setting > eligible:
-            raise ValueError(
-                f"training.clients_per_round: expected at most {eligible}, the number of users with "
-                f"training items, got {setting}"
-            )
-        return setting
-    return max(1, round(setting * eligible))

@@ -1,0 +1,124 @@
+"""From settings to the parts of a federation, for whoever runs one: `Simulator` in one process, or a server
+and its clients on machines of their own (`fedpeft_ext.flower`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft_ext.backbones import Backbone, build_backbone
+from fedpeft_ext.config import Config
+from fedpeft_ext.data import Dataset
+from fedpeft_ext.nn import build_embedding, parse_spec
+from fedpeft_ext.simulation.batched import BatchedEngine
+from fedpeft_ext.simulation.fused import FusedEngine, why_not
+from fedpeft_ext.simulation.local_training import Engine, Federation, LocalSettings
+from fedpeft_ext.simulation.sequential import SequentialEngine
+
+
+def build_model(
+    config: Config,
+    num_items: int,
+    *,
+    base: Tensor | None = None,
+    codes: Tensor | None = None,
+    codebooks: Tensor | None = None,
+    warmup: bool = False,
+) -> Backbone:
+    """The backbone over its item embedding as every participant starts with it, in `config.dtype`.
+
+    Args:
+        config: its sections `backbone` and `embedding`, and `seed`.
+        num_items: I.
+        base: full embeddings [I, D], for embeddings that have them.
+        codes, codebooks: [I, L] and [L, K, D], for embeddings with codes.
+        warmup: build the model of warm-up rounds, whose embedding is the full one.
+    """
+    embedding, dtype = config.embedding, getattr(torch, config.dtype)
+    coded = "rq" in parse_spec(embedding.name).parts
+    table = build_embedding(
+        "full" if warmup else embedding.name,
+        num_items,
+        config.backbone.dim,
+        base=base,
+        freeze_full=embedding.freeze_full,
+        dtype=dtype,
+        generator=torch.Generator().manual_seed(config.seed),
+        rank=embedding.rank,
+        table_size=embedding.table_size,
+        num_hashes=embedding.num_hashes,
+        senet_hidden=embedding.senet_hidden,
+        reduce=embedding.reduce,
+        codes=codes if coded else None,
+        codebooks=codebooks if coded and embedding.warm_start_codebooks else None,
+        codebook_size=embedding.codebook_size,
+        warm_start=embedding.warm_start_codebooks,
+        levels=embedding.levels if coded else None,
+        seed=config.seed,
+        init_std=embedding.init_std,
+    )
+    return build_backbone(
+        config.backbone.name,
+        table,
+        config.backbone.dim,
+        config.seed,
+        hidden=config.backbone.hidden,
+        dropout=config.backbone.dropout,
+    ).to(dtype)
+
+
+def local_settings(config: Config, model: Backbone, *, warmup: bool = False) -> LocalSettings:
+    """How clients train `model`; warm-up rounds may have steps of their own."""
+    training = config.training
+    optimizer, lr = training.optimizer, training.lr
+    if warmup:
+        optimizer, lr = training.warmup_optimizer or optimizer, training.warmup_lr or lr
+    return LocalSettings(
+        epochs=training.local_epochs,
+        batch_size=training.batch_size,
+        loss=training.loss,
+        optimizer=optimizer,
+        lr=model.default_lr if lr is None else lr,
+        l2=training.l2,
+        weighting=training.weighting,
+        seed=config.seed,
+        prox_mu=training.prox_mu,
+        momentum=training.momentum if optimizer == "sgd" else 0.0,
+    )
+
+
+def make_engine(config: Config, federation: Federation) -> tuple[str, Engine]:
+    """The engine that the settings ask for, under its own name."""
+    name, chunk_bytes = config.engine, config.chunk_memory_mb * 2**20
+    if name == "auto":
+        name = "fused" if why_not(federation) is None else "batched"
+    if name == "fused":
+        return name, FusedEngine(federation, chunk_bytes)
+    if name == "batched":
+        return name, BatchedEngine(federation, chunk_bytes)
+    return name, SequentialEngine(federation)
+
+
+def eligible_clients(dataset: Dataset) -> np.ndarray:
+    """Clients that can train: with at least one training item, and one left to draw as a negative."""
+    sizes = np.diff(dataset.indptr)
+    clients = np.flatnonzero((sizes > 0) & (sizes < dataset.num_items)).astype(np.int64)
+    if len(clients) == 0:
+        raise ValueError(
+            f"data set {dataset.name!r} has no user with a training item and an item not yet met"
+        )
+    return clients
+
+
+def clients_per_round(setting: float, eligible: int) -> int:
+    """How many of the `eligible` clients a round takes, for a share (float) or a count (int)."""
+    if isinstance(setting, int):
+        if setting > eligible:
+            raise ValueError(
+                f"training.clients_per_round: expected at most {eligible}, the number of users with "
+                f"training items, got {setting}"
+            )
+        return setting
+    return max(1, round(setting * eligible))
