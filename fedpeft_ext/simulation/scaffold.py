@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedpeft_ext import ops
 from fedpeft_ext.simulation.distributed import Ranks
+from fedpeft_ext.simulation.state import State, below, copy_into, prefixed
 
 
 class _Variate(NamedTuple):
@@ -185,9 +186,9 @@ class ControlVariates:
         for change in self._change.values():
             change.zero_()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors by name: c; and all c_i, joined, with the client and the number of rows of each."""
-        state: dict[str, Any] = {f"server.{name}": value for name, value in self.server.items()}
+    def state_dict(self) -> State:
+        """See `state.Stateful`: c; and all c_i, joined, with the client and the number of rows of each."""
+        state = prefixed("server", self.server)
         if self.clients:
             held = list(self.clients.values())
             state["clients"] = torch.tensor(list(self.clients))
@@ -199,10 +200,9 @@ class ControlVariates:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """See `state.Stateful`."""
         self.discard()
-        for name, value in self.server.items():
-            value.copy_(state[f"server.{name}"])
+        copy_into(self.server, below("server", state))
         self.clients = {}
         if "clients" not in state:
             return

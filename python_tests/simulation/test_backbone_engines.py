@@ -166,10 +166,10 @@ def test_fedprox_minimises_loss_plus_distance(dataset: Dataset, pretrained: Pret
     torch.testing.assert_close(simulator.store.state["user"][client], user.detach())
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", ["fedmf", *BACKBONES])
 def test_a_backbone_learns_planted_preferences(backbone: str) -> None:
     """Far above ranking by popularity on data with planted preferences."""
-    small = [] if backbone == "fedpergnn" else ["backbone.hidden=[32,16]", "backbone.dropout=0.1"]
+    small = [] if backbone in ("fedmf", "fedpergnn") else ["backbone.hidden=[32,16]", "backbone.dropout=0.1"]
     data = synthetic_dataset(200, 200, 20, seed=3, popularity=0.3)
     settings = config(
         **{"backbone.name": backbone, "backbone.dim": 16, "embedding.name": "full", "pretrain.cache": False}
@@ -179,6 +179,7 @@ def test_a_backbone_learns_planted_preferences(backbone: str) -> None:
             *small,
             "evaluation.num_negatives=60",
             "evaluation.every=100",
+            "pretrain.epochs=2",
             "evaluation.full_ranking=false",
         ]
     )
