@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,14 @@ PRIVACY = {
 }
 
 
-def variants(table: str, only: str | None) -> Iterator[tuple[tuple[str, str], str, list[str]]]:
+def variants(
+    table: str, only: str | None, embeddings: Sequence[str]
+) -> Iterator[tuple[tuple[str, str], str, list[str]]]:
     """(labels of a row, file of settings, overrides) of a table."""
     if table == "backbones":
         for backbone, file in BACKBONES.items():
             if only in (None, backbone):
-                for embedding in EMBEDDINGS:
+                for embedding in embeddings:
                     yield (backbone, embedding), file, [f"embedding.name={embedding}"]
     else:
         changes = {"compression": METHODS, "privacy": PRIVACY, "algorithms": ALGORITHMS}[table]
@@ -103,12 +105,13 @@ def main() -> None:
     parser.add_argument("table", choices=["backbones", "compression", "privacy", "algorithms"])
     parser.add_argument("file", type=Path, help="finished runs, a line of JSON each")
     parser.add_argument("only", nargs="?", choices=sorted(BACKBONES), help="backbones: train this one alone")
+    parser.add_argument("--embeddings", default=",".join(EMBEDDINGS), help="backbones: of these alone")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     lines = options.file.read_text().splitlines() if options.file.exists() else []
     done = {(record["table"], *record["labels"], record["seed"]): record for record in map(json.loads, lines)}
     dataset = load_dataset("ml-100k")
-    for labels, file, overrides in variants(options.table, options.only):
+    for labels, file, overrides in variants(options.table, options.only, options.embeddings.split(",")):
         runs = []
         for seed in range(options.seeds):
             key = (options.table, *labels, seed)
