@@ -157,7 +157,7 @@ def largest(values: Tensor, count: int) -> Tensor:
     """
     sizes = values.abs().float()
     sizes = torch.where(sizes.isnan(), torch.inf, sizes)
-    limit = sizes.topk(count).values[-1]
+    limit = sizes.topk(count, sorted=False).values.min()
     chosen = sizes > limit
     equal = (sizes == limit).nonzero()[: count - int(chosen.sum())]
     chosen[equal] = True
