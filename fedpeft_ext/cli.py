@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 USER_ERROR, TRAINING_FAILED, INTERRUPTED = 2, 3, 130
 """Exit codes besides 0 (done) and 1 (a defect of the program, with its traceback)."""
 
+SEVERAL_PROCESSES = ("run", "resume")
+"""Commands that torchrun can start in several processes."""
+
 DEFAULT_EMBEDDINGS = "full,c-rq,p-lora,p-hash,p-rq"
 
 app = typer.Typer(
@@ -42,7 +45,33 @@ app = typer.Typer(
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `fedpeft` and of `python -m fedpeft_ext`; ends the process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _one_of_many(sys.argv[1:] if args is None else args)
     sys.exit(app(args, prog_name="fedpeft"))
+
+
+def _one_of_many(args: Sequence[str]) -> NoReturn:
+    """`main` in each of the processes that torchrun started. The first one does the talking; the others tell
+    errors that are not everybody's.
+    """
+    from fedpeft_ext.simulation import RankError
+    from fedpeft_ext.simulation.distributed import process_group
+
+    if not set(args) & {*SEVERAL_PROCESSES, "-h", "--help"}:
+        typer.echo(f"fedpeft: error: torchrun serves fedpeft {' and '.join(SEVERAL_PROCESSES)}", err=True)
+        sys.exit(USER_ERROR)
+    with process_group() as first, open(os.devnull, "w", encoding="utf-8") as nowhere:
+        if first:
+            sys.exit(app(args, prog_name="fedpeft"))
+        try:
+            with redirect_stdout(nowhere), redirect_stderr(nowhere):
+                app([*args, "--debug"], prog_name="fedpeft", standalone_mode=False)
+        except RankError as error:
+            _complain(error)
+            sys.exit(TRAINING_FAILED)
+        except (ValueError, OSError, ImportError, FloatingPointError):
+            sys.exit(USER_ERROR)  # the first process, which met it too, has told
+        sys.exit(0)
 
 
 # Options that several commands share.
@@ -240,9 +269,9 @@ def _reported_errors(debug: bool) -> Iterator[Callable[[Path], None]]:
         _complain(error, " (--overwrite)" if isinstance(error, FileExistsError) else "")
         raise typer.Exit(USER_ERROR) from None
     except (FloatingPointError, RuntimeError) as error:
-        from fedpeft_ext.simulation import ClientError
+        from fedpeft_ext.simulation import ClientError, RankError
 
-        if debug or not isinstance(error, FloatingPointError | ClientError):
+        if debug or not isinstance(error, FloatingPointError | ClientError | RankError):
             raise
         _complain(error)
         raise typer.Exit(TRAINING_FAILED) from None

@@ -74,6 +74,7 @@ class RQVAE(nn.Module):
             decay=decay,
             commitment_weight=beta,
             threshold_ema_dead_code=dead_below,
+            sync_codebook=False,  # one process prepares for all of a distributed run
             rotation_trick=False,  # the plain straight-through gradient, as in the papers
         )
 

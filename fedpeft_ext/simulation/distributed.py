@@ -74,7 +74,9 @@ class Ranks:
         if self.size > 1:
             # Numbers and texts go through the host; a dead peer closes its connection there at once.
             self._control = (
-                dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+                dist.group.WORLD
+                if dist.get_backend() in ("gloo", "undefined")
+                else dist.new_group(backend="gloo")
             )
             self._store = dist.distributed_c10d._get_default_store()
 
@@ -282,19 +284,16 @@ def rank_device(device: torch.device) -> torch.device:
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[bool]:
-    """The default process group of a process that torchrun started, while within.
-
-    Yields whether this is the first process. Does nothing where there is one process, or a group already.
+def process_group() -> Iterator[bool]:
+    """The default process group of a process that torchrun started, while within; yields whether this is the
+    first process.
     """
-    started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized()
-    if started:
-        gpu = torch.device(device).type == "cuda"
-        if gpu:
-            torch.cuda.set_device(rank_device(torch.device(device)))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=TIMEOUT)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank_device(torch.device("cuda")))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
     try:
-        yield not dist.is_initialized() or dist.get_rank() == 0
+        yield dist.get_rank() == 0
     finally:
-        if started and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()

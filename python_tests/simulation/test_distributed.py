@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +221,19 @@ def test_one_process_is_a_rank_alone() -> None:
     with pytest.raises(KeyError), ranks.together("anything"):
         raise KeyError("as it is")
     assert issubclass(RankError, RuntimeError)
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_files_of_one_process(tmp_path: Path) -> None:
+    """The command line, with pre-training on the server, on one and on two processes."""
+    command = ["-m", "fedpeft_ext", "run", "-d", "synthetic", "-s", "dataset.options.num_users=200"]
+    command += ["-s", "dataset.options.num_items=200", "-s", "pretrain.cache=false", "--rounds", "3"]
+    command += ["-s", "pretrain.epochs=3", "-s", "pretrain.code_epochs=3", "-s", "embedding.codebook_size=16"]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
+    run = {"check": True, "timeout": 300, "capture_output": True, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one, two = tmp_path / "one", tmp_path / "two"
+    subprocess.run([sys.executable, *command, "--out", one], env=environment, **run)
+    told = subprocess.run([sys.executable, *several, "--out", two], env=environment, **run).stdout
+    assert told.count("HR@10") == 1  # one process talks
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
