@@ -1,4 +1,4 @@
-// Binding of touched_rows and accumulate_updates_: checks, allocation, dispatch.
+// Binding of touched_rows, accumulate_updates_ and apply_updates_: checks, allocation, dispatch.
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -154,7 +154,53 @@ void accumulate_updates_(const Tensor& total, const Tensor& updates, const Tenso
   }
 }
 
+#if !defined(FEDPEFT_EMULATOR)  // on the CPU alone
+void apply_updates_(Tensor parameter, Tensor total, const std::optional<Tensor>& rows,
+                    double scale) {
+  const DType dtype = dtype_of(parameter, "parameter");
+  check_value(parameter.dim() >= 1, "parameter: expected shape [I, ...], got []");
+  bool same = total.dim() == parameter.dim();
+  for (int64_t d = 0; same && d < total.dim(); ++d) same = total.size(d) == parameter.size(d);
+  check_value(same, "total: expected the shape of parameter, ", shape_text(parameter), ", got ",
+              shape_text(total));
+  check_type(total.scalar_type() == ScalarType::Double, "total: expected float64, got ",
+             torch::headeronly::toString(total.scalar_type()));
+  check_same_device(total, parameter, "total", "parameter");
+  check_value(parameter.is_contiguous() && total.is_contiguous(),
+              "parameter, total: expected contiguous tensors");
+  ApplyArgs a{};
+  a.parameter = parameter.mutable_data_ptr();
+  a.total = static_cast<double*>(total.mutable_data_ptr());
+  a.num_rows = parameter.size(0);
+  a.width = a.num_rows ? parameter.numel() / a.num_rows : 0;
+  a.scale = scale;
+  int64_t n = a.num_rows;
+  std::optional<Tensor> rows_;
+  if (rows) {
+    check_dim(*rows, 1, "rows", "[n]");
+    check_same_device(*rows, parameter, "rows", "parameter");
+    rows_ = dense(*rows);
+    a.rows = indices_of(*rows_, "rows");
+    n = rows->size(0);
+    FirstError bad_row;
+    for (int64_t i = 0; i < n; ++i) {
+      if (classify(a.rows[i], a.num_rows) != Position::item) bad_row.report(i);
+    }
+    raise_bad_index(bad_row, a.rows, a.num_rows, "rows");
+  }
+  const auto kernel = select_aggregate_kernels().apply[int(dtype)];
+  parallel_ranges(n, 2 * a.width, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+}
+
+#endif
+
 }  // namespace
+
+#if !defined(FEDPEFT_EMULATOR)
+STABLE_TORCH_LIBRARY_IMPL(FEDPEFT_LIBRARY, CPU, m) {
+  m.impl("apply_updates_", TORCH_BOX(&apply_updates_));
+}
+#endif
 
 FEDPEFT_IMPL(m) {
   m.impl("touched_rows", TORCH_BOX(&touched_rows));

@@ -197,6 +197,28 @@ void check_rows(const AccumulateArgs& a, int64_t begin, int64_t end, FirstError*
   }
 }
 
+// apply_updates_
+
+template <typename T>
+void apply(const ApplyArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  constexpr int64_t kAhead = 6;
+  T* parameter = static_cast<T*>(a.parameter);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t at = (a.rows.data ? a.rows[i] : i) * a.width;
+    if (a.rows.data && i + kAhead < end) {
+      prefetch_row(parameter + a.rows[i + kAhead] * a.width, a.width);
+      prefetch_row(a.total + a.rows[i + kAhead] * a.width, a.width);
+    }
+    for (int64_t d = 0; d < a.width; ++d) {
+      T step;  // rounded to the parameter's type before it is added
+      from_acc(A(a.total[at + d] * a.scale), &step);
+      from_acc(to_acc(parameter[at + d]) + to_acc(step), parameter + at + d);
+      a.total[at + d] = 0;
+    }
+  }
+}
+
 }  // namespace
 
 const AggregateKernels aggregate_kernels = {
@@ -207,6 +229,7 @@ const AggregateKernels aggregate_kernels = {
     {rows<float, float>, rows<double, double>, rows<Half, Half>, rows<BFloat16, BFloat16>},
     {rows<double, float>, rows<double, double>, rows<double, Half>, rows<double, BFloat16>},
     check_rows,
+    {apply<float>, apply<double>, apply<Half>, apply<BFloat16>},
 };
 
 }  // namespace fedpeft::FEDPEFT_ISA

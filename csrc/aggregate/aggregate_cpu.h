@@ -28,6 +28,14 @@ struct AccumulateArgs {
   int64_t R, num_rows, width;
 };
 
+struct ApplyArgs {
+  void* parameter;  // [num_rows, width]
+  double* total;    // the same
+  IndexArray rows;  // [n], distinct; null: all
+  int64_t num_rows, width;
+  double scale;
+};
+
 struct AggregateKernels {
   // Bytes of scratch for a task.
   int64_t (*touched_scratch)(const TouchedRowsArgs&);
@@ -44,6 +52,8 @@ struct AggregateKernels {
   void (*rows_double[kDTypes])(const AccumulateArgs&, const int64_t* entries, int64_t count);
   // Reports entries [begin, end) whose row is out of range.
   void (*check_rows)(const AccumulateArgs&, int64_t begin, int64_t end, FirstError* bad_row);
+  // Rows [begin, end), or places of `rows`.
+  void (*apply[kDTypes])(const ApplyArgs&, int64_t begin, int64_t end);
 };
 
 FEDPEFT_DECLARE_KERNELS(AggregateKernels, aggregate_kernels)

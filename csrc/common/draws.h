@@ -29,16 +29,12 @@ FEDPEFT_INLINE Lanes multiply_low(Lanes a, Lanes b) {
 #endif
 }
 
-// Blocks `first` to first + kDrawBatch - 1: words 0 and 1 of each into low, 2 and 3 into high (the
-// even word is the low half). Only the low halves of the lanes have a meaning on the way.
-FEDPEFT_INLINE void philox_batch(uint64_t first, uint32_t client, uint32_t round, uint32_t stream,
-                                 uint64_t seed, uint64_t* low, uint64_t* high) {
-  Lanes c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
-  Lanes lane = {};
-  for (int64_t i = 0; i < kPerVector; ++i) lane[i] = uint64_t(i);
+// kDrawBatch blocks of counters (c0, c1, round, stream): words 0 and 1 of each into low, 2 and 3
+// into high (the even word is the low half). Only the low halves of the lanes have a meaning.
+FEDPEFT_INLINE void philox_lanes(Lanes (&c0)[kVectors], Lanes (&c1)[kVectors], uint32_t round,
+                                 uint32_t stream, uint64_t seed, uint64_t* low, uint64_t* high) {
+  Lanes c2[kVectors], c3[kVectors];
   for (int64_t v = 0; v < kVectors; ++v) {
-    c0[v] = lane + (first + uint64_t(v * kPerVector));
-    c1[v] = Lanes{} + client;
     c2[v] = Lanes{} + round;
     c3[v] = Lanes{} + stream;
   }
@@ -61,6 +57,31 @@ FEDPEFT_INLINE void philox_batch(uint64_t first, uint32_t client, uint32_t round
     memcpy(low + v * kPerVector, &words01, sizeof(Lanes));
     memcpy(high + v * kPerVector, &words23, sizeof(Lanes));
   }
+}
+
+// Blocks `first` to first + kDrawBatch - 1 of a client.
+FEDPEFT_INLINE void philox_batch(uint64_t first, uint32_t client, uint32_t round, uint32_t stream,
+                                 uint64_t seed, uint64_t* low, uint64_t* high) {
+  Lanes c0[kVectors], c1[kVectors];
+  Lanes lane = {};
+  for (int64_t i = 0; i < kPerVector; ++i) lane[i] = uint64_t(i);
+  for (int64_t v = 0; v < kVectors; ++v) {
+    c0[v] = lane + (first + uint64_t(v * kPerVector));
+    c1[v] = Lanes{} + client;
+  }
+  philox_lanes(c0, c1, round, stream, seed, low, high);
+}
+
+// One block of each of kDrawBatch clients.
+FEDPEFT_INLINE void philox_of_clients(const uint64_t* clients, uint32_t index, uint32_t round,
+                                      uint32_t stream, uint64_t seed, uint64_t* low,
+                                      uint64_t* high) {
+  Lanes c0[kVectors], c1[kVectors];
+  for (int64_t v = 0; v < kVectors; ++v) {
+    c0[v] = Lanes{} + index;
+    memcpy(&c1[v], clients + v * kPerVector, sizeof(Lanes));
+  }
+  philox_lanes(c0, c1, round, stream, seed, low, high);
 }
 
 // The k-th (from 0) of the items that are not among the n ascending `positives`: k + j for the

@@ -1,6 +1,7 @@
 // Binding of local_train: checks, allocation, dispatch.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <numeric>
 #include <tuple>
 
@@ -30,40 +31,59 @@ void check_together(const Optional& a, const Optional& b, const char* a_name, co
               ", got only ", a.has_value() ? a_name : b_name);
 }
 
+int64_t items_of(const LocalTrainArgs& a, int64_t c) {
+  const int64_t client = a.clients[c];
+  return a.indptr[client + 1] - a.indptr[client];
+}
+
+// Calls f(task) for tasks [0, n) on torch's threads.
+template <typename F>
+void parallel_tasks(int64_t n, const F& f) {
+  const auto range = [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) f(t);
+  };
+  if (n <= 1) {
+    range(0, n);
+  } else {
+    torch::stable::parallel_for(0, n, 1, range);
+  }
+}
+
 const void* data_of(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
 
-// Trains clients [0, C), the largest first, each as one task taken by whichever thread is free.
-[[maybe_unused]] void train_on_cpu(const LocalTrainArgs& a, int64_t C, int dtype,
-                                   const Tensor& like) {
+// Trains clients [begin, end), the largest first, each as one task taken by whichever thread is
+// free. `kept_at(c)`: where its sums are made from; null for a place of the thread's own.
+template <typename KeptAt>
+[[maybe_unused]] void train_on_cpu(const LocalTrainArgs& a, int64_t begin, int64_t end, int dtype,
+                                   const Tensor& like, const KeptAt& kept_at) {
   const LocalTrainKernels& kernels = select_local_train_kernels();
+  const int64_t C = end - begin;
   std::vector<int64_t> sizes(static_cast<size_t>(C)), order(static_cast<size_t>(C));
-  for (int64_t c = 0; c < C; ++c) {
-    const int64_t client = a.clients[c];
-    sizes[size_t(c)] = a.indptr[client + 1] - a.indptr[client];
-  }
+  for (int64_t c = 0; c < C; ++c) sizes[size_t(c)] = items_of(a, begin + c);
   std::iota(order.begin(), order.end(), int64_t{0});
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t x, int64_t y) { return sizes[size_t(x)] > sizes[size_t(y)]; });
-  int64_t bytes = 0;  // not always the most for the most items: the maps of rows change their kind
+  // Not always the most for the most items: the maps of rows change their kind.
+  int64_t scratch_bytes = 0, kept_bytes = 0;
   for (int64_t i = 0; i < C; ++i) {
-    if (i == 0 || sizes[size_t(order[size_t(i)])] != sizes[size_t(order[size_t(i - 1)])])
-      bytes = std::max(bytes, kernels.scratch[dtype](a, sizes[size_t(order[size_t(i)])]));
+    const int64_t n = sizes[size_t(order[size_t(i)])];
+    if (i > 0 && n == sizes[size_t(order[size_t(i - 1)])]) continue;
+    scratch_bytes = std::max(scratch_bytes, kernels.scratch[dtype](a, n));
+    if (a.sum_tasks == 0) kept_bytes = std::max(kept_bytes, kernels.kept[dtype](a, n));
   }
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), C);
-  Tensor scratch = torch::stable::new_empty(like, {threads, bytes}, ScalarType::Byte);
-  char* memory = static_cast<char*>(scratch.mutable_data_ptr());
+  Tensor room =
+      torch::stable::new_empty(like, {threads, scratch_bytes + kept_bytes}, ScalarType::Byte);
+  char* memory = static_cast<char*>(room.mutable_data_ptr());
   std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      for (int64_t i = next++; i < C; i = next++)
-        kernels.train[dtype](a, order[size_t(i)], memory + t * bytes);
+  parallel_tasks(threads, [&](int64_t t) {
+    char* scratch = memory + t * (scratch_bytes + kept_bytes);
+    for (int64_t i = next++; i < C; i = next++) {
+      const int64_t c = begin + order[size_t(i)];
+      char* kept = kept_at(c);
+      kernels.train[dtype](a, c, scratch, kept ? kept : scratch + scratch_bytes);
     }
-  };
-  if (threads <= 1) {
-    work(0, threads);
-  } else {
-    torch::stable::parallel_for(0, threads, 1, work);
-  }
+  });
 }
 
 void check_ranges(const LocalTrainArgs& a, int64_t C) {
@@ -94,16 +114,26 @@ void check_ranges(const LocalTrainArgs& a, int64_t C) {
   raise_bad_code(*a.bad_code, a.codes, a.L, a.K);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-           Tensor>
-local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
-            const Tensor& positives, int64_t num_items, const Tensor& user, const Optional& base,
-            const Optional& table, const Optional& A, const Optional& B, const Optional& codes,
-            const Optional& codebooks, const Optional& buckets, const Optional& hashes,
-            const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
-            bool mean, int64_t epochs, int64_t batch_size, bool bpr, bool adam, double lr,
-            double beta1, double beta2, double eps, double l2_user, double l2_items, double prox,
-            int64_t seed, int64_t round) {
+// A checked call: contiguous arguments, and views of them for the kernels.
+struct Call {
+  Tensor clients, indptr, items, positives, user;
+  Optional base, table, A, B, codes, codebooks, buckets, hashes, w1, b1, w2, b2;
+  DType dtype;
+  LocalTrainArgs args{};
+  FirstError bad_item, bad_order, no_negative, bad_code;
+};
+
+// Trained parts, in the order of the results.
+constexpr int kParts = broken_parts;
+
+void prepare(Call& call, const Tensor& clients, const Tensor& indptr, const Tensor& items,
+             const Tensor& positives, int64_t num_items, const Tensor& user, const Optional& base,
+             const Optional& table, const Optional& A, const Optional& B, const Optional& codes,
+             const Optional& codebooks, const Optional& buckets, const Optional& hashes,
+             const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
+             bool mean, int64_t epochs, int64_t batch_size, bool bpr, bool adam, double lr,
+             double beta1, double beta2, double eps, double l2_user, double l2_items, double prox,
+             int64_t seed, int64_t round) {
   check_dim(clients, 1, "clients", "[C]");
   check_dim(indptr, 1, "indptr", "[U + 1]");
   check_value(indptr.size(0) >= 1, "indptr: expected shape [U + 1], got ", shape_text(indptr));
@@ -166,38 +196,54 @@ local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
               batch_size);
   check_value(round >= 0 && round < int64_t{1} << 32, "round: expected 0 to 2^32 - 1, got ", round);
 
-  const Tensor clients_ = dense(clients), indptr_ = dense(indptr), items_ = dense(items),
-               positives_ = dense(positives), user_ = dense(user);
-  const Optional base_ = dense(base), table_ = dense(table), A_ = dense(A), B_ = dense(B),
-                 codes_ = dense(codes), codebooks_ = dense(codebooks), buckets_ = dense(buckets),
-                 hashes_ = dense(hashes), w1_ = dense(w1), b1_ = dense(b1), w2_ = dense(w2),
-                 b2_ = dense(b2);
-  FirstError bad_item, bad_order, no_negative, bad_code;
-  LocalTrainArgs a{};
-  a.clients = indices_of(clients_, "clients");
-  a.indptr = indices_of(indptr_, "indptr");
-  a.items = indices_of(items_, "items");
-  a.positives = indices_of(positives_, "positives");
+  call = {dense(clients),
+          dense(indptr),
+          dense(items),
+          dense(positives),
+          dense(user),
+          dense(base),
+          dense(table),
+          dense(A),
+          dense(B),
+          dense(codes),
+          dense(codebooks),
+          dense(buckets),
+          dense(hashes),
+          dense(w1),
+          dense(b1),
+          dense(w2),
+          dense(b2),
+          dtype,
+          {},
+          {},
+          {},
+          {},
+          {}};
+  LocalTrainArgs& a = call.args;
+  a.clients = indices_of(call.clients, "clients");
+  a.indptr = indices_of(call.indptr, "indptr");
+  a.items = indices_of(call.items, "items");
+  a.positives = indices_of(call.positives, "positives");
   a.users = indptr.size(0) - 1;
   a.nnz = items.size(0);
   a.num_items = I;
   a.D = D;
-  a.user = user_.const_data_ptr();
-  a.base = data_of(base_);
-  a.table = data_of(table_);
-  a.A = data_of(A_);
-  a.B = data_of(B_);
+  a.user = call.user.const_data_ptr();
+  a.base = data_of(call.base);
+  a.table = data_of(call.table);
+  a.A = data_of(call.A);
+  a.B = data_of(call.B);
   a.rank = A ? A->size(1) : 0;
-  if (codes_) a.codes = codes_of(*codes_, "codes");
-  a.codebooks = data_of(codebooks_);
+  if (call.codes) a.codes = codes_of(*call.codes, "codes");
+  a.codebooks = data_of(call.codebooks);
   a.L = codebooks ? codebooks->size(0) : 0;
   a.K = codebooks ? codebooks->size(1) : 0;
-  a.buckets = data_of(buckets_);
-  a.hashes = static_cast<const int64_t*>(data_of(hashes_));
-  a.w1 = data_of(w1_);
-  a.b1 = data_of(b1_);
-  a.w2 = data_of(w2_);
-  a.b2 = data_of(b2_);
+  a.buckets = data_of(call.buckets);
+  a.hashes = static_cast<const int64_t*>(data_of(call.hashes));
+  a.w1 = data_of(call.w1);
+  a.b1 = data_of(call.b1);
+  a.w2 = data_of(call.w2);
+  a.b2 = data_of(call.b2);
   a.M = buckets ? buckets->size(0) : 0;
   a.H = H;
   a.S = S;
@@ -215,22 +261,35 @@ local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
   a.prox = prox;
   a.seed = uint64_t(seed);
   a.round = uint32_t(round);
-  a.bad_item = &bad_item;
-  a.bad_order = &bad_order;
-  a.no_negative = &no_negative;
-  a.bad_code = &bad_code;
-
-  const int64_t C = clients.size(0);
-  const bool by_row = table || A;
+  a.bad_item = &call.bad_item;
+  a.bad_order = &call.bad_order;
+  a.no_negative = &call.no_negative;
+  a.bad_code = &call.bad_code;
   if (host_readable(clients)) {
-    check_clients(a.clients, C, a.users);
-    check_ranges(a, C);
-    if (by_row) {
-      for (int64_t c = 0; c < C; ++c) {
-        const int64_t client = a.clients[c];
-        a.R = std::max(a.R, std::min(I, (a.indptr[client + 1] - a.indptr[client]) * (1 + epochs)));
-      }
-    }
+    check_clients(a.clients, clients.size(0), a.users);
+    check_ranges(a, clients.size(0));
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+           Tensor>
+local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
+            const Tensor& positives, int64_t num_items, const Tensor& user, const Optional& base,
+            const Optional& table, const Optional& A, const Optional& B, const Optional& codes,
+            const Optional& codebooks, const Optional& buckets, const Optional& hashes,
+            const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
+            bool mean, int64_t epochs, int64_t batch_size, bool bpr, bool adam, double lr,
+            double beta1, double beta2, double eps, double l2_user, double l2_items, double prox,
+            int64_t seed, int64_t round) {
+  Call call;
+  prepare(call, clients, indptr, items, positives, num_items, user, base, table, A, B, codes,
+          codebooks, buckets, hashes, w1, b1, w2, b2, mean, epochs, batch_size, bpr, adam, lr,
+          beta1, beta2, eps, l2_user, l2_items, prox, seed, round);
+  LocalTrainArgs& a = call.args;
+  const int64_t C = clients.size(0), D = a.D, S = a.S, H = a.H;
+  if (host_readable(clients) && (table || A)) {
+    for (int64_t c = 0; c < C; ++c)
+      a.R = std::max(a.R, std::min(num_items, items_of(a, c) * (1 + epochs)));
   }
   const auto result = [&](bool there, std::vector<int64_t> shape) {
     if (!there) return torch::stable::new_empty(user, {0});
@@ -258,16 +317,136 @@ local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
   a.d_b1 = d_b1.mutable_data_ptr();
   a.d_w2 = d_w2.mutable_data_ptr();
   a.d_b2 = d_b2.mutable_data_ptr();
-  train_on_cpu(a, C, int(dtype), user);
+  train_on_cpu(a, 0, C, int(call.dtype), user, [](int64_t) -> char* { return nullptr; });
   raise_errors(a);
   return {new_user,    losses,    rows, d_table, d_A,  d_B,
           d_codebooks, d_buckets, d_w1, d_b1,    d_w2, d_b2};
+}
+
+// A sum over clients: float64 in the shape of the parameter, written in place.
+double* sum_of(const Optional& total, const Optional& parameter, const char* name, const char* of) {
+  check_value(total.has_value() == parameter.has_value(), name, ": expected one where there is ",
+              of, ", and only there");
+  if (!total) return nullptr;
+  bool same = total->dim() == parameter->dim();
+  for (int64_t d = 0; same && d < total->dim(); ++d) same = total->size(d) == parameter->size(d);
+  check_value(same, name, ": expected the shape of ", of, ", ", shape_text(*parameter), ", got ",
+              shape_text(*total));
+  check_type(total->scalar_type() == ScalarType::Double, name, ": expected float64, got ",
+             torch::headeronly::toString(total->scalar_type()));
+  check_same_device(*total, *parameter, name, of);
+  check_value(total->is_contiguous(), name, ": expected a contiguous tensor");
+  return static_cast<double*>(Tensor(*total).mutable_data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(
+    const Tensor& clients, const Tensor& weights, const Tensor& indptr, const Tensor& items,
+    const Tensor& positives, int64_t num_items, const Tensor& user, const Optional& base,
+    const Optional& table, const Optional& A, const Optional& B, const Optional& codes,
+    const Optional& codebooks, const Optional& buckets, const Optional& hashes, const Optional& w1,
+    const Optional& b1, const Optional& w2, const Optional& b2, const Optional& sum_table,
+    const Optional& sum_A, const Optional& sum_B, const Optional& sum_codebooks,
+    const Optional& sum_buckets, const Optional& sum_w1, const Optional& sum_b1,
+    const Optional& sum_w2, const Optional& sum_b2, const Optional& touched, bool mean,
+    int64_t epochs, int64_t batch_size, bool bpr, bool adam, double lr, double beta1, double beta2,
+    double eps, double l2_user, double l2_items, double prox, int64_t seed, int64_t round,
+    double grid, int64_t memory_bytes) {
+  Call call;
+  prepare(call, clients, indptr, items, positives, num_items, user, base, table, A, B, codes,
+          codebooks, buckets, hashes, w1, b1, w2, b2, mean, epochs, batch_size, bpr, adam, lr,
+          beta1, beta2, eps, l2_user, l2_items, prox, seed, round);
+  LocalTrainArgs& a = call.args;
+  const int64_t C = clients.size(0);
+  check_dim(weights, 1, "weights", "[C]");
+  check_size(weights, 0, C, "weights", "C, as clients");
+  check_type(weights.scalar_type() == ScalarType::Double, "weights: expected float64, got ",
+             torch::headeronly::toString(weights.scalar_type()));
+  check_same_device(weights, user, "weights", "user");
+  check_value(grid >= 0.0 && std::isfinite(grid), "grid: expected 0 or a power of two, got ", grid);
+  const Tensor weights_ = dense(weights);
+  a.weights = static_cast<const double*>(weights_.const_data_ptr());
+  a.sum_table = sum_of(sum_table, table, "sum_table", "table");
+  a.sum_A = sum_of(sum_A, A, "sum_A", "A");
+  a.sum_B = sum_of(sum_B, B, "sum_B", "B");
+  a.sum_codebooks = sum_of(sum_codebooks, codebooks, "sum_codebooks", "codebooks");
+  a.sum_buckets = sum_of(sum_buckets, buckets, "sum_buckets", "buckets");
+  a.sum_w1 = sum_of(sum_w1, w1, "sum_w1", "w1");
+  a.sum_b1 = sum_of(sum_b1, b1, "sum_b1", "b1");
+  a.sum_w2 = sum_of(sum_w2, w2, "sum_w2", "w2");
+  a.sum_b2 = sum_of(sum_b2, b2, "sum_b2", "b2");
+  if (touched) {
+    check_value(table || A, "touched: expected together with table or A, got only touched");
+    check_dim(*touched, 1, "touched", "[I]");
+    check_size(*touched, 0, num_items, "touched", "I, the number of items");
+    check_type(touched->scalar_type() == ScalarType::Byte, "touched: expected uint8, got ",
+               torch::headeronly::toString(touched->scalar_type()));
+    check_same_device(*touched, user, "touched", "user");
+    check_value(touched->is_contiguous(), "touched: expected a contiguous tensor");
+    a.touched = static_cast<uint8_t*>(Tensor(*touched).mutable_data_ptr());
+  }
+  a.shift = 0x1.8p52 * grid;
+  Tensor new_user = torch::stable::new_empty(user, {C, a.D});
+  a.new_user = new_user.mutable_data_ptr();
+  Tensor losses = torch::stable::new_empty(user, {C}, ScalarType::Double);
+  a.losses = static_cast<double*>(losses.mutable_data_ptr());
+  a.sum_tasks = torch::stable::get_num_threads();
+
+  // Blocks of clients: trained in parallel, then added in the order of clients, in parallel over
+  // rows.
+  const int dtype = int(call.dtype);
+  const LocalTrainKernels& kernels = select_local_train_kernels();
+  std::vector<int64_t> at(static_cast<size_t>(C)), fresh;
+  std::vector<uint32_t> broken(size_t(a.sum_tasks), 0);
+  int64_t known_size = -1, known_bytes = 0;
+  for (int64_t begin = 0, end = 0; begin < C; begin = end) {
+    int64_t bytes = 0;
+    for (; end < C; ++end) {
+      const int64_t n = items_of(a, end);
+      if (n != known_size) known_bytes = kernels.kept[dtype](a, known_size = n);
+      if (end > begin && bytes + known_bytes > memory_bytes) break;
+      at[size_t(end)] = bytes;
+      bytes += known_bytes;
+    }
+    Tensor room = torch::stable::new_empty(user, {bytes}, ScalarType::Byte);
+    char* memory = static_cast<char*>(room.mutable_data_ptr());
+    const auto kept_at = [&](int64_t c) { return memory + at[size_t(c)]; };
+    train_on_cpu(a, begin, end, dtype, user, kept_at);
+    raise_errors(a);
+
+    std::vector<int64_t> rows(size_t(a.sum_tasks) + 1, 0);  // of each task, then where they begin
+    for (int64_t t = 0; a.touched && t < a.sum_tasks; ++t) {
+      for (int64_t c = begin; c < end; ++c)
+        rows[size_t(t) + 1] += kernels.task_rows[dtype](a, c, t, kept_at(c));
+      rows[size_t(t) + 1] += rows[size_t(t)];
+    }
+    std::vector<int64_t> found(size_t(rows.back())), counts(size_t(a.sum_tasks), 0);
+    parallel_tasks(a.sum_tasks, [&](int64_t t) {
+      int64_t *const first = found.data() + rows[size_t(t)], *last = first;
+      for (int64_t c = begin; c < end; ++c)
+        broken[size_t(t)] |= kernels.sum[dtype](a, c, t, kept_at(c), last);
+      counts[size_t(t)] = last - first;
+    });
+    for (int64_t t = 0; t < a.sum_tasks; ++t) {
+      const auto first = found.begin() + rows[size_t(t)];
+      fresh.insert(fresh.end(), first, first + counts[size_t(t)]);
+    }
+  }
+
+  Tensor rows = torch::stable::new_empty(user, {int64_t(fresh.size())}, ScalarType::Long);
+  std::copy(fresh.begin(), fresh.end(), static_cast<int64_t*>(rows.mutable_data_ptr()));
+  Tensor bad = torch::stable::new_empty(user, {kParts}, ScalarType::Bool);
+  uint32_t any = 0;
+  for (const uint32_t bits : broken) any |= bits;
+  for (int part = 0; part < kParts; ++part)
+    static_cast<bool*>(bad.mutable_data_ptr())[part] = any >> part & 1;
+  return {new_user, losses, rows, bad};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(FEDPEFT_LIBRARY, CPU, m) {
   m.impl("local_train", TORCH_BOX(&local_train));
+  m.impl("local_train_sum_", TORCH_BOX(&local_train_sum_));
 }
 
 }  // namespace fedpeft

@@ -11,8 +11,10 @@ namespace {
 template <typename T>
 class Trainer {
  public:
-  Trainer(const LocalTrainArgs& args, int64_t n, void* memory) : a(args), size(n), arena(memory) {
+  Trainer(const LocalTrainArgs& args, int64_t n, void* scratch, void* kept)
+      : a(args), size(n), memory{Arena(scratch), Arena(kept)} {
     const int64_t draws = n * (1 + a.epochs), batch = 2 * n;
+    Arena& arena = memory.work;
     items = arena.take<int64_t>(draws);
     batch_draws = arena.take<int32_t>(batch);
     scores = arena.take<T>(batch);
@@ -23,18 +25,19 @@ class Trainer {
       spare = arena.take<int32_t>(n);
       keys = arena.take<uint64_t>(n);
     }
-    user.lay_out(arena, a, a.user, 1, a.D, false);
-    if (a.table) table.lay_out(arena, a, a.table, a.num_items, a.D, 1, draws, false);
-    if (a.A) lora.lay_out(arena, a, draws);
-    if (a.codebooks) codewords.lay_out(arena, a, a.codebooks, a.L * a.K, a.D, a.L, draws, false);
-    if (a.buckets && a.w1) senet.lay_out(arena, a, draws);
+    user.lay_out(memory, a, a.user, 1, a.D, false);
+    if (a.table) table.lay_out(memory, a, a.table, a.num_items, a.D, 1, draws, false);
+    if (a.A) lora.lay_out(memory, a, draws);
+    if (a.codebooks) codewords.lay_out(memory, a, a.codebooks, a.L * a.K, a.D, a.L, draws, false);
+    if (a.buckets && a.w1) senet.lay_out(memory, a, draws);
     if (a.buckets && !a.w1) {
-      hashed.lay_out(arena, a, a.buckets, a.M, a.D, a.H, draws, false);
+      hashed.lay_out(memory, a, a.buckets, a.M, a.D, a.H, draws, false);
       hashed.scale = a.mean ? T(1) / T(a.H) : T(1);
     }
   }
 
-  int64_t scratch() const { return arena.used(); }
+  int64_t scratch() const { return memory.work.used(); }
+  int64_t kept() const { return memory.kept.used(); }
 
   void train(int64_t c) {
     client = a.clients[c];
@@ -57,13 +60,59 @@ class Trainer {
       }
     }
     a.losses[c] = steps ? loss / double(steps) : 0.0;
-    write(c);
+    if (a.sum_tasks == 0) {
+      write(c);
+      return;
+    }
+    for_slots([](Slots<T>& slots) { slots.group_by_task(); });
+  }
+
+  // Of a client that was trained with the same `kept`.
+  int64_t task_rows(int64_t task) {
+    const Slots<T>& slots = a.table ? table.slots : lora.A.slots;
+    return a.table || a.A ? slots.first_of[task + 1] - slots.first_of[task] : 0;
+  }
+
+  uint32_t sum(int64_t c, int64_t task, int64_t*& fresh) {
+    const Addition by{a.weights[c], a.shift};
+    uint32_t broken = 0;
+    const auto add_rows = [&](const Slots<T>& slots, double* total, BrokenPart part) {
+      broken |= uint32_t(slots.add_to(total, task, by)) << part;
+    };
+    const auto add_dense = [&](const DensePart<T>& dense, double* total, BrokenPart part) {
+      if (task == 0) broken |= uint32_t(dense.add_to(total, by)) << part;
+    };
+    if (a.table || a.A) {
+      const Slots<T>& slots = a.table ? table.slots : lora.A.slots;
+      for (int32_t i = a.touched ? slots.first_of[task] : slots.first_of[task + 1];
+           i < slots.first_of[task + 1]; ++i) {
+        const int64_t row = slots.rows[slots.by_task[i]];
+        *fresh = row;
+        fresh += !a.touched[row];
+        a.touched[row] = 1;
+      }
+    }
+    if (a.table) add_rows(table.slots, a.sum_table, broken_table);
+    if (a.A) {
+      add_rows(lora.A.slots, a.sum_A, broken_A);
+      add_dense(lora.B, a.sum_B, broken_B);
+    }
+    if (a.codebooks) add_rows(codewords.slots, a.sum_codebooks, broken_codebooks);
+    if (a.buckets) add_rows(a.w1 ? senet.table.slots : hashed.slots, a.sum_buckets, broken_buckets);
+    if (a.buckets && a.w1) {
+      add_dense(senet.w1, a.sum_w1, broken_w1);
+      add_dense(senet.b1, a.sum_b1, broken_b1);
+      add_dense(senet.w2, a.sum_w2, broken_w2);
+      add_dense(senet.b2, a.sum_b2, broken_b2);
+    }
+    if (task == 0) copy_row(static_cast<T*>(a.new_user) + c * a.D, user.p, a.D);
+    return broken;
   }
 
  private:
   const LocalTrainArgs& a;
   const int64_t size;
-  Arena arena;
+  Memory memory;
   int64_t client = 0, first = 0;
   int64_t* items;        // [draws]: the positives, then each epoch's negatives
   int32_t* batch_draws;  // positives and negatives alternating, so that what cancels in a pair
@@ -323,22 +372,42 @@ class Trainer {
   }
 };
 
-template <typename T>
-int64_t scratch(const LocalTrainArgs& a, int64_t n) {
-  return Trainer<T>(a, n, nullptr).scratch();
+FEDPEFT_INLINE int64_t items_of(const LocalTrainArgs& a, int64_t c) {
+  const int64_t client = a.clients[c];
+  return a.indptr[client + 1] - a.indptr[client];
 }
 
 template <typename T>
-void train(const LocalTrainArgs& a, int64_t c, void* memory) {
-  const int64_t client = a.clients[c];
-  Trainer<T>(a, a.indptr[client + 1] - a.indptr[client], memory).train(c);
+int64_t scratch(const LocalTrainArgs& a, int64_t n) {
+  return Trainer<T>(a, n, nullptr, nullptr).scratch();
+}
+
+template <typename T>
+int64_t kept(const LocalTrainArgs& a, int64_t n) {
+  return Trainer<T>(a, n, nullptr, nullptr).kept();
+}
+
+template <typename T>
+void train(const LocalTrainArgs& a, int64_t c, void* scratch, void* kept) {
+  Trainer<T>(a, items_of(a, c), scratch, kept).train(c);
+}
+
+template <typename T>
+uint32_t sum(const LocalTrainArgs& a, int64_t c, int64_t task, void* kept, int64_t*& fresh) {
+  return Trainer<T>(a, items_of(a, c), nullptr, kept).sum(c, task, fresh);
+}
+
+template <typename T>
+int64_t task_rows(const LocalTrainArgs& a, int64_t c, int64_t task, void* kept) {
+  return Trainer<T>(a, items_of(a, c), nullptr, kept).task_rows(task);
 }
 
 }  // namespace
 
 const LocalTrainKernels local_train_kernels = {
-    {scratch<float>, scratch<double>},
-    {train<float>, train<double>},
+    {scratch<float>, scratch<double>},     {kept<float>, kept<double>},
+    {train<float>, train<double>},         {sum<float>, sum<double>},
+    {task_rows<float>, task_rows<double>},
 };
 
 }  // namespace fedpeft::FEDPEFT_ISA

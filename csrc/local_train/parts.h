@@ -45,11 +45,12 @@ struct RowsPart {
   T scale = 1;            // of their sum
   int32_t* at = nullptr;  // [draws, reads]: slots
 
-  void lay_out(Arena& arena, const LocalTrainArgs& a, const void* table, int64_t rows,
+  void lay_out(Memory& memory, const LocalTrainArgs& a, const void* table, int64_t rows,
                int64_t width, int64_t reads_, int64_t draws, bool with_beta) {
     reads = reads_;
-    slots.lay_out(arena, table, rows, width, draws * reads, a.adam, a.prox > 0, with_beta);
-    at = arena.take<int32_t>(draws * reads);
+    slots.lay_out(memory, table, rows, width, draws * reads, a.adam, a.prox > 0, with_beta,
+                  a.sum_tasks);
+    at = memory.work.take<int32_t>(draws * reads);
   }
 
   template <typename RowOf>
@@ -96,13 +97,14 @@ struct DensePart {
   const T* source = nullptr;
   T *p = nullptr, *m = nullptr, *v = nullptr, *start = nullptr, *grad = nullptr;
 
-  void lay_out(Arena& arena, const LocalTrainArgs& a, const void* from, int64_t rows_,
+  void lay_out(Memory& memory, const LocalTrainArgs& a, const void* from, int64_t rows_,
                int64_t width_, bool travels = true) {
+    Arena& arena = memory.work;
     source = static_cast<const T*>(from);
     rows = rows_;
     width = width_;
     stride = padded<T>(width);
-    p = arena.take<T>(rows * stride);
+    p = memory.kept.take<T>(rows * stride);
     if (a.adam) {
       m = arena.take<T>(rows * stride);
       v = arena.take<T>(rows * stride);
@@ -135,6 +137,14 @@ struct DensePart {
     zero_row(grad, rows * stride);
   }
 
+  // As Slots::add_to, all of it.
+  bool add_to(double* total, Addition by) const {
+    bool broken = false;
+    for (int64_t r = 0; r < rows; ++r)
+      broken |= add_difference(total + r * width, p + r * stride, source + r * width, width, by);
+    return broken;
+  }
+
   void write(void* delta) const {
     T* out = static_cast<T*>(delta);
     for (int64_t r = 0; r < rows; ++r) {
@@ -151,9 +161,10 @@ struct LoraPart {
   DensePart<T> B;
   T *q = nullptr, *mixed = nullptr;  // [padded r]: B^T u, sum_s alpha[s] a_s
 
-  void lay_out(Arena& arena, const LocalTrainArgs& a, int64_t draws) {
-    A.lay_out(arena, a, a.A, a.num_items, a.rank, 1, draws, false);
-    B.lay_out(arena, a, a.B, a.D, a.rank);
+  void lay_out(Memory& memory, const LocalTrainArgs& a, int64_t draws) {
+    A.lay_out(memory, a, a.A, a.num_items, a.rank, 1, draws, false);
+    B.lay_out(memory, a, a.B, a.D, a.rank);
+    Arena& arena = memory.work;
     q = arena.take<T>(B.stride);
     mixed = arena.take<T>(B.stride);
   }
@@ -185,13 +196,14 @@ struct SenetPart {
   T *hidden = nullptr, *hidden_grad = nullptr, *gates = nullptr, *means = nullptr,
     *averaging = nullptr;
 
-  void lay_out(Arena& arena, const LocalTrainArgs& a, int64_t draws) {
+  void lay_out(Memory& memory, const LocalTrainArgs& a, int64_t draws) {
     H = a.H;
-    table.lay_out(arena, a, a.buckets, a.M, a.D, H, draws, true);
-    w1.lay_out(arena, a, a.w1, a.S, H);
-    b1.lay_out(arena, a, a.b1, 1, a.S);
-    w2.lay_out(arena, a, a.w2, H, a.S);
-    b2.lay_out(arena, a, a.b2, 1, H);
+    table.lay_out(memory, a, a.buckets, a.M, a.D, H, draws, true);
+    w1.lay_out(memory, a, a.w1, a.S, H);
+    b1.lay_out(memory, a, a.b1, 1, a.S);
+    w2.lay_out(memory, a, a.w2, H, a.S);
+    b2.lay_out(memory, a, a.b2, 1, H);
+    Arena& arena = memory.work;
     stride = b1.stride;
     w1_columns = arena.take<T>(H * stride);
     w1_columns_grad = arena.take<T>(H * stride);

@@ -32,6 +32,11 @@ class Arena {
   int64_t used_ = 0;
 };
 
+// A client's memory: what training alone needs, and what remains for the sums over clients.
+struct Memory {
+  Arena work, kept;
+};
+
 template <typename T>
 FEDPEFT_INLINE int64_t padded(int64_t width) {
   return (width + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
@@ -168,6 +173,26 @@ FEDPEFT_INLINE void dot_rows(const T* p, int64_t count, int64_t stride, const T*
   }
 }
 
+// How updates are added to sums: weight * update, rounded to a grid by adding and taking away
+// 1.5 * 2^52 times its step.
+struct Addition {
+  double weight, shift;
+};
+
+// Adds now - then, rounded as an upload of it would be, to `total`. True where a difference is NaN
+// or infinite.
+template <typename T>
+FEDPEFT_INLINE bool add_difference(double* __restrict total, const T* __restrict now,
+                                   const T* __restrict then, int64_t n, Addition by) {
+  decltype(nonzero(T(0))) broken = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const T difference = now[i] - then[i];
+    total[i] += (by.weight * double(difference) + by.shift) - by.shift;
+    broken |= nonzero(difference - difference);
+  }
+  return broken != 0;
+}
+
 // Touched rows of a table [rows, width], in order of first touch.
 template <typename T>
 struct Slots {
@@ -181,12 +206,17 @@ struct Slots {
   int32_t* slot_of = nullptr;
 
   int64_t* rows = nullptr;  // [capacity]
+  // For sums over clients: slots grouped by the task that adds their rows, and where each task's
+  // begin.
+  int32_t *by_task = nullptr, *first_of = nullptr;  // [capacity], [tasks + 1]
+  int64_t tasks = 0;
   T *p = nullptr, *m = nullptr, *v = nullptr, *start = nullptr;
   T *alpha = nullptr, *beta = nullptr, *dots = nullptr;
   int64_t count = 0;
 
-  void lay_out(Arena& arena, const void* table, int64_t table_rows_, int64_t width_,
-               int64_t touches, bool adam, bool prox, bool with_beta) {
+  void lay_out(Memory& memory, const void* table, int64_t table_rows_, int64_t width_,
+               int64_t touches, bool adam, bool prox, bool with_beta, int64_t tasks_) {
+    Arena &arena = memory.work, &kept = memory.kept;
     source = static_cast<const T*>(table);
     table_rows = table_rows_;
     width = width_;
@@ -198,8 +228,13 @@ struct Slots {
     if (direct) map_size = table_rows;
     keys = direct ? nullptr : arena.take<int64_t>(map_size);
     slot_of = arena.take<int32_t>(map_size);
-    rows = arena.take<int64_t>(capacity);
-    p = arena.take<T>(capacity * stride);
+    rows = kept.take<int64_t>(capacity);
+    tasks = tasks_;
+    if (tasks > 0) {
+      by_task = kept.take<int32_t>(capacity);
+      first_of = kept.take<int32_t>(tasks + 1);
+    }
+    p = kept.take<T>(capacity * stride);
     if (adam) {
       m = arena.take<T>(capacity * stride);
       v = arena.take<T>(capacity * stride);
@@ -259,6 +294,42 @@ struct Slots {
   FEDPEFT_INLINE void write_delta(T* out, int64_t s) const {
     const T *now = p + s * stride, *then = source + rows[s] * width;
     for (int64_t d = 0; d < width; ++d) out[d] = now[d] - then[d];
+  }
+
+  // Rows in groups of 8, whose totals share no cache line with another group's, to tasks.
+  FEDPEFT_INLINE int64_t task_of(int64_t row) const {
+    const uint32_t mixed = uint32_t(uint64_t(row >> 3) * 0x9E3779B97F4A7C15u >> 32);
+    return int64_t(uint64_t(mixed) * uint64_t(tasks) >> 32);
+  }
+
+  void group_by_task() {
+    for (int64_t t = 0; t <= tasks; ++t) first_of[t] = 0;
+    for (int64_t s = 0; s < count; ++s) ++first_of[task_of(rows[s])];
+    int32_t begin = 0;
+    for (int64_t t = 0; t <= tasks; ++t) {
+      const int32_t size = first_of[t];
+      first_of[t] = begin;
+      begin += size;
+    }
+    for (int64_t s = 0; s < count; ++s) by_task[first_of[task_of(rows[s])]++] = int32_t(s);
+    for (int64_t t = tasks; t > 0; --t)
+      first_of[t] = first_of[t - 1];  // where they were filled from
+    first_of[0] = 0;
+  }
+
+  // Adds what a task's rows changed by to `total` [table_rows, width]. True where that is NaN or
+  // infinite.
+  bool add_to(double* total, int64_t task, Addition by) const {
+    constexpr int64_t kAhead = 6;
+    const int32_t *slot = by_task + first_of[task], *stop = by_task + first_of[task + 1];
+    bool broken = false;
+    for (; slot < stop; ++slot) {
+      if (slot + kAhead < stop) prefetch_row(total + rows[slot[kAhead]] * width, width);
+      const int64_t s = *slot, row = rows[s];
+      broken |=
+          add_difference(total + row * width, p + s * stride, source + row * width, width, by);
+    }
+    return broken;
   }
 
   // [table_rows, width], zero where nothing was touched.

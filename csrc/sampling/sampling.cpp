@@ -1,5 +1,9 @@
-// Binding of sample_negatives and client_dropout: checks, allocation, dispatch.
+// Binding of sample_negatives, client_dropout and sample_clients: checks, allocation, dispatch.
+#include <algorithm>
 #include <cmath>
+#include <memory>
+#include <utility>
+#include <vector>
 
 #include "common/check.h"
 #include "common/dispatch.h"
@@ -136,7 +140,54 @@ Tensor client_dropout(const Tensor& x, const Tensor& clients, double p, int64_t 
   return out;
 }
 
+#if !defined(FEDPEFT_EMULATOR)  // on the CPU alone
+// The `count` clients of the smallest keys, ascending by id. Keys are uniform, so that those below
+// a bound hold the smallest ones but for one call in many thousands, which looks at all.
+Tensor sample_clients(const Tensor& clients, int64_t count, int64_t seed, int64_t round,
+                      int64_t attempt) {
+  check_dim(clients, 1, "clients", "[n]");
+  const int64_t n = clients.size(0);
+  check_value(count >= 0 && count <= n, "count: expected 0 to ", n, ", the clients, got ", count);
+  const Tensor clients_ = dense(clients);
+  ClientKeysArgs a{};
+  a.clients = indices_of(clients_, "clients");
+  a.seed = uint64_t(seed);
+  a.round = check_uint(round, int64_t{1} << 32, "round");
+  a.attempt = check_uint(attempt, int64_t{1} << 32, "attempt");
+  check_clients(a.clients, n, int64_t{1} << 32);
+  const std::unique_ptr<uint64_t[]> keys(new uint64_t[static_cast<size_t>(n)]);
+  a.keys = keys.get();
+  const auto kernel = select_sampling_kernels().client_keys;
+  parallel_ranges(n, 16, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+
+  using Keyed = std::pair<uint64_t, int64_t>;  // key, place: equal keys go by place
+  std::vector<Keyed> smallest;
+  const double likely = double(count) + 6 * std::sqrt(double(count)) + 16;
+  for (const bool all : {likely >= double(n), true}) {
+    const uint64_t bound = all ? UINT64_MAX : uint64_t(std::ldexp(likely / double(n), 64));
+    smallest.clear();
+    for (int64_t i = 0; i < n; ++i) {
+      if (keys[size_t(i)] <= bound) smallest.emplace_back(keys[size_t(i)], i);
+    }
+    if (int64_t(smallest.size()) >= count) break;
+  }
+  std::nth_element(smallest.begin(), smallest.begin() + count, smallest.end());
+  Tensor out = torch::stable::new_empty(clients, {count}, ScalarType::Long);
+  int64_t* ids = static_cast<int64_t*>(out.mutable_data_ptr());
+  for (int64_t i = 0; i < count; ++i) ids[i] = a.clients[smallest[size_t(i)].second];
+  std::sort(ids, ids + count);
+  return out;
+}
+
+#endif
+
 }  // namespace
+
+#if !defined(FEDPEFT_EMULATOR)
+STABLE_TORCH_LIBRARY_IMPL(FEDPEFT_LIBRARY, CPU, m) {
+  m.impl("sample_clients", TORCH_BOX(&sample_clients));
+}
+#endif
 
 FEDPEFT_IMPL(m) {
   m.impl("sample_negatives", TORCH_BOX(&sample_negatives));

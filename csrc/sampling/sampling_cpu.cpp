@@ -84,11 +84,23 @@ void dropout(const ClientDropoutArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+void client_keys(const ClientKeysArgs& a, int64_t begin, int64_t end) {
+  const uint32_t stream = philox_stream(Purpose::client_sampling, 0, 0);
+  for (int64_t i = begin; i < end; i += kDrawBatch) {
+    const int64_t count = end - i < kDrawBatch ? end - i : kDrawBatch;
+    uint64_t client[kDrawBatch] = {}, low[kDrawBatch], high[kDrawBatch];
+    for (int64_t j = 0; j < count; ++j) client[j] = uint64_t(a.clients[i + j]);
+    philox_of_clients(client, a.attempt, a.round, stream, a.seed, low, high);
+    for (int64_t j = 0; j < count; ++j) a.keys[i + j] = low[j];
+  }
+}
+
 }  // namespace
 
 const SamplingKernels sampling_kernels = {
     negatives_any,
     {dropout<float>, dropout<double>, dropout<Half>, dropout<BFloat16>},
+    client_keys,
 };
 
 }  // namespace fedpeft::FEDPEFT_ISA

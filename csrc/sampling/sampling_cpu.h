@@ -35,11 +35,20 @@ struct ClientDropoutArgs {
   uint32_t round, epoch, layer;
 };
 
+struct ClientKeysArgs {
+  IndexArray clients;  // [n], in [0, 2^32)
+  uint64_t* keys;      // [n]
+  uint64_t seed;
+  uint32_t round, attempt;
+};
+
 struct SamplingKernels {
   // Work items [begin, end) of C * epochs * blocks.
   void (*negatives)(const SampleNegativesArgs&, int64_t begin, int64_t end);
   // Work items [begin, end) of C * blocks.
   void (*dropout[kDTypes])(const ClientDropoutArgs&, int64_t begin, int64_t end);
+  // Clients [begin, end).
+  void (*client_keys)(const ClientKeysArgs&, int64_t begin, int64_t end);
 };
 
 FEDPEFT_DECLARE_KERNELS(SamplingKernels, sampling_kernels)

@@ -6,24 +6,27 @@ them. Every op works under autograd (twice), torch.func (vmap, grad, vjp, at any
 autocast.
 """
 
-from .aggregate import accumulate_updates_, touched_rows
+from .aggregate import accumulate_updates_, apply_updates_, touched_rows
 from .client_embedding import client_embedding
 from .client_layer import client_layer
 from .dot_scores import dot_scores
 from .hash_lookup import SENetWeights, hash_buckets, hash_lookup, make_hashes
-from .local_train import ItemParts, LocalUpdates, local_train
+from .local_train import ItemParts, ItemSums, LocalUpdates, SumResult, local_train, local_train_sum_
 from .lora_lookup import lora_lookup
 from .losses import bce_loss, bpr_loss
 from .optim import client_adam_, client_sgd_
 from .rq_encode import rq_encode
 from .rq_lookup import rq_lookup
-from .sampling import client_dropout, sample_negatives
+from .sampling import client_dropout, sample_clients, sample_negatives
 
 __all__ = [
     "ItemParts",
+    "ItemSums",
     "LocalUpdates",
     "SENetWeights",
+    "SumResult",
     "accumulate_updates_",
+    "apply_updates_",
     "bce_loss",
     "bpr_loss",
     "client_adam_",
@@ -35,10 +38,12 @@ __all__ = [
     "hash_buckets",
     "hash_lookup",
     "local_train",
+    "local_train_sum_",
     "lora_lookup",
     "make_hashes",
     "rq_encode",
     "rq_lookup",
+    "sample_clients",
     "sample_negatives",
     "touched_rows",
 ]

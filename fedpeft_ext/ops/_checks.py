@@ -7,6 +7,8 @@ data.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -132,3 +134,8 @@ def check_range(value: int, low: int, high: int, name: str) -> None:
 def check_draw(seed: int, round: int) -> None:
     check_range(seed, 0, 2**63, "seed")
     check_range(round, 0, 2**32, "round")
+
+
+def check_grid(grid: float) -> None:
+    if grid != 0.0 and not (0.0 < grid < math.inf and math.frexp(grid)[0] == 0.5):
+        raise ValueError(f"grid: expected 0 or a power of two, got {grid}")

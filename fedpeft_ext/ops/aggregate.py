@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from ._checks import check_device, check_dim, check_dtype, check_float, check_index, check_shape
+from ._checks import check_device, check_dim, check_dtype, check_float, check_grid, check_index, check_shape
 from ._library import Dims, eager_op, register_fake, register_in_place, register_vmap, to_front
 from ._plain import check_index_values
 
 _TOUCHED = eager_op("touched_rows")
 _ACCUMULATE = eager_op("accumulate_updates_")
+_APPLY = eager_op("apply_updates_")
 
 
 def _check_touched(items: Tensor) -> None:
@@ -90,8 +89,7 @@ def _vmap_touched(size: int, in_dims: Dims, items: Tensor) -> tuple[tuple[Tensor
 def _check_accumulate(
     total: Tensor, updates: Tensor, weights: Tensor, rows: Tensor | None, grid: float
 ) -> None:
-    if grid != 0.0 and not (0.0 < grid < math.inf and math.frexp(grid)[0] == 0.5):
-        raise ValueError(f"grid: expected 0 or a power of two, got {grid}")
+    check_grid(grid)
     check_float(updates, "updates")
     check_float(total, "total")
     if total.dtype != torch.float64 and total.dtype != updates.dtype:
@@ -152,6 +150,72 @@ def accumulate_updates_(
     """
     _check_accumulate(total, updates, weights, rows, grid)
     _ACCUMULATE(total, updates, weights, rows, grid)
+
+
+def _check_apply(parameter: Tensor, total: Tensor, rows: Tensor | None) -> None:
+    check_float(parameter, "parameter")
+    if parameter.dim() == 0:
+        raise ValueError("parameter: expected shape [I, ...], got []")
+    check_dtype(total, torch.float64, "total")
+    check_shape(total, tuple(parameter.shape), "total", "as parameter")
+    check_device(total, parameter, "total", "parameter")
+    if not (parameter.is_contiguous() and total.is_contiguous()):
+        raise ValueError("parameter, total: expected contiguous tensors")
+    if rows is not None:
+        check_index(rows, "rows")
+        check_dim(rows, 1, "rows", "[n]")
+        check_device(rows, parameter, "rows", "parameter")
+
+
+def apply_updates_(parameter: Tensor, total: Tensor, rows: Tensor | None = None, *, scale: float) -> None:
+    """The server's step: adds scale * total to a parameter and makes the total zero, in one pass. CPU only.
+
+    Args:
+        parameter: float32, float64, float16 or bfloat16 [I, ...], contiguous. Updated in place.
+        total: float64, the same shape, contiguous. Zero afterwards (at `rows`).
+        rows: None for all, or int32 or int64 [n], distinct: the rows that are worked on.
+
+    Raises:
+        ValueError: a shape does not fit, a tensor is not contiguous, or the devices differ.
+        TypeError: an argument has the wrong type or dtype.
+        IndexError: a row is not in [0, I).
+
+    Equivalent to::
+
+        parameter += (total * scale).to(parameter.dtype)
+        total.zero_()
+
+    Example:
+        >>> import torch
+        >>> parameter, total = torch.zeros(2, 1), torch.tensor([[2.], [4.]], dtype=torch.float64)
+        >>> apply_updates_(parameter, total, torch.tensor([1]), scale=0.5)
+        >>> parameter.flatten(), total.flatten()
+        (tensor([0., 2.]), tensor([2., 0.], dtype=torch.float64))
+    """
+    _check_apply(parameter, total, rows)
+    _APPLY(parameter, total, rows, scale)
+
+
+def apply_updates_reference_(
+    parameter: Tensor, total: Tensor, rows: Tensor | None = None, *, scale: float
+) -> None:
+    """`apply_updates_` in plain PyTorch, on any device."""
+    _check_apply(parameter, total, rows)
+    if rows is None:
+        parameter.add_((total * scale).to(parameter.dtype))
+        total.zero_()
+        return
+    check_index_values(rows, parameter.size(0), "rows", padding=False)
+    parameter[rows.long()] += (total[rows.long()] * scale).to(parameter.dtype)
+    total[rows.long()] = 0.0
+
+
+@register_fake("apply_updates_")
+def _fake_apply(parameter: Tensor, total: Tensor, rows: Tensor | None, scale: float) -> None:
+    _check_apply(parameter, total, rows)
+
+
+register_in_place("apply_updates_", 0, 1)
 
 
 def accumulate_updates_reference_(

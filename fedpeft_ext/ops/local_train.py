@@ -1,8 +1,9 @@
-"""local_train: a client's whole local training in one call, from its first draw to its upload."""
+"""local_train: a client's whole local training in one call, from its first draw to its upload, or to its
+place in the sum over clients."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from ._checks import (
     check_dim,
     check_draw,
     check_dtype,
+    check_grid,
     check_index,
     check_like,
     check_not_negative,
@@ -23,8 +25,9 @@ from ._checks import (
     check_size,
     check_tensor,
 )
-from ._library import eager_op, register_fake, register_not_differentiable
+from ._library import eager_op, register_fake, register_in_place, register_not_differentiable
 from ._plain import check_index_values
+from .aggregate import accumulate_updates_reference_
 from .client_embedding import client_embedding_reference
 from .hash_lookup import SENetWeights, hash_lookup_reference
 from .lora_lookup import lora_lookup_reference
@@ -32,6 +35,7 @@ from .rq_lookup import rq_lookup_reference
 from .sampling import sample_negatives_reference
 
 _LOCAL_TRAIN = eager_op("local_train")
+_LOCAL_TRAIN_SUM = eager_op("local_train_sum_")
 
 
 class ItemParts(NamedTuple):
@@ -78,6 +82,35 @@ class LocalUpdates(NamedTuple):
     codebooks: Tensor | None
     buckets: Tensor | None
     senet: SENetWeights | None
+
+
+class ItemSums(NamedTuple):
+    """Weighted sums of updates over clients, float64 in the shapes of `ItemParts`; None for what a model
+    lacks."""
+
+    table: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    codebooks: Tensor | None = None
+    buckets: Tensor | None = None
+    senet: SENetWeights | None = None
+
+
+class SumResult(NamedTuple):
+    """What training into sums leaves besides them.
+
+    Attributes:
+        user: [C, D], new values.
+        losses: float64 [C], mean over a client's steps; 0 for a client without items.
+        rows: int64 [N], distinct: the items that this call marked in `touched`; empty without it.
+        broken: bool [9], whether an update was NaN or infinite, of table, A, B, codebooks, buckets, w1, b1,
+            w2, b2.
+    """
+
+    user: Tensor
+    losses: Tensor
+    rows: Tensor
+    broken: Tensor
 
 
 def _check(
@@ -290,6 +323,170 @@ def local_train(
     )
 
 
+def local_train_sum_(
+    clients: Tensor,
+    weights: Tensor,
+    indptr: Tensor,
+    items: Tensor,
+    positives: Tensor,
+    num_items: int,
+    user: Tensor,
+    parts: ItemParts,
+    sums: ItemSums,
+    touched: Tensor | None = None,
+    *,
+    epochs: int = 2,
+    batch_size: int | None = None,
+    loss: Literal["bpr", "bce"] = "bpr",
+    optimizer: Literal["adam", "sgd"] = "adam",
+    lr: float = 1e-2,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    l2_user: float = 0.0,
+    l2_items: float = 0.0,
+    prox: float = 0.0,
+    seed: int,
+    round: int,
+    grid: float = 0.0,
+    memory_bytes: int = 2**24,
+) -> SumResult:
+    """`local_train`, then `accumulate_updates_` of each part: for a server that needs no upload for itself,
+    which then is never written. CPU only.
+
+    Args:
+        weights: float64 [C].
+        sums: float64, contiguous: weights[c] times client c's update is added, in the order of clients.
+        touched: uint8 [I], contiguous: set to 1 at the rows of `sums.table` and `sums.A` that are added to.
+        grid: as in `accumulate_updates_`.
+        memory_bytes: of the updates that are held at a time; changes no result.
+        The others as in `local_train`.
+
+    Raises:
+        As `local_train`, and then the sums may hold some of the clients.
+
+    Example:
+        >>> import torch
+        >>> indptr, items = torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1])
+        >>> user, table, total = torch.ones(2, 4), torch.zeros(5, 4), torch.zeros(5, 4, dtype=torch.float64)
+        >>> clients, weights = torch.tensor([0, 1]), torch.tensor([2., 1.], dtype=torch.float64)
+        >>> model = (5, user, ItemParts(table=table), ItemSums(table=total))
+        >>> result = local_train_sum_(clients, weights, indptr, items, items, *model, seed=0, round=0)
+        >>> result.losses.shape, bool(total.any()), bool(result.broken.any())
+        (torch.Size([2]), True, False)
+    """
+    _check(clients, indptr, items, positives, num_items, user, parts)
+    _check_settings(
+        epochs,
+        batch_size,
+        loss,
+        optimizer,
+        seed,
+        round,
+        lr=lr,
+        eps=eps,
+        l2_user=l2_user,
+        l2_items=l2_items,
+        prox=prox,
+    )
+    _check_sums(clients, weights, num_items, user, parts, sums, touched, grid)
+    out = _LOCAL_TRAIN_SUM(
+        clients,
+        weights,
+        indptr,
+        items,
+        positives,
+        num_items,
+        user,
+        parts.base,
+        parts.table,
+        parts.A,
+        parts.B,
+        parts.codes,
+        parts.codebooks,
+        parts.buckets,
+        parts.hashes,
+        *(parts.senet or (None,) * 4),
+        *sums[:5],
+        *(sums.senet or (None,) * 4),
+        touched,
+        parts.reduce == "mean",
+        epochs,
+        batch_size or 0,
+        loss == "bpr",
+        optimizer == "adam",
+        lr,
+        *betas,
+        eps,
+        l2_user,
+        l2_items,
+        prox,
+        seed,
+        round,
+        grid,
+        memory_bytes,
+    )
+    return SumResult(*out)
+
+
+def _check_sums(
+    clients: Tensor,
+    weights: Tensor,
+    num_items: int,
+    user: Tensor,
+    parts: ItemParts,
+    sums: ItemSums,
+    touched: Tensor | None,
+    grid: float,
+) -> None:
+    check_grid(grid)
+    check_dtype(weights, torch.float64, "weights")
+    check_shape(weights, tuple(clients.shape), "weights", "C, as clients")
+    of = _trained(parts)
+    given = _flat_sums(sums)
+    for name, parameter in of.items():
+        total = given.get(name)
+        if (total is None) != (parameter is None):
+            raise ValueError(f"sums: expected {name} where the parts have it, and only there")
+        if total is not None and parameter is not None:
+            check_dtype(total, torch.float64, f"sums.{name}")
+            check_shape(total, tuple(parameter.shape), f"sums.{name}", f"as parts.{name}")
+            check_device(total, user, f"sums.{name}", "user")
+    if touched is not None:
+        if parts.table is None and parts.A is None:
+            raise ValueError("touched: expected together with table or A, got only touched")
+        check_dtype(touched, torch.uint8, "touched")
+        check_shape(touched, (num_items,), "touched", "I, the number of items")
+    for name, t in (("touched", touched), *given.items()):
+        if t is not None and not t.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor")
+
+
+def _flat_sums(sums: ItemSums) -> dict[str, Tensor | None]:
+    senet = sums.senet._asdict() if sums.senet is not None else dict.fromkeys(SENetWeights._fields)
+    return {**{name: getattr(sums, name) for name in ItemSums._fields[:5]}, **senet}
+
+
+@register_fake("local_train_sum_")
+def _fake_sum(
+    clients: Tensor,
+    weights: Tensor,
+    indptr: Tensor,
+    items: Tensor,
+    positives: Tensor,
+    num_items: int,
+    user: Tensor,
+    *arguments: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    touched = arguments[21]
+    rows = torch.library.get_ctx().new_dynamic_size() if touched is not None else 0
+    return (
+        user.new_empty((clients.size(0), user.size(1))),
+        weights.new_empty(clients.size(0)),
+        clients.new_empty(rows, dtype=torch.int64),
+        clients.new_empty(9, dtype=torch.bool),
+    )
+
+
 @register_fake("local_train")
 def _fake(
     clients: Tensor,
@@ -333,6 +530,7 @@ def _fake(
 
 
 register_not_differentiable("local_train")
+register_in_place("local_train_sum_", *range(19, 29))  # the sums and the marks
 
 # Plain twin -------------------------------------------------------------------------------------------------
 
@@ -447,6 +645,44 @@ def local_train_reference(
         buckets=stacked("buckets"),
         senet=None if parts.senet is None else SENetWeights(*(w for w in weights if w is not None)),
     )
+
+
+def local_train_sum_reference_(
+    clients: Tensor,
+    weights: Tensor,
+    indptr: Tensor,
+    items: Tensor,
+    positives: Tensor,
+    num_items: int,
+    user: Tensor,
+    parts: ItemParts,
+    sums: ItemSums,
+    touched: Tensor | None = None,
+    *,
+    grid: float = 0.0,
+    memory_bytes: int = 2**24,
+    **settings: Any,
+) -> SumResult:
+    """`local_train_sum_` by `local_train_reference` and `accumulate_updates_reference_`."""
+    _check(clients, indptr, items, positives, num_items, user, parts)
+    _check_sums(clients, weights, num_items, user, parts, sums, touched, grid)
+    updates = local_train_reference(clients, indptr, items, positives, num_items, user, parts, **settings)
+    rows = torch.unique(updates.rows)
+    rows = rows[rows >= 0]
+    if touched is None:
+        rows = rows[:0]
+    else:
+        rows = rows[touched[rows] == 0]
+        touched[rows] = 1
+    changed = updates.senet._asdict() if updates.senet is not None else {}
+    broken = torch.zeros(9, dtype=torch.bool, device=user.device)
+    for i, (name, total) in enumerate(_flat_sums(sums).items()):
+        if total is not None:
+            update = changed[name] if name in changed else getattr(updates, name)
+            broken[i] = not bool(update.isfinite().all())
+            at = updates.rows if name in ("table", "A") else None
+            accumulate_updates_reference_(total, update, weights, at, grid)
+    return SumResult(updates.user, updates.losses, rows, broken)
 
 
 def _trained(parts: ItemParts) -> dict[str, Tensor | None]:

@@ -1,4 +1,5 @@
-"""sample_negatives and client_dropout: random draws that depend on (seed, round, client, position) alone."""
+"""sample_negatives, sample_clients and client_dropout: random draws that depend on (seed, round, client,
+position) alone."""
 
 from __future__ import annotations
 
@@ -11,11 +12,21 @@ from torch import Tensor
 
 from . import philox
 from ._checks import check_device, check_dim, check_draw, check_float, check_index, check_range, check_shape
-from ._library import Dims, eager_op, loop_over, register_autograd, register_fake, register_vmap, to_front
+from ._library import (
+    Dims,
+    eager_op,
+    loop_over,
+    register_autograd,
+    register_fake,
+    register_not_differentiable,
+    register_vmap,
+    to_front,
+)
 from ._plain import check_index_values, philox_words
 
 _NEGATIVES = eager_op("sample_negatives")
 _DROPOUT = eager_op("client_dropout")
+_CLIENTS = eager_op("sample_clients")
 
 
 def _check_negatives(
@@ -90,6 +101,61 @@ def sample_negatives(
     _check_negatives(items, clients, indptr, indices, num_items, epochs, seed, round)
     out: Tensor = _NEGATIVES(items, clients, indptr, indices, num_items, epochs, seed, round)
     return out
+
+
+def _check_clients(clients: Tensor, count: int, seed: int, round: int, attempt: int) -> None:
+    check_index(clients, "clients")
+    check_dim(clients, 1, "clients", "[n]")
+    check_range(count, 0, clients.size(0) + 1, "count")
+    check_draw(seed, round)
+    check_range(attempt, 0, 2**32, "attempt")
+
+
+def sample_clients(clients: Tensor, count: int, *, seed: int, round: int, attempt: int = 0) -> Tensor:
+    """Draws `count` of the clients, a uniform sample without replacement. CPU only.
+
+    Each client has a 64-bit key, a function of (seed, round, attempt, client); the smallest take part.
+
+    Args:
+        clients: int32 or int64 [n], distinct ids, 0 to 2^32 - 1.
+        count: 0 to n.
+        seed: 0 to 2^63 - 1. round, attempt: 0 to 2^32 - 1.
+
+    Returns:
+        int64 [count], ascending.
+
+    Raises:
+        ValueError: a shape or number does not fit. TypeError: an argument has the wrong type or dtype.
+        IndexError: a client is out of range.
+
+    Example:
+        >>> import torch
+        >>> sample_clients(torch.arange(4), 2, seed=0, round=1).shape
+        torch.Size([2])
+    """
+    _check_clients(clients, count, seed, round, attempt)
+    out: Tensor = _CLIENTS(clients, count, seed, round, attempt)
+    return out
+
+
+def sample_clients_reference(
+    clients: Tensor, count: int, *, seed: int, round: int, attempt: int = 0
+) -> Tensor:
+    """`sample_clients` in NumPy."""
+    _check_clients(clients, count, seed, round, attempt)
+    check_index_values(clients.long(), 2**32, "clients", padding=False)
+    ids = clients.cpu().numpy().astype(np.int64)
+    keys = philox.low64(philox.words(seed, round, ids, attempt, philox.Purpose.CLIENT_SAMPLING))
+    return torch.from_numpy(np.sort(ids[np.argsort(keys, kind="stable")[:count]])).to(clients.device)
+
+
+@register_fake("sample_clients")
+def _fake_clients(clients: Tensor, count: int, seed: int, round: int, attempt: int) -> Tensor:
+    _check_clients(clients, count, seed, round, attempt)
+    return clients.new_empty(count, dtype=torch.int64)
+
+
+register_not_differentiable("sample_clients")
 
 
 def sample_negatives_reference(
@@ -212,7 +278,7 @@ def client_dropout_reference(
 ) -> Tensor:
     """`client_dropout` in plain PyTorch."""
     _check_dropout(x, clients, p, seed, round, epoch, layer)
-    check_index_values(clients, 2**32, "clients", padding=False)
+    check_index_values(clients.long(), 2**32, "clients", padding=False)
     size = math.prod(x.shape[1:])
     block = torch.arange(-(-size // 4), device=x.device)
     stream = philox.Purpose.DROPOUT << 24 | layer << 16 | epoch

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft_ext import ops
+from fedpeft_ext import ops, reference
 from fedpeft_ext.simulation.distributed import Ranks, exact_grid
 from fedpeft_ext.simulation.state import State, below, copy_into, prefixed
 from fedpeft_ext.simulation.uploads import Uploads, UploadStage
@@ -63,7 +63,7 @@ class Server:
     def step(
         self, totals: Mapping[str, Tensor], weight: float, rows: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Take a step along totals / weight.
+        """Take a step along totals / weight, and make the totals zero.
 
         Args:
             totals: {name: float64, shape of the parameter}, the weighted sum of uploads.
@@ -80,10 +80,11 @@ class Server:
                 first.lerp_(mean, 1.0 - BETA1)
                 second.lerp_(mean.square(), 1.0 - BETA2)
                 parameter.add_((self._lr * first / (second.sqrt() + TAU)).to(parameter.dtype))
-            elif at is None:
-                parameter.add_((total * (self._lr / weight)).to(parameter.dtype))
+                total.zero_()
             else:
-                parameter[at] += (total[at] * (self._lr / weight)).to(parameter.dtype)
+                on_cpu = parameter.device.type == "cpu" and parameter.is_contiguous()
+                step = ops.apply_updates_ if on_cpu else reference.apply_updates_
+                step(parameter.detach(), total, at, scale=self._lr / weight)
 
     def state_dict(self) -> State:
         """See `state.Stateful`: the optimizer's moments."""
@@ -130,6 +131,12 @@ class Aggregator:
         self._uploads = 0
         self._rows: list[Tensor] = []  # of uploads so far,
         self._whole = False  # unless one came whole
+        self._distinct = True  # whether no row is there twice
+        # Of sums that an engine adds to itself: marks of rows, which are marked, and what diverged.
+        self._marks: Tensor | None = None
+        self._marked: list[Tensor] = []
+        self._broken: str | None = None
+        self._watched = True  # whether `_broken` tells of all that was added
         self._round = self._attempt = 0
         self._grid = 0.0
 
@@ -148,6 +155,42 @@ class Aggregator:
     def uploads(self) -> int:
         """Clients in the sums."""
         return self._uploads
+
+    @property
+    def grid(self) -> float:
+        """What additions to the sums are rounded to, as `ops.accumulate_updates_` does; 0: nothing."""
+        return self._grid
+
+    def sums(self) -> Mapping[str, Tensor] | None:
+        """Sums {name: float64, shape of the parameter}, for an engine that adds to them itself, on `grid`,
+        and tells `added`; None where uploads are looked at one by one.
+        """
+        if self._stages or self._faults is not None or self._variates is not None:
+            return None
+        return self._totals
+
+    @property
+    def marks(self) -> Tensor | None:
+        """Bool as uint8 [I]: the rows of row parameters that `added` was told of; None without such."""
+        if self._marks is None and self._heights:
+            device = next(iter(self._totals.values())).device
+            self._marks = torch.zeros(max(self._heights), dtype=torch.uint8, device=device)
+        return self._marks
+
+    def added(self, weight: float, uploads: int, rows: Tensor, broken: str | None) -> None:
+        """Account for what an engine added to `sums` itself.
+
+        Args:
+            weight: sum of the clients' weights.
+            uploads: number of clients.
+            rows: int64 [N], the rows that it marked in `marks`, which were not marked before.
+            broken: name of the first parameter with an update that is NaN or infinite.
+        """
+        self._weight += weight
+        self._uploads += uploads
+        self._rows.append(rows)
+        self._marked.append(rows)
+        self._broken = self._broken or broken
 
     def add(
         self,
@@ -199,6 +242,7 @@ class Aggregator:
             self._whole = True
         else:
             self._rows.append(rows)
+        self._distinct = self._watched = False
 
     @torch.no_grad()
     def exchange(self, ranks: Ranks) -> None:
@@ -211,6 +255,7 @@ class Aggregator:
             self._variates.exchange(ranks)
         union = ranks.union(None if self._whole else self._rows, max(self._heights, default=0))
         self._whole, self._rows = union is None, [] if union is None else [union]
+        self._distinct, self._watched = True, False  # other ranks' sums were not watched
         tables = frozenset[str]() if union is None else self._row_parameters
         ranks.sum_([total for name, total in self._totals.items() if name not in tables])
         for name in sorted(tables):
@@ -220,6 +265,8 @@ class Aggregator:
 
     def first_not_finite(self) -> str | None:
         """Name of the first parameter whose sum has NaN or infinite values."""
+        if self._watched:
+            return self._broken
         touched = self._touched()
         for name, total in self._totals.items():
             at = touched if name in self._row_parameters else None
@@ -244,7 +291,7 @@ class Aggregator:
             self._variates.commit()
         for stage in self._stages:
             stage.commit()
-        self._clear(touched)
+        self._clear(used=weight > 0.0)
 
     def discard(self) -> None:
         """Forget the round's sums without a step."""
@@ -252,7 +299,7 @@ class Aggregator:
             self._variates.discard()
         for stage in self._stages:
             stage.discard()
-        self._clear(None)
+        self._clear(used=False)
 
     def state_dict(self) -> State:
         """See `state.Stateful`: that of the server's optimizer, control variates and stages."""
@@ -271,16 +318,22 @@ class Aggregator:
         for index, stage in enumerate(self._stages):
             stage.load_state_dict(below(f"stages.{index}", state))
 
-    def _clear(self, touched: Tensor | None) -> None:
-        for name, total in self._totals.items():
-            if touched is not None and name in self._row_parameters:
-                total[touched] = 0.0
-            else:
+    def _clear(self, used: bool) -> None:
+        """Forget the sums; `used`: the server's step made them zero."""
+        if not used:
+            for total in self._totals.values():
                 total.zero_()
+        if self._marks is not None:
+            if used:
+                for rows in self._marked:
+                    self._marks[rows] = 0
+            else:  # an engine may have failed before it told what it marked
+                self._marks.zero_()
         self._weight = 0.0
         self._uploads = 0
-        self._rows = []
-        self._whole = False
+        self._rows, self._marked = [], []
+        self._whole, self._distinct = False, True
+        self._broken, self._watched = None, True
 
     def _touched(self) -> Tensor | None:
         """Distinct rows with an update, or None where going through the whole table is cheaper than finding
@@ -292,6 +345,8 @@ class Aggregator:
             return None
         if not self._rows:  # no upload
             return torch.zeros(0, dtype=torch.int64)
+        if self._distinct:
+            return self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows)
         rows: Tensor = torch.unique(torch.cat([rows.flatten() for rows in self._rows]))
         touched: Tensor = rows[rows >= 0]
         return touched

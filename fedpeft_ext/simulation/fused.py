@@ -7,6 +7,7 @@ rows share, so that a client's training fits in a core's cache, and nothing of t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from fedpeft_ext import ops
 from fedpeft_ext.backbones import Backbone
 from fedpeft_ext.backbones.fedmf import FedMF
 from fedpeft_ext.nn import FullEmbedding, HashEmbedding, LoRAEmbedding, RQEmbedding, SumEmbedding
-from fedpeft_ext.ops import ItemParts, SENetWeights
+from fedpeft_ext.ops import ItemParts, ItemSums, SENetWeights
 from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.client_batch import plan_chunks
 from fedpeft_ext.simulation.local_training import (
@@ -30,6 +31,9 @@ from fedpeft_ext.simulation.local_training import (
 
 CHUNK_OVERHEAD = 40_000
 """Fixed cost of a chunk in touched rows: every client of a chunk takes the room of its largest."""
+
+SUM_BYTES = 2**24
+"""Updates held at a time where they are added up in the op: what fits in a processor's last cache."""
 
 _SENET = SENetWeights._fields
 
@@ -60,6 +64,16 @@ class FusedEngine:
         """See `local_training.Engine`."""
         interactions, settings = self._federation.interactions, self._federation.settings
         sizes = interactions.sizes[clients]
+        weights = settings.weights(sizes)
+        sums = aggregator.sums()
+        if sums is not None:
+            return train_in_chunks(
+                clients,
+                weights,
+                [slice(0, len(clients))] if len(clients) else [],
+                round,
+                lambda ids, w: self._train_into(sums, ids, w, round, aggregator),
+            )
         touched = np.minimum(sizes * (1 + settings.epochs), interactions.num_items) * bool(self._roles.rows)
         chunks = plan_chunks(
             touched,
@@ -69,40 +83,69 @@ class FusedEngine:
             max_bytes=self._chunk_bytes,
         )
         return train_in_chunks(
-            clients,
-            settings.weights(sizes),
-            chunks,
-            round,
-            lambda ids, w: self._train_chunk(ids, w, round, aggregator),
+            clients, weights, chunks, round, lambda ids, w: self._train_chunk(ids, w, round, aggregator)
         )
+
+    def _arguments(self, round: int) -> dict[str, Any]:
+        """The arguments that are not about which clients train."""
+        interactions, settings = self._federation.interactions, self._federation.settings
+        return {
+            "indptr": interactions.indptr,
+            "items": interactions.items,
+            "positives": interactions.positives[1],
+            "num_items": interactions.num_items,
+            "user": self._federation.store.state["user"],
+            "parts": _item_parts(self._federation.model),
+            "epochs": settings.epochs,
+            "batch_size": settings.batch_size,
+            "loss": settings.loss,
+            "optimizer": settings.optimizer,
+            "lr": settings.lr,
+            "betas": ADAM_BETAS,
+            "eps": ADAM_EPS,
+            "l2_user": settings.l2 if "user" in self._roles.l2 else 0.0,
+            "l2_items": settings.l2,
+            "prox": settings.prox_mu,
+            "seed": settings.seed,
+            "round": round,
+        }
+
+    def _train_into(
+        self,
+        sums: Mapping[str, Tensor],
+        clients: np.ndarray,
+        weights: np.ndarray,
+        round: int,
+        aggregator: Aggregator,
+    ) -> np.ndarray:
+        """Train clients whose uploads nobody looks at: they are added up where they are made."""
+        names = self._names
+        senet = SENetWeights(*(sums[names[name]] for name in _SENET)) if "w1" in names else None
+        parts = {name: sums[names[name]] for name in ItemSums._fields[:-1] if name in names}
+        ids = torch.from_numpy(clients)
+        result = ops.local_train_sum_(
+            ids,
+            torch.from_numpy(weights),
+            **self._arguments(round),
+            sums=ItemSums(**parts, senet=senet),
+            touched=aggregator.marks if self._roles.rows else None,
+            grid=aggregator.grid,
+            memory_bytes=int(min(self._chunk_bytes, SUM_BYTES)),
+        )
+        broken = None
+        if result.broken.any():
+            fields = (*ItemSums._fields[:-1], *_SENET)
+            broken = next(names[f] for f, bad in zip(fields, result.broken, strict=True) if bad)
+        aggregator.added(float(weights.sum()), len(clients), result.rows, broken)
+        self._federation.store.write(ids, {"user": result.user})
+        return result.losses.numpy()
 
     def _train_chunk(
         self, clients: np.ndarray, weights: np.ndarray, round: int, aggregator: Aggregator
     ) -> np.ndarray:
-        interactions, settings = self._federation.interactions, self._federation.settings
         store, names = self._federation.store, self._names
-        ids = torch.from_numpy(clients).to(interactions.device)
-        updates = ops.local_train(
-            ids,
-            interactions.indptr,
-            interactions.items,
-            interactions.positives[1],
-            interactions.num_items,
-            store.state["user"],
-            _item_parts(self._federation.model),
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            loss=settings.loss,
-            optimizer=settings.optimizer,
-            lr=settings.lr,
-            betas=ADAM_BETAS,
-            eps=ADAM_EPS,
-            l2_user=settings.l2 if "user" in self._roles.l2 else 0.0,
-            l2_items=settings.l2,
-            prox=settings.prox_mu,
-            seed=settings.seed,
-            round=round,
-        )
+        ids = torch.from_numpy(clients).to(self._federation.interactions.device)
+        updates = ops.local_train(ids, **self._arguments(round))
         uploads = {names[part]: value for part, value in _flat(updates).items()}
         rows = updates.rows if self._roles.rows else None
         accepted = aggregator.add(uploads, torch.from_numpy(weights).to(ids.device), rows, ids)

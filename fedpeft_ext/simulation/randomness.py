@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpeft_ext import ops
 from fedpeft_ext.ops import philox
 
 UPLOAD_ROUNDING, FAULTS = 8, 9
@@ -17,11 +18,12 @@ UPLOAD_ROUNDING, FAULTS = 8, 9
 def sample_clients(eligible: np.ndarray, count: int, seed: int, round: int, attempt: int = 0) -> np.ndarray:
     """`count` of the `eligible` clients (int64, distinct), a uniform sample without replacement, ascending.
 
-    Each client draws a 64-bit key for the round and the smallest keys take part; a repeated round has another
-    `attempt`.
+    A repeated round has another `attempt`. See `ops.sample_clients`.
     """
-    keys = philox.low64(philox.words(seed, round, eligible, attempt, philox.Purpose.CLIENT_SAMPLING))
-    return np.sort(eligible[np.argsort(keys, kind="stable")[:count]])
+    chosen: np.ndarray = ops.sample_clients(
+        torch.from_numpy(eligible), count, seed=seed, round=round, attempt=attempt
+    ).numpy()
+    return chosen
 
 
 def sample_clients_independently(

@@ -1,4 +1,5 @@
-"""touched_rows and accumulate_updates_ against torch.unique, loops and their twins, and their errors."""
+"""touched_rows, accumulate_updates_ and apply_updates_ against torch.unique, loops and their twins, and their
+errors."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from op_cases import FLOATS, padded_items
 from torch import Tensor
 
-from fedpeft_ext import reference
+from fedpeft_ext import ops, reference
 
 
 @settings(deadline=None, max_examples=60)
@@ -266,3 +267,30 @@ def test_on_a_grid_sums_have_no_order(target: Any, dtype: torch.dtype, with_rows
     torch.testing.assert_close(totals[0], twin, rtol=0, atol=0 if dtype == torch.float32 else grid * clients)
     with pytest.raises(ValueError, match="grid: expected 0 or a power of two"):
         target.ops.accumulate_updates_(totals[0], updates, weights, rows if with_rows else None, 0.3)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_apply_updates(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    for shape in ((50, 7), (3, 4, 5), (6,), (0, 3)):
+        parameter = torch.randn(shape, generator=g).to(dtype)
+        total = torch.randn(shape, generator=g, dtype=torch.float64)
+        for rows in (None, torch.arange(0, shape[0], 2), torch.arange(0, shape[0], 3, dtype=torch.int32)):
+            ours, plain = (parameter.clone(), total.clone()), (parameter.clone(), total.clone())
+            ops.apply_updates_(*ours, rows, scale=0.3)
+            reference.apply_updates_(*plain, rows, scale=0.3)
+            assert torch.equal(ours[1], plain[1])
+            # In float64 a processor may round the product and the sum at once.
+            torch.testing.assert_close(ours[0], plain[0], rtol=0, atol=1e-15 if dtype == torch.float64 else 0)
+
+
+def test_bad_rows_to_apply_leave_everything_alone() -> None:
+    for space in (ops, reference):
+        parameter, total = torch.zeros(4, 3), torch.ones(4, 3).double()
+        with pytest.raises(IndexError, match="rows: index 4 at position 1"):
+            space.apply_updates_(parameter, total, torch.tensor([0, 4]), scale=1.0)  # type: ignore[attr-defined]
+        assert not parameter.any()
+        with pytest.raises(TypeError, match=r"total: expected torch.float64"):
+            space.apply_updates_(parameter, total.float(), scale=1.0)  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match="contiguous"):
+            space.apply_updates_(torch.zeros(3, 4).T, total, scale=1.0)  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedpeft_ext import ops, reference
-from fedpeft_ext.ops import ItemParts, LocalUpdates, SENetWeights
+from fedpeft_ext.ops import ItemParts, ItemSums, LocalUpdates, SENetWeights
 
 PARTS = ["table", "lora", "rq", "hash", "hash-sum", "senet"]
 
@@ -233,3 +233,106 @@ def test_no_clients() -> None:
     assert changed.user.shape == (0, 4)
     assert changed.codebooks is not None
     assert changed.codebooks.shape == (0, 2, 7, 4)
+
+
+# Into sums ------------------------------------------------------------------------------------------------
+
+
+def empty_sums(parts: ItemParts) -> ItemSums:
+    def zeros(t: Tensor | None) -> Tensor | None:
+        return None if t is None else torch.zeros_like(t, dtype=torch.float64)
+
+    senet = None if parts.senet is None else SENetWeights(*(zeros(w) for w in parts.senet))  # type: ignore[arg-type]
+    return ItemSums(*(zeros(getattr(parts, name)) for name in ItemSums._fields[:-1]), senet)  # type: ignore[arg-type]
+
+
+def flat(values: Any) -> dict[str, Tensor]:
+    senet = values.senet._asdict() if values.senet is not None else {}
+    named = {name: getattr(values, name) for name in ItemSums._fields[:-1]} | senet
+    return {name: t for name, t in named.items() if t is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "kinds", [[], *([kind] for kind in PARTS), ["table", "senet"], ["lora", "hash", "rq", "table"]], ids=str
+)
+def test_sums_are_those_of_the_uploads(kinds: list[str], dtype: torch.dtype) -> None:
+    sizes = [5, 0, 1, 12, 3, 7, 7]
+    indptr, items, positives = federation(sizes, 30, seed=1)
+    user = torch.randn(7, 9, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    parts = make_parts(kinds, 30, 9, 3, dtype)
+    clients, weights = torch.tensor([3, 0, 1, 6, 4]), torch.tensor([2.0, 0.5, 1.0, 3.0, 0.0]).double()
+    data = (indptr, items, positives, 30)
+    options: dict[str, Any] = {"epochs": 2, "l2_items": 1e-2, "prox": 0.1, "seed": 4, "round": 5}
+    grid = 2.0**-40 if "rq" in kinds else 0.0
+    updates = ops.local_train(clients, *data, user, parts, **options)
+    expected = empty_sums(parts)
+    for name, total in flat(expected).items():
+        rows = updates.rows if name in ("table", "A") else None
+        ops.accumulate_updates_(total, flat(updates)[name], weights, rows, grid)
+
+    options["grid"] = grid
+    threads = torch.get_num_threads()
+    try:
+        for count, memory_bytes in ((1, 2**24), (2, 1), (3, 20_000)):
+            torch.set_num_threads(count)
+            sums = empty_sums(parts)
+            by_row = parts.table is not None or parts.A is not None
+            touched = torch.zeros(30, dtype=torch.uint8) if by_row else None
+            if touched is not None:
+                touched[0] = 1  # by an earlier call
+            result = ops.local_train_sum_(
+                clients, weights, *data, user, parts, sums, touched, **options, memory_bytes=memory_bytes
+            )
+            assert torch.equal(result.losses, updates.losses)
+            assert torch.equal(result.user, updates.user)
+            assert not result.broken.any()
+            for name, total in flat(expected).items():
+                assert torch.equal(flat(sums)[name], total), name
+            if touched is not None:
+                known = torch.unique(updates.rows[updates.rows > 0])
+                assert torch.equal(result.rows.sort().values, known)
+                assert torch.equal(touched.nonzero().flatten(), torch.cat([torch.tensor([0]), known]))
+    finally:
+        torch.set_num_threads(threads)
+
+    del options["grid"]
+    sums = empty_sums(parts)
+    other = reference.local_train_sum_(clients, weights, *data, user, parts, sums, **options)
+    tolerance = 1e-8 if dtype == torch.float64 else 1e-3
+    torch.testing.assert_close(other.user, updates.user, rtol=0, atol=tolerance)
+    torch.testing.assert_close(other.losses, updates.losses, rtol=0, atol=tolerance)
+    for name, total in flat(expected).items():
+        torch.testing.assert_close(flat(sums)[name], total, rtol=0, atol=tolerance)
+
+
+def test_sums_tell_which_part_diverged() -> None:
+    given = arguments()
+    parts: ItemParts = given["parts"]
+    assert parts.B is not None
+    parts.B[2, 1] = float("inf")
+    sums = empty_sums(parts)
+    result = ops.local_train_sum_(**given, weights=torch.ones(2).double(), sums=sums)
+    names = [*ItemSums._fields[:-1], *SENetWeights._fields]
+    broken = {name for name, bad in zip(names, result.broken.tolist(), strict=True) if bad}
+    assert {"A", "B"} <= broken
+    assert broken == {name for name, total in flat(sums).items() if not total.isfinite().all()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"weights": torch.ones(2)}, TypeError, "weights: expected torch.float64"),
+        ({"weights": torch.ones(3).double()}, ValueError, "weights: expected shape"),
+        ({"touched": torch.zeros(9)}, TypeError, "touched: expected torch.uint8"),
+        ({"touched": torch.zeros(8, dtype=torch.uint8)}, ValueError, "touched: expected shape"),
+        ({"grid": -1.0}, ValueError, "grid: expected 0 or a power of two"),
+        ({"sums": ItemSums()}, ValueError, "sums: expected A where the parts have it"),
+    ],
+)
+def test_bad_sums(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    good = {**arguments(), "weights": torch.ones(2).double()}
+    good["sums"] = empty_sums(good["parts"])
+    for space in (ops, reference):
+        with pytest.raises(error, match=message):
+            space.local_train_sum_(**{**good, **changes})  # type: ignore[attr-defined]

@@ -83,7 +83,17 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
             *(*(w.detach() for w in SENET), *SETTINGS),
         ),
     ),
+    (
+        "local_train_sum_",
+        (
+            *(CLIENTS[0], torch.ones(2).double(), *CLIENTS[1:], torch.ones(2, 5), torch.ones(4, 5)),
+            *(torch.ones(4, 5), *NONE4, *NONE4, *NONE4[:2], torch.zeros(4, 5).double(), *NONE4, *NONE4),
+            *(torch.zeros(4, dtype=torch.uint8), *SETTINGS, 0.0, 1000),
+        ),
+    ),
     ("touched_rows", (ITEMS,)),
+    ("apply_updates_", (torch.ones(4, 5), torch.ones(4, 5).double(), torch.tensor([0, 2]), 0.5)),
+    ("sample_clients", (torch.arange(5), 2, 0, 1, 2)),
     ("rq_encode", (torch.randn(4, 5), torch.randn(2, 3, 5))),
     (
         "client_adam_",

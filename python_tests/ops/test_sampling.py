@@ -1,4 +1,5 @@
-"""sample_negatives and client_dropout: equal to their twins, uniform, and independent of how they are cut."""
+"""sample_negatives, sample_clients and client_dropout: equal to their twins, uniform, and independent of how
+they are cut."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from op_cases import FLOATS, padded_items
 from torch import Tensor
 
-from fedpeft_ext import reference
+from fedpeft_ext import ops, reference
 
 
 def interactions(users: int, num_items: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -281,3 +282,33 @@ def test_bad_dropout(change: dict[str, Any], error: type[Exception], message: st
         for space in (target.ops, reference):
             with pytest.raises(error, match=message):
                 space.client_dropout(**arguments)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.sampled_from([0, 1, 2, 15, 16, 17, 400, 3000]),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**63 - 1),
+    round=st.integers(0, 2**32 - 1),
+    attempt=st.integers(0, 3),
+    dtype=st.sampled_from([torch.int32, torch.int64]),
+)
+def test_sampled_clients(
+    n: int, share: float, seed: int, round: int, attempt: int, dtype: torch.dtype
+) -> None:
+    clients = (3 * torch.randperm(n, generator=torch.Generator().manual_seed(n))).to(dtype)
+    options: dict[str, Any] = {"seed": seed, "round": round, "attempt": attempt}
+    chosen = ops.sample_clients(clients, int(share * n), **options)
+    assert torch.equal(chosen, reference.sample_clients(clients, int(share * n), **options))
+
+
+def test_bad_client_samples() -> None:
+    clients = torch.arange(5)
+    for space in (ops, reference):
+        for count in (-1, 6):
+            with pytest.raises(ValueError, match="count: expected 0 to 5"):
+                space.sample_clients(clients, count, seed=0, round=0)  # type: ignore[attr-defined]
+        with pytest.raises(IndexError, match="clients: "):
+            space.sample_clients(clients - 2, 1, seed=0, round=0)  # type: ignore[attr-defined]
+        with pytest.raises(TypeError, match="clients: expected int32 or int64"):
+            space.sample_clients(clients.float(), 1, seed=0, round=0)  # type: ignore[attr-defined]
