@@ -1,4 +1,4 @@
-"""The command line `fedpeft`: `run`, `compare`, `data`, `info`.
+"""The command line `fedpeft`: `run`, `resume`, `compare`, `data`, `info`.
 
 Settings come from four places, later ones win: defaults, the YAML file of `--config`, named options such as
 `--rounds`, and `--set section.key=value`. Whatever a user can get wrong ends in one sentence on stderr and
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
 
     from fedpeft_ext.config import Config
     from fedpeft_ext.data import Dataset
-    from fedpeft_ext.simulation import Callback
+    from fedpeft_ext.simulation import Callback, Simulator, Summary
 
-USER_ERROR, TRAINING_FAILED, INTERRUPTED = 2, 3, 130
-"""Exit codes besides 0 (done) and 1 (a defect of the program, with its traceback)."""
+USER_ERROR, TRAINING_FAILED, SIGNALLED = 2, 3, 128
+"""Exit codes besides 0 (done) and 1 (a defect of the program, with its traceback). SIGNALLED plus the number
+of the signal: 130 after Ctrl-C, 143 after SIGTERM."""
 
 SEVERAL_PROCESSES = ("run", "resume")
 """Commands that torchrun can start in several processes."""
@@ -101,6 +103,7 @@ _Threads = Annotated[
 _Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results.", show_default=False)]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that are in the folder.")]
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the results.")]
+_Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout, and nothing else there.")]
 _Debug = Annotated[
     bool, typer.Option("--debug", envvar="FEDPEFT_DEBUG", help="Show the traceback of an error.")
 ]
@@ -146,19 +149,41 @@ def run(
     threads: _Threads = None,
     overwrite: _Overwrite = False,
     quiet: _Quiet = False,
+    json_: _Json = False,
     debug: _Debug = False,
 ) -> None:
     """Train one embedding in the federation and evaluate it.
 
     The folder (default: runs/DATASET-BACKBONE-EMBEDDING) gets config.yaml,
-    metrics.jsonl, summary.json and model.safetensors.
+    metrics.jsonl, summary.json and model.safetensors, and checkpoints. Ctrl-C
+    ends the run after its round, saved; again: at once.
     """
     named = _named(dataset, backbone, rounds, seed, engine, device, threads)
     with _reported_errors(debug) as started:
         settings = _settings(config, {**named, "embedding.name": embedding}, set_)
         folder = out or _default_folder(settings, settings.embedding.name)
         started(folder)
-        _run(settings, folder, overwrite=overwrite, quiet=quiet)
+        _run(settings, folder, overwrite=overwrite, quiet=quiet, as_json=json_)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(help="Of the run to go on with.", show_default=False)],
+    rounds: Annotated[
+        int | None,
+        typer.Option("--rounds", "-r", help="Train up to this round.", show_default="as the run was to"),
+    ] = None,
+    quiet: _Quiet = False,
+    json_: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Go on with a run that was killed or interrupted, or train a finished one further.
+
+    The result is that of a run that was never interrupted, bit for bit.
+    """
+    with _reported_errors(debug) as started:
+        started(folder)
+        _resume(folder, rounds, quiet=quiet, as_json=json_)
 
 
 @app.command()
@@ -178,6 +203,7 @@ def compare(
     threads: _Threads = None,
     overwrite: _Overwrite = False,
     quiet: _Quiet = False,
+    json_: _Json = False,
     debug: _Debug = False,
 ) -> None:
     """Train several embeddings alike; print and draw accuracy against bytes sent.
@@ -192,7 +218,7 @@ def compare(
         folder = out or _default_folder(settings, "compare")
         started(folder)
         names = [name for name in embeddings.split(",") if name.strip()]
-        _compare(settings, names, folder, overwrite=overwrite, quiet=quiet)
+        _compare(settings, names, folder, overwrite=overwrite, quiet=quiet, as_json=json_)
 
 
 @app.command()
@@ -262,7 +288,10 @@ def _reported_errors(debug: bool) -> Iterator[Callable[[Path], None]]:
     except KeyboardInterrupt:
         kept = f"; what was finished is in {folders[0]}/" if folders and folders[0].is_dir() else ""
         typer.echo(f"\nfedpeft: interrupted{kept}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(SIGNALLED + signal.SIGINT) from None
+    except _Stopped as stopped:
+        typer.echo(f"\nfedpeft: {stopped}", err=True)
+        raise typer.Exit(SIGNALLED + stopped.signal) from None
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
@@ -350,10 +379,79 @@ def _progress(
         )
 
 
-def _run(config: Config, folder: Path, *, overwrite: bool, quiet: bool) -> None:
+class _Stopped(Exception):
+    """A run ended because of a signal."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+def _run_until_signal(simulator: Simulator, folder: Path) -> Summary:
+    """`simulator.run()`, which SIGINT and SIGTERM end after the current round, and the second one at once.
+
+    Raises:
+        _Stopped: one of them came.
+    """
+    from fedpeft_ext.simulation import Interrupted
+    from fedpeft_ext.simulation.checkpoint import has_checkpoint
+
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        received.append(number)
+        if len(received) == 1:
+            simulator.stop()
+            if simulator.ranks.first:
+                # Not through Python's files, which may be in the middle of a write.
+                os.write(2, b"\nfedpeft: ending after this round; once more to end now\n")
+        elif simulator.ranks.size == 1:  # torchrun hands every signal on, and kills after a while by itself
+            raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return simulator.run()
+    except (Interrupted, KeyboardInterrupt) as reason:
+        if not received:
+            raise
+        told = str(reason) or "ended at once"
+        saved = f"; fedpeft resume {folder} goes on" if has_checkpoint(folder) is not None else ""
+        raise _Stopped(f"{told}{saved}", received[-1]) from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _report(summary: Summary, folder: Path, as_json: bool) -> None:
+    """The result on stdout."""
     from rich.console import Console
 
     from fedpeft_ext.experiments.tables import summary_table
+
+    if as_json:
+        typer.echo(json.dumps({**summary.as_dict(), "folder": str(folder)}, allow_nan=False))
+        return
+    Console().print(summary_table(summary))
+    typer.echo(f"Files: {folder}/ config.yaml, metrics.jsonl, summary.json, model.safetensors")
+
+
+def _resume(folder: Path, rounds: int | None, *, quiet: bool, as_json: bool) -> None:
+    from rich.console import Console
+
+    from fedpeft_ext.simulation import Simulator
+
+    simulator = Simulator.resume(folder, rounds=rounds)
+    config = simulator.config
+    with _progress(Console(stderr=True), config, quiet=quiet, evaluations=True) as (callbacks_for, notify):
+        notify(f"Going on in {folder} after round {simulator.rounds_done} of {config.training.rounds}")
+        simulator.add_callbacks(*callbacks_for(config.embedding.name))
+        summary = _run_until_signal(simulator, folder)
+    _report(summary, folder, as_json)
+
+
+def _run(config: Config, folder: Path, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
+    from rich.console import Console
+
     from fedpeft_ext.nn import parse_spec
     from fedpeft_ext.simulation import Simulator
 
@@ -363,12 +461,14 @@ def _run(config: Config, folder: Path, *, overwrite: bool, quiet: bool) -> None:
         dataset = _load(config)
         notify(f"{_size(dataset)}; preparing {config.embedding.name} on the server")
         callbacks = callbacks_for(config.embedding.name)
-        summary = Simulator(config, dataset, callbacks=callbacks, out=folder, overwrite=overwrite).run()
-    Console().print(summary_table(summary))
-    typer.echo(f"Files: {folder}/ config.yaml, metrics.jsonl, summary.json, model.safetensors")
+        simulator = Simulator(config, dataset, callbacks=callbacks, out=folder, overwrite=overwrite)
+        summary = _run_until_signal(simulator, folder)
+    _report(summary, folder, as_json)
 
 
-def _compare(config: Config, names: Sequence[str], folder: Path, *, overwrite: bool, quiet: bool) -> None:
+def _compare(
+    config: Config, names: Sequence[str], folder: Path, *, overwrite: bool, quiet: bool, as_json: bool
+) -> None:
     from rich.console import Console
 
     from fedpeft_ext.experiments import compare, terminal_table
@@ -382,6 +482,9 @@ def _compare(config: Config, names: Sequence[str], folder: Path, *, overwrite: b
         comparison = compare(
             config, names, dataset, out=folder, overwrite=overwrite, callbacks_for=callbacks_for
         )
+    if as_json:
+        typer.echo(json.dumps([result.as_dict() for result in comparison.results], allow_nan=False))
+        return
     Console().print(terminal_table(comparison.results, comparison.k, title=comparison.title))
     typer.echo(f"Table:    {folder}/ {MARKDOWN}, {CSV}, {JSON}")
     typer.echo(f"Pictures: {folder}/ {SCATTER}, {CURVES}")

@@ -346,6 +346,26 @@ class EvaluationConfig(_Section):
         return tuple(sorted(ks))
 
 
+class CheckpointConfig(_Section):
+    """When a run with an output folder saves what `fedpeft resume` goes on from (`simulation.checkpoint`)."""
+
+    every: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="rounds between two (None: as often as takes 1% of the time, 10 s or more apart; "
+        "0: none)",
+    )
+    keep: _Count = Field(default=1, description="newest ones that are kept")
+
+
+class LogConfig(_Section):
+    """What a run with an output folder writes besides metrics.jsonl."""
+
+    csv: bool = Field(default=False, description="metrics.csv, the same as a table")
+    tensorboard: bool = Field(
+        default=False, description="events for TensorBoard, of every round (needs fedpeft_ext[tensorboard])"
+    )
+
+
 class Config(_Section):
     """All settings of one experiment. Results are a function of this and of the data set alone."""
 
@@ -358,6 +378,8 @@ class Config(_Section):
     compression: CompressionConfig = CompressionConfig()
     faults: FaultsConfig = FaultsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
     engine: Literal["auto", "fused", "batched", "sequential"] = Field(
         default="auto",
         description="fused: a client's training in one call (fedmf); batched: any backbone; "

@@ -299,10 +299,37 @@ def test_interruption_leaves_a_readable_folder(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert f"interrupted; what was finished is in {out}/" in errors
+    assert "ending after this round; once more to end now" in errors
+    assert f"of 1000000; fedpeft resume {out} goes on" in errors
     assert load_config(out / "config.yaml").training.rounds == 1_000_000
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["round"] for line in lines[:3]] == [0, 2, 4]
+    message = refused("run", *SMALL, "-o", out)
+    assert "holds an interrupted run" in message
+    assert f"`fedpeft resume {out}`" in message
+    saved = int(next((out / "checkpoints").glob("round-*")).stem.removeprefix("round-"))
+    assert "training.rounds: expected at least" in refused("resume", out, "--rounds", "1")
+    result = fedpeft("resume", out, "--rounds", saved + 2, "--quiet", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["rounds"] == saved + 2
+
+
+def test_resume_refuses_what_is_no_run(tmp_path: Path) -> None:
+    assert "found none at" in refused("resume", tmp_path / "none")
+    assert "expected a checkpoint" in refused("resume", tmp_path)
+
+
+def test_json_is_all_of_stdout(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = fedpeft("run", *SMALL, "-r", "1", "--json", "-o", out)
+    assert result.exit_code == 0
+    summary = json.loads(result.stdout)
+    assert summary.pop("folder") == str(out)
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert "round 1/1" in result.stderr
+    both = fedpeft("compare", *SMALL, "-r", "1", "-q", "--json", "-e", "c-hash,p-rq", "-o", tmp_path / "c")
+    assert [run["embedding"] for run in json.loads(both.stdout)] == ["c-hash", "p-rq"]
+    assert both.stderr == ""
 
 
 def _environment() -> dict[str, str]:

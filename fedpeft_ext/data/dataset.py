@@ -7,6 +7,7 @@ first.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ FloatArray = npt.NDArray[np.float64]
 
 # Draws held at a time by `candidates`: about 8 MB an array, so that the ten rounds of Philox stay in cache.
 _CHUNK_DRAWS = 1 << 18
+
+# Numbers hashed at a time by `digest`, which may lie in a file that is larger than memory.
+_CHUNK_HASHED = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +112,17 @@ class Dataset:
         """All interactions: training, validation and test."""
         held = np.count_nonzero(self.test_items >= 0) + np.count_nonzero(self.valid_items >= 0)
         return len(self.indices) + int(held)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what training and evaluation read: sizes, interactions in order, held-out items."""
+        digest = hashlib.sha256(f"{self.num_users} {self.num_items}".encode())
+        for name in ("indptr", "indices", "test_items", "valid_items"):
+            array = getattr(self, name)
+            digest.update(f" {name} {len(array)} ".encode())
+            for start in range(0, len(array), _CHUNK_HASHED):
+                digest.update(np.ascontiguousarray(array[start : start + _CHUNK_HASHED], "<i8").data)
+        return digest.hexdigest()
 
     def positives(self) -> tuple[IntArray, IntArray]:
         """Training interactions as CSR with each user's items ascending: (indptr int64 [U + 1], indices int64

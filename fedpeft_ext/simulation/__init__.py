@@ -9,13 +9,14 @@ from fedpeft_ext.simulation.distributed import RankError
 from fedpeft_ext.simulation.evaluation import Evaluator, rank_counts, ranking_metrics
 from fedpeft_ext.simulation.local_training import ClientError
 from fedpeft_ext.simulation.privacy import PrivacyReport
-from fedpeft_ext.simulation.simulator import Simulator, Summary
+from fedpeft_ext.simulation.simulator import Interrupted, Simulator, Summary
 
 __all__ = [
     "Aggregator",
     "Callback",
     "ClientError",
     "Evaluator",
+    "Interrupted",
     "Metrics",
     "PrivacyReport",
     "RankError",

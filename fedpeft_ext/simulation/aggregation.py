@@ -86,7 +86,7 @@ class Server:
                 step = ops.apply_updates_ if on_cpu else reference.apply_updates_
                 step(parameter.detach(), total, at, scale=self._lr / weight)
 
-    def state_dict(self) -> State:
+    def state_dict(self, ranks: Ranks | None = None) -> State:
         """See `state.Stateful`: the optimizer's moments."""
         return {f"{name}.{index}": m for name, both in self._moments.items() for index, m in enumerate(both)}
 
@@ -301,13 +301,13 @@ class Aggregator:
             stage.discard()
         self._clear(used=False)
 
-    def state_dict(self) -> State:
+    def state_dict(self, ranks: Ranks | None = None) -> State:
         """See `state.Stateful`: that of the server's optimizer, control variates and stages."""
-        state = prefixed("server", self.server.state_dict())
+        state = prefixed("server", self.server.state_dict(ranks))
         if self._variates is not None:
-            state |= prefixed("variates", self._variates.state_dict())
+            state |= prefixed("variates", self._variates.state_dict(ranks))
         for index, stage in enumerate(self._stages):
-            state |= prefixed(f"stages.{index}", stage.state_dict())
+            state |= prefixed(f"stages.{index}", stage.state_dict(ranks))
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -153,10 +153,15 @@ class ClientStore:
         """Forget what was written since the last `commit`."""
         self._written = []
 
-    def state_dict(self) -> State:
+    def state_dict(self, ranks: Ranks | None = None) -> State:
         """See `state.Stateful`."""
-        trained = {} if self.trained is None else {"trained": self.trained}
-        return prefixed("state", self.state) | prefixed("starts", self.starts) | trained
+        held = prefixed("state", self.state)
+        if self.trained is not None:
+            held["trained"] = self.trained
+        if ranks is not None:
+            own = slice(ranks.owned.start, ranks.owned.stop)
+            held = {name: ranks.gather_rows(values[own]) for name, values in held.items()}
+        return held | prefixed("starts", self.starts)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `state.Stateful`."""

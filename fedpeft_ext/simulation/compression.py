@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fedpeft_ext.ops import philox
+from fedpeft_ext.simulation.distributed import Ranks
 from fedpeft_ext.simulation.randomness import UPLOAD_ROUNDING
 from fedpeft_ext.simulation.state import State
 from fedpeft_ext.simulation.uploads import Uploads, UploadStage
@@ -85,6 +86,7 @@ class TopK(UploadStage):
     def __init__(self, parameters: Mapping[str, Tensor], share: float) -> None:
         self._shapes = {name: p.shape for name, p in parameters.items()}
         self._kept = kept_elements(parameters, share)
+        self._none = torch.cat([p.detach().flatten() for p in parameters.values()])[None][:0].clone()
         self.residuals: dict[int, Tensor] = {}
         self._rests: dict[int, Tensor] = {}
 
@@ -119,19 +121,19 @@ class TopK(UploadStage):
         """Clients keep the rests of before."""
         self._rests = {}
 
-    def state_dict(self) -> State:
+    def state_dict(self, ranks: Ranks | None = None) -> State:
         """See `state.Stateful`."""
-        if not self.residuals:
-            return {}
-        clients = torch.tensor(list(self.residuals))
-        return {"clients": clients, "residuals": torch.stack(list(self.residuals.values()))}
+        own = {c: rest for c, rest in self.residuals.items() if ranks is None or c in ranks.owned}
+        clients = torch.tensor(list(own), dtype=torch.int64)
+        rests = torch.stack(list(own.values())) if own else self._none
+        if ranks is not None:
+            clients, rests = ranks.gather_rows(clients), ranks.gather_rows(rests)
+        return {"clients": clients, "residuals": rests}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `state.Stateful`."""
-        self.residuals = {}
-        if state:
-            rests = state["residuals"].clone().unbind()
-            self.residuals = dict(zip(state["clients"].tolist(), rests, strict=True))
+        rests = state["residuals"].to(self._none.device, copy=True).unbind()
+        self.residuals = dict(zip(state["clients"].tolist(), rests, strict=True))
 
     def _flat(self, uploads: Uploads, c: int) -> Tensor:
         parts = []

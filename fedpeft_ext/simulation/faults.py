@@ -101,7 +101,7 @@ class Faults:
             self.counts[reason] += len(found) - int((reasons == number + 1).sum())
             self._rejected.append((number, found))
 
-    def state_dict(self) -> State:
+    def state_dict(self, ranks: Ranks | None = None) -> State:
         """See `state.Stateful`."""
         return dict(self.counts)
 

@@ -1,23 +1,31 @@
-"""The folder of a run: config.yaml, metrics.jsonl, summary.json and model.safetensors.
+"""The folder of a run: config.yaml, metrics.jsonl, summary.json, model.safetensors, and what `log` asks for.
 
 The folder is made and tried before any work. config.yaml is there from the start and metrics.jsonl is flushed
 line by line, so a run that fails or is interrupted leaves both readable; summary.json and model.safetensors
-mark a finished one.
+mark a finished one. A resumed run cuts metrics.jsonl back to what its checkpoint knew.
 """
 
 from __future__ import annotations
 
+import csv
+import fcntl
+import hashlib
+import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fedpeft_ext.config import Config
+from fedpeft_ext.simulation.checkpoint import delete_checkpoints, has_checkpoint
+from fedpeft_ext.simulation.files import append, replace_bytes, replace_file, replace_text
 
 CONFIG, METRICS, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "summary.json", "model.safetensors"
+CSV, TENSORBOARD = "metrics.csv", "tensorboard"
 
 
 def prepare_folder(folder: str | Path, overwrite: bool = False) -> Path:
@@ -38,9 +46,7 @@ def prepare_folder(folder: str | Path, overwrite: bool = False) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not overwrite:
-            raise FileExistsError(
-                f"out: expected a new or empty folder, but {folder} has files; choose another, or overwrite"
-            )
+            raise FileExistsError(f"out: {_why_not_empty(folder)}; choose another, or overwrite")
         probe = folder / ".fedpeft-probe"
         probe.write_text("")
         probe.unlink()
@@ -48,40 +54,185 @@ def prepare_folder(folder: str | Path, overwrite: bool = False) -> Path:
         raise
     except OSError as error:
         raise type(error)(f"out: cannot write to {folder} ({error.strerror or error})") from error
-    for name in (CONFIG, METRICS, SUMMARY, MODEL):
+    for name in (CONFIG, METRICS, SUMMARY, MODEL, CSV):
         (folder / name).unlink(missing_ok=True)
+        (folder / f".{name}.part").unlink(missing_ok=True)
+    for events in (folder / TENSORBOARD).glob("events.out.tfevents.*"):
+        events.unlink()
+    delete_checkpoints(folder)
     return folder
 
 
+def _why_not_empty(folder: Path) -> str:
+    round = has_checkpoint(folder)
+    if round is None:
+        return f"expected a new or empty folder, but {folder} has files"
+    if (folder / SUMMARY).exists():
+        return f"expected a new or empty folder, but {folder} holds a finished run"
+    return (
+        f"{folder} holds an interrupted run, saved after round {round}, which `fedpeft resume {folder}` goes "
+        "on with"
+    )
+
+
 class RunFolder:
-    """Writes the files of one run.
+    """Writes the files of one run. No two may write to the same folder at a time.
 
     Args:
-        folder: prepared by `prepare_folder`.
+        folder: prepared by `prepare_folder`, or that of the run to go on with.
         config: written at once.
+        resumed: what `mark` told when the run to go on with was saved; None begins anew.
+
+    Raises:
+        BlockingIOError: another process writes to the folder.
+        OSError: a file cannot be written.
+        ValueError: metrics.jsonl is not as it was when the run was saved.
     """
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        resumed: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = folder
-        (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-        self._metrics: IO[str] = (folder / METRICS).open("w", encoding="utf-8")
+        self._lock = _locked(folder)
+        try:
+            kept = b"" if resumed is None else saved_metrics(folder, resumed)
+            for name in (SUMMARY, MODEL):  # of the run before it was given more rounds
+                (folder / name).unlink(missing_ok=True)
+            replace_text(folder / CONFIG, config.to_yaml())
+            self._log_csv = config.log.csv
+            self._begin(kept)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _begin(self, kept: bytes) -> None:
+        """Write to the files after these lines."""
+        replace_bytes(self.path / METRICS, kept)
+        self._metrics = (self.path / METRICS).open("ab", buffering=0)
+        self._length, self._digest = len(kept), hashlib.sha256(kept)
+        self._csv = None
+        if self._log_csv:
+            self._csv = CsvLog(self.path / CSV, [json.loads(line) for line in kept.splitlines()])
 
     def close(self) -> None:
-        """Close metrics.jsonl."""
+        """Close the files."""
+        self._close_files()
+        os.close(self._lock)
+
+    def _close_files(self) -> None:
+        if self._csv is not None:
+            self._csv.close()
         self._metrics.close()
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl, on disk before this returns."""
-        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-        self._metrics.flush()
+        """Append one line to metrics.jsonl, with the operating system before this returns."""
+        data = (json.dumps(line, allow_nan=False) + "\n").encode()
+        append(self._metrics, data)
+        self._length += len(data)
+        self._digest.update(data)
+        if self._csv is not None:
+            self._csv.add(line)
+
+    def mark(self) -> dict[str, Any]:
+        """How far metrics.jsonl has come, once that is on disk."""
+        os.fsync(self._metrics.fileno())
+        return {"bytes": self._length, "sha256": self._digest.hexdigest()}
+
+    def mark_before_last(self) -> dict[str, Any]:
+        """The `mark` of the file without its last line."""
+        data = (self.path / METRICS).read_bytes()[: self._length]
+        data = data[: data[:-1].rfind(b"\n") + 1]
+        return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def cut(self, mark: Mapping[str, Any]) -> None:
+        """Drop the lines after those that `mark` covers."""
+        kept = saved_metrics(self.path, mark)
+        self._close_files()
+        self._begin(kept)
 
     def finish(self, summary: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write model.safetensors, then summary.json: a summary means that all is there."""
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            self.path / MODEL,
-            metadata={"format": "pt"},
-        )
-        (self.path / SUMMARY).write_text(
-            json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        replace_file(self.path / MODEL, lambda part: save_file(on_host, part, {"format": "pt"}))
+        replace_text(self.path / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+
+def saved_metrics(folder: Path, mark: Mapping[str, Any]) -> bytes:
+    """The lines of metrics.jsonl that `mark` covers.
+
+    Raises:
+        FileNotFoundError, ValueError: it does not begin with them.
+    """
+    path = folder / METRICS
+    if not path.is_file():
+        raise FileNotFoundError(f"resume: expected the metrics of the run, found none at {path}")
+    data = path.read_bytes()[: mark["bytes"]]
+    if len(data) != mark["bytes"] or hashlib.sha256(data).hexdigest() != mark["sha256"]:
+        raise ValueError(f"resume: {path} was changed since the run was saved; restore it to go on")
+    return data
+
+
+def _locked(folder: Path) -> int:
+    """A handle of the folder that keeps others from locking it; the lock ends with the process."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise BlockingIOError(f"out: another process is writing to {folder}") from None
+    return handle
+
+
+class CsvLog:
+    """metrics.csv: the lines of metrics.jsonl as a table, nested values as `outer.inner`.
+
+    Args:
+        path: written anew.
+        lines: that are there already.
+    """
+
+    def __init__(self, path: Path, lines: list[dict[str, Any]]) -> None:
+        self._path = path
+        self._rows = [flat(line) for line in lines]
+        self._columns: list[str] = []
+        self._file: io.FileIO | None = None
+        self._rewrite()
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Append a line, as a new table where it has other columns than those before."""
+        row = flat(line)
+        self._rows.append(row)
+        if not row.keys() <= set(self._columns) or self._file is None:
+            self._rewrite()
+            return
+        append(self._file, self._table([row]))
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _rewrite(self) -> None:
+        self.close()
+        self._columns = list(dict.fromkeys(name for row in reversed(self._rows) for name in row))
+        replace_bytes(self._path, self._table(self._rows, header=True))
+        self._file = self._path.open("ab", buffering=0)
+
+    def _table(self, rows: list[dict[str, Any]], header: bool = False) -> bytes:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns)
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue().encode()
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by names such as `outer.inner`."""
+    row: dict[str, Any] = {}
+    for name, value in values.items():
+        row |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return row

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fedpeft_ext.config import PrivacyConfig
 from fedpeft_ext.ops import philox
+from fedpeft_ext.simulation.distributed import Ranks
 from fedpeft_ext.simulation.state import State, copy_into
 from fedpeft_ext.simulation.uploads import Uploads, UploadStage
 
@@ -224,7 +225,7 @@ class Ledger:
         self.rounds += 1
         self.participations[clients] += 1
 
-    def state_dict(self) -> State:
+    def state_dict(self, ranks: Ranks | None = None) -> State:
         """See `state.Stateful`."""
         return {"rounds": self.rounds, "participations": torch.from_numpy(self.participations)}
 

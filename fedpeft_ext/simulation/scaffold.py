@@ -186,33 +186,40 @@ class ControlVariates:
         for change in self._change.values():
             change.zero_()
 
-    def state_dict(self) -> State:
+    def state_dict(self, ranks: Ranks | None = None) -> State:
         """See `state.Stateful`: c; and all c_i, joined, with the client and the number of rows of each."""
-        state = prefixed("server", self.server)
-        if self.clients:
-            held = list(self.clients.values())
-            state["clients"] = torch.tensor(list(self.clients))
-            state["sizes"] = torch.tensor([len(own.rows) for own in held])
-            state["rows"] = torch.cat([own.rows for own in held])
-            for name in self._parameters:
-                join = torch.cat if name in self._tables else torch.stack
-                state[f"values.{name}"] = join([own.values[name] for own in held])
-        return state
+        held = {c: own for c, own in self.clients.items() if ranks is None or c in ranks.owned}
+        device = next(iter(self.server.values())).device
+        clients: State = {
+            "clients": torch.tensor(list(held), dtype=torch.int64),
+            "sizes": torch.tensor([len(own.rows) for own in held.values()], dtype=torch.int64),
+            "rows": torch.cat(
+                [torch.zeros(0, dtype=torch.int64, device=device), *(v.rows for v in held.values())]
+            ),
+        }
+        for name, parameter in self._parameters.items():
+            shape = parameter.shape[1:] if name in self._tables else parameter.shape
+            parts = [
+                own.values[name] if name in self._tables else own.values[name][None] for own in held.values()
+            ]
+            clients[f"values.{name}"] = torch.cat([parameter.new_zeros(0, *shape), *parts])
+        if ranks is not None:
+            clients = {name: ranks.gather_rows(values) for name, values in clients.items()}
+        return prefixed("server", self.server) | clients
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `state.Stateful`."""
         self.discard()
         copy_into(self.server, below("server", state))
         self.clients = {}
-        if "clients" not in state:
-            return
         sizes = state["sizes"].tolist()
-        rows = [part.clone() for part in torch.split(state["rows"], sizes)]
+        device = next(iter(self.server.values())).device
+        rows = [part.to(device, copy=True) for part in torch.split(state["rows"], sizes)]
         parts = {}
         for name in self._parameters:
             joined: Tensor = state[f"values.{name}"]
             pieces: Sequence[Tensor] = torch.split(joined, sizes) if name in self._tables else joined.unbind()
-            parts[name] = [piece.clone() for piece in pieces]
+            parts[name] = [piece.to(device, copy=True) for piece in pieces]
         for index, client in enumerate(state["clients"].tolist()):
             values = {name: pieces[index] for name, pieces in parts.items()}
             self.clients[client] = _Variate(rows[index], values)

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from fedpeft_ext.backbones import Backbone
-from fedpeft_ext.config import Config, FaultsConfig
-from fedpeft_ext.data import Dataset
+from fedpeft_ext.config import Config, ConfigError, FaultsConfig, load_config
+from fedpeft_ext.data import Dataset, load_dataset
 from fedpeft_ext.nn import parse_spec
 from fedpeft_ext.pretrain import Pretrained, pretrain
 from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.callbacks import Callback, Metrics, RoundInfo
+from fedpeft_ext.simulation.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions, initial_states
-from fedpeft_ext.simulation.communication import Traffic, message, num_bytes, traffic
+from fedpeft_ext.simulation.communication import Traffic, message, num_bytes, setup_message, traffic
 from fedpeft_ext.simulation.compression import encode, make_stage
 from fedpeft_ext.simulation.distributed import Ranks, pretrained_everywhere, rank_device, train_round
 from fedpeft_ext.simulation.evaluation import Evaluator
@@ -37,7 +38,14 @@ from fedpeft_ext.simulation.local_training import (
     ParameterRoles,
     first_not_finite,
 )
-from fedpeft_ext.simulation.output import RunFolder, prepare_folder
+from fedpeft_ext.simulation.output import (
+    CONFIG,
+    TENSORBOARD,
+    RunFolder,
+    flat,
+    prepare_folder,
+    saved_metrics,
+)
 from fedpeft_ext.simulation.privacy import Clipping, Ledger, Noise, PrivacyReport
 from fedpeft_ext.simulation.randomness import sample_clients, sample_clients_independently
 from fedpeft_ext.simulation.scaffold import ControlVariates, check_memory
@@ -48,6 +56,8 @@ from fedpeft_ext.simulation.setup import (
     local_settings,
     make_engine,
 )
+from fedpeft_ext.simulation.state import State, Stateful, below, copy_into, prefixed
+from fedpeft_ext.simulation.tensorboard import TensorBoard
 from fedpeft_ext.simulation.uploads import UploadStage
 
 VALID = "valid/"
@@ -113,6 +123,10 @@ class Summary:
         return {**asdict(self), "clients_per_second": self.clients_per_second}
 
 
+class Interrupted(Exception):
+    """A run ended before its last round because `Simulator.stop` was called; with a folder, it is saved."""
+
+
 class Simulator:
     """A federation that trains in rounds.
 
@@ -122,7 +136,8 @@ class Simulator:
         pretrained: full embeddings and codes; None prepares what the embedding needs, as `config.pretrain`
             says.
         callbacks: told about rounds and evaluations, on the first rank.
-        out: folder for the run's files (see `output`); made and tried first.
+        out: folder for the run's files (see `output`); made and tried first. Checkpoints in it let `resume`
+            go on after the process was killed.
         overwrite: whether `out` may hold an earlier run, whose files are replaced.
 
     `config.threads` sets torch's number of CPU threads for the whole process.
@@ -174,10 +189,9 @@ class Simulator:
                 self._per_round,
                 dataset.num_users,
             )
-        self._folder: Path | None = None
         with ranks.together("preparing the folder"):
             if out is not None and ranks.first:
-                self._folder = prepare_folder(out, overwrite)
+                prepare_folder(out, overwrite)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self._callbacks = tuple(callbacks) if ranks.first else ()
@@ -207,6 +221,74 @@ class Simulator:
         self._federation: Federation
         self._begin_phase(self._full_table())
         self._seconds = time.perf_counter() - began
+        self._mark: Mapping[str, Any] | None = None  # how far metrics.jsonl is that of this federation
+        self._saved_rounds = config.training.rounds  # as many as the run to go on with was to have
+        self._stopping = False
+        self._out: Path | None = None
+        self._folder: Path | None = None
+        if out is not None:
+            self._open(Path(out))
+
+    def _open(self, folder: Path) -> None:
+        """Have `run` write into this folder, from the first rank."""
+        self._out = folder
+        self._folder = folder if self._ranks.first else None
+        if self.config.log.tensorboard and self._ranks.first:
+            self.add_callbacks(TensorBoard(folder / TENSORBOARD))
+
+    @classmethod
+    def resume(
+        cls,
+        folder: str | Path,
+        dataset: Dataset | None = None,
+        *,
+        rounds: int | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> Simulator:
+        """The run in `folder` as it was saved last; `run()` goes on from there.
+
+        It ends with the same files, bit for bit and times aside, as a run that was never interrupted, given
+        the same versions of this package and torch. Settings are those of the folder's config.yaml, which
+        may differ from those that the run began with in what changes no result up to here (`ADJUSTABLE`).
+
+        Args:
+            dataset: the same as before; None loads `config.dataset`.
+            rounds: train up to this round instead of `training.rounds`.
+            callbacks: as for a new run.
+
+        Raises:
+            FileNotFoundError: there is nothing to go on from.
+            ValueError: a file is damaged, or settings or data are not those of the run; names the file.
+                Nothing is written.
+        """
+        began = time.perf_counter()
+        folder = Path(folder)
+        saved = load_checkpoint(folder)
+        saved_metrics(folder, saved.header["metrics"])
+        config = _resumed_config(folder, saved)
+        if rounds is not None:
+            config = config.updated([f"training.rounds={rounds}"])
+        if config.training.rounds < saved.round:
+            raise ValueError(
+                f"training.rounds: expected at least {saved.round}, after which {saved.path} was saved, got "
+                f"{config.training.rounds}"
+            )
+        if dataset is None:
+            dataset = load_dataset(config.dataset.name, **config.dataset.options)
+        if dataset.digest != saved.header["dataset"]:
+            raise ValueError(
+                f"dataset: {saved.path} was saved by a run on other data than {dataset.name!r} "
+                f"({saved.header['dataset'][:12]} against {dataset.digest[:12]})"
+            )
+        given = None
+        if "pretrained.full" in saved.constants:
+            held = below("pretrained", saved.constants)
+            given = Pretrained(held["full"], held.get("codes"), held.get("codebooks"))
+        simulator = cls(config, dataset, pretrained=given, callbacks=callbacks)
+        simulator._restore(saved)
+        simulator._open(folder)
+        simulator._seconds += time.perf_counter() - began
+        return simulator
 
     # ---- the federation
     # -------------------------------------------------------------------------------------------------
@@ -241,6 +323,17 @@ class Simulator:
         """ "warm-up" or "training", of the next round."""
         return "warm-up" if self.rounds_done < self._warmup_rounds else "training"
 
+    def add_callbacks(self, *callbacks: Callback) -> None:
+        """Have these told about the run as well, on the first rank."""
+        if self._ranks.first:
+            self._callbacks += callbacks
+
+    def stop(self) -> None:
+        """Have `run` end after the round that it is at. May be called from a callback, a signal's handler or
+        another thread.
+        """
+        self._stopping = True
+
     def _full_table(self) -> Tensor | None:
         return None if self._pretrained is None else self._pretrained.full.to(self._device, self._dtype)
 
@@ -249,6 +342,7 @@ class Simulator:
         `base`.
         """
         config = self.config
+        self._constants: dict[str, Tensor] | None = None
         model = build_model(
             config,
             self.dataset.num_items,
@@ -405,7 +499,9 @@ class Simulator:
         self._trained_clients += trained
         self._training_seconds += seconds
         if phase == "warm-up" and self.phase == "training":
-            self._begin_phase(self.model.item_embedding.full_embedding())
+            full = self.model.item_embedding.full_embedding().detach()
+            self._pretrained = dataclasses.replace(self._pretrained or Pretrained(full), full=full)
+            self._begin_phase(full)
         for callback in self._callbacks:
             callback.on_round(info)
         return info
@@ -446,19 +542,71 @@ class Simulator:
         return metrics
 
     def run(self) -> Summary:
-        """Train all rounds that are left, evaluating on the way, and write the files of the run."""
-        began = time.perf_counter()
-        training, every = self.config.training, self.config.evaluation.every
-        folder = None if self._folder is None else RunFolder(self._folder, self.config)
+        """Train all rounds that are left, evaluating on the way, and write the files of the run.
+
+        Raises:
+            Interrupted: `stop` was called. All that `round` raises: what was saved before stays on disk.
+            OSError: a file cannot be written, say for lack of space; what was saved before stays.
+        """
+        began = time.perf_counter() - self._seconds
+        rounds, every = self.config.training.rounds, self.config.evaluation.every
+        resumed, self._mark = self._mark, None
+        folder = saves = saved = None  # folder and saves: on the first rank
+        with self._ranks.together("opening the folder"):
+            if self._folder is not None:
+                folder = RunFolder(self._folder, self.config, resumed)
+                saves = CheckpointFolder(self._folder, self.config.checkpoint)
+        saving = self._out is not None and self.config.checkpoint.every != 0
+
+        def save(mark: Mapping[str, Any] | None = None) -> None:
+            nonlocal saved
+            if not saving or saved == self.rounds_done:
+                return
+            state = self._saved_state()  # from all ranks
+            with self._ranks.together("saving"):
+                if folder is not None and saves is not None:
+                    header = self._header(mark or folder.mark(), time.perf_counter() - began)
+                    saves.save(Checkpoint(self.rounds_done, header, state, self._saved_constants()))
+            saved = self.rounds_done
+
+        def agreed() -> tuple[bool, bool]:
+            """Whether to stop, and whether it is time to save, the same on all ranks."""
+            wishes = [self._stopping, saves is not None and saves.due(self.rounds_done)]
+            stop, due = self._ranks.sum_numbers(np.array(wishes, dtype=np.float64))
+            return bool(stop), bool(due)
+
         try:
             for callback in self._callbacks:
                 callback.on_start(self)
-            self._evaluated_line(folder, None)
-            while self.rounds_done < training.rounds:
+            if resumed is None:
+                save()
+            elif saving and self._ended_early():
+                # The last evaluation of a run of fewer rounds, which one of these would not have made. It
+                # leaves the checkpoint first, which is then good for the file with that line and without.
+                self._evaluations.pop()
+                shorter = None if folder is None else folder.mark_before_last()
+                save(shorter)
+                if folder is not None and shorter is not None:
+                    folder.cut(shorter)
+            if resumed is None or not self._evaluations:
+                self._evaluated_line(folder, None)
+                saved = None
+            stop, _ = agreed()
+            while self.rounds_done < rounds and not stop:
                 info = self.round()
-                if self.rounds_done % every == 0 or self.rounds_done == training.rounds:
+                if self.rounds_done % every == 0 or self.rounds_done == rounds:
                     self._evaluated_line(folder, info)
-            summary = self._summary(self._seconds + time.perf_counter() - began)
+                stop, due = agreed()
+                if due:
+                    save()
+            save()
+            self._seconds = time.perf_counter() - began
+            if self._out is not None:
+                self._mark = {} if folder is None else folder.mark()
+            if self.rounds_done < rounds:
+                self._stopping = False
+                raise Interrupted(f"stopped after round {self.rounds_done} of {rounds}")
+            summary = self._summary(self._seconds)
             tensors = self.state_dict()  # from all ranks
             if folder is not None:
                 folder.finish(summary.as_dict(), tensors)
@@ -481,6 +629,82 @@ class Simulator:
             folder.add_metrics(
                 {"round": metrics.round, **record, **metrics.values, "total_bytes": self._total_bytes}
             )
+
+    # ---- checkpoints
+    # ----------------------------------------------------------------------------------------------------
+
+    def _parts(self) -> dict[str, Stateful]:
+        """All that lives from round to round besides the model and the counters of `_progress`."""
+        parts: dict[str, Stateful] = {"clients": self.store, "aggregation": self._aggregator}
+        if self._faults is not None:
+            parts["faults"] = self._faults
+        if self._ledger is not None:
+            parts["privacy"] = self._ledger
+        return parts
+
+    def _ended_early(self) -> bool:
+        """Whether this goes on with a run that had ended, with an evaluation out of turn."""
+        last, every = self.rounds_done, self.config.evaluation.every
+        return (
+            self._saved_rounds == last < self.config.training.rounds
+            and last % every != 0
+            and len(self._evaluations) > 0
+            and self._evaluations[-1].round == last
+        )
+
+    def _saved_state(self) -> State:
+        """Tensors and JSON values of the model's trained part and of all parts, on every rank."""
+        state = prefixed("model", message(self.model))
+        for name, part in self._parts().items():
+            state |= prefixed(name, part.state_dict(self._ranks))
+        return state
+
+    def _saved_constants(self) -> dict[str, Tensor]:
+        """What does not change within a phase: the same object in all of it."""
+        if self._constants is None:
+            self._constants = prefixed("model", setup_message(self.model))
+            if self._pretrained is not None:
+                held = self._pretrained
+                given = {"full": held.full, "codes": held.codes, "codebooks": held.codebooks}
+                self._constants |= prefixed("pretrained", {k: v for k, v in given.items() if v is not None})
+        return self._constants
+
+    def _header(self, mark: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """The rest of a checkpoint, with metrics.jsonl as `mark` says, after `seconds` of work."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "dataset": self.dataset.digest,
+            "progress": {
+                "total_bytes": self._total_bytes,
+                "trained_clients": self._trained_clients,
+                "training_seconds": self._training_seconds,
+                "seconds": seconds,
+                "evaluations": [asdict(metrics) for metrics in self._evaluations],
+            },
+            "metrics": mark,
+        }
+
+    def _restore(self, saved: Checkpoint) -> None:
+        """Become the federation that was saved."""
+        phase = self.phase
+        self.rounds_done = saved.round
+        if self.phase != phase:
+            self._begin_phase(self._full_table())
+        try:
+            copy_into(message(self.model), below("model", saved.state))
+            copy_into(setup_message(self.model), below("model", saved.constants))
+            for name, part in self._parts().items():
+                part.load_state_dict(below(name, saved.state))
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"resume: {saved.path} does not fit its settings: {error}") from error
+        progress = saved.header["progress"]
+        self._total_bytes = progress["total_bytes"]
+        self._trained_clients = progress["trained_clients"]
+        self._training_seconds = progress["training_seconds"]
+        self._seconds = progress["seconds"]
+        self._evaluations = [Metrics(**metrics) for metrics in progress["evaluations"]]
+        self._mark = saved.header["metrics"]
+        self._saved_rounds = saved.header["config"]["training"]["rounds"]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors of the federation: the server's by their name in the model, the clients' as
@@ -521,6 +745,31 @@ class Simulator:
             faults=None if self._faults is None else dict(self._faults.counts),
             excluded_clients=self.dataset.num_users - len(self._eligible),
         )
+
+
+ADJUSTABLE = ("training.rounds", "threads", "chunk_memory_mb", "checkpoint", "log")
+"""Settings, or sections, that a run may go on with other values of."""
+
+
+def _resumed_config(folder: Path, saved: Checkpoint) -> Config:
+    """The settings in the folder, checked against those that the run was saved with."""
+    path = folder / CONFIG
+    try:
+        before = Config.from_dict(saved.header["config"])
+    except ConfigError as error:
+        raise ValueError(f"resume: {saved.path} has settings that this version does not: {error}") from None
+    if not path.exists():
+        return before
+    config = load_config(path)
+    now, then = (flat(settings.model_dump(mode="json")) for settings in (config, before))
+    for key in now.keys() | then.keys():
+        adjustable = any(key == name or key.startswith(f"{name}.") for name in ADJUSTABLE)
+        if now.get(key) != then.get(key) and not adjustable:
+            raise ValueError(
+                f"{path}: {key}: expected {then.get(key)!r}, with which the run in {saved.path} began, got "
+                f"{now.get(key)!r}"
+            )
+    return config
 
 
 def _evaluators(

@@ -9,19 +9,26 @@ position).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fedpeft_ext.simulation.distributed import Ranks
 
 State = dict[str, Any]
 """{name: Tensor, or None, bool, int, float, str, or lists and dictionaries of these}."""
 
 
 class Stateful(Protocol):
-    """A part with state. `state_dict` may return the tensors that it works on; `load_state_dict` copies."""
+    """A part with state. `state_dict` may return the tensors that it works on; `load_state_dict` copies.
 
-    def state_dict(self) -> State: ...
+    With several `ranks`, all of them call `state_dict`, and all get what all hold together: clients' state
+    is at one rank each. All load all of it, and hand on their own clients' alone.
+    """
+
+    def state_dict(self, ranks: Ranks | None = None) -> State: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedpeft_ext.simulation.distributed import Ranks
 from fedpeft_ext.simulation.state import State
 
 
@@ -105,7 +106,7 @@ class UploadStage:
     def discard(self) -> None:
         """The uploads since the last `commit` are not applied."""
 
-    def state_dict(self) -> State:
+    def state_dict(self, ranks: Ranks | None = None) -> State:
         """See `state.Stateful`. Default: nothing."""
         return {}
 

@@ -69,6 +69,7 @@ def test_files_of_a_run(dataset: Dataset, pretrained: Pretrained, tmp_path: Path
     simulator = Simulator(config(), dataset, pretrained=pretrained, out=out)
     summary = simulator.run()
     assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoints",
         "config.yaml",
         "metrics.jsonl",
         "model.safetensors",
