@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset, small_config
-from killed_run import go_on, prepared
+import torch.multiprocessing as mp
+from killed_run import StopAfter, go_on, one_of_two, prepared
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_federation import make_dataset, small_config
 
 from fedpeft_ext.cli import _run_until_signal, _Stopped
 from fedpeft_ext.config import CheckpointConfig, Config
@@ -99,20 +100,6 @@ def result(folder: Path) -> dict[str, Any]:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-class StopAfter(Callback):
-    """Asks the run to stop in the middle of a round's callbacks."""
-
-    def __init__(self, round: int) -> None:
-        self._round = round
-
-    def on_start(self, simulator: Simulator) -> None:
-        self._simulator = simulator
-
-    def on_round(self, info: RoundInfo) -> None:
-        if info.round == self._round:
-            self._simulator.stop()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -307,6 +294,19 @@ def killed_at_random(tmp_path: Path, kills: int, rounds: int) -> None:
 
 def test_kill_9_at_random_moments(tmp_path: Path) -> None:
     killed_at_random(tmp_path, kills=20, rounds=12)
+
+
+def test_any_number_of_processes_goes_on_with_the_run_of_another(tmp_path: Path) -> None:
+    runs = {name: config(**CASES[name]) for name in ("top-k", "pfedrec", "faults")}
+    for name, settings in runs.items():
+        new_run(tmp_path / name, settings).run()
+        with pytest.raises(Interrupted):
+            new_run(tmp_path / f"{name}, one then two", settings, callbacks=[StopAfter(2)]).run()
+    mp.start_processes(one_of_two, (tmp_path, runs, make_dataset()), nprocs=2, start_method="spawn")
+    for name in runs:
+        resumed(tmp_path / f"{name}, two then one").run()
+        for way in ("one then two", "two then one"):
+            assert result(tmp_path / f"{name}, {way}") == result(tmp_path / name)
 
 
 # ---- signals

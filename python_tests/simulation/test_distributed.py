@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import make_dataset, small_config
 from safetensors.torch import load_file, save_file
+from small_federation import make_dataset, small_config
 from torch import Tensor
 
 from fedpeft_ext.pretrain import Pretrained
