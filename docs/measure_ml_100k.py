@@ -41,7 +41,7 @@ METHODS = {
 }
 ALGORITHMS = {
     "FedAvg": [],
-    "FedProx, mu 0.1": ["training.prox_mu=0.1"],
+    "FedProx, mu 0.01": ["training.prox_mu=0.01"],
     "SCAFFOLD": ["training.algorithm=scaffold"],
 }
 PRIVATE = ["training.weighting=uniform", "training.client_sampling=poisson"]
