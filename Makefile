@@ -7,6 +7,7 @@
 #   make gpu-check    on a machine with a GPU, in PYTHON's own environment (a CUDA torch, no network needed):
 #                     build, tests, sanitizers and benchmarks (STEPS=...: some; DRY=1: what needs no GPU, here)
 #   make bench    kernel and training benchmarks     make clean    remove what was built (not .venv, not runs)
+#   make bench-sim    the engines against PyTorch by hand, pfl-research and Flower (ARGS=--quick: few rounds)
 #
 # Variables: PYTHON (default python3, 3.11 or newer), WERROR=1 (compiler warnings are errors), EMULATOR=1
 # (build the CUDA kernels for the CPU too, for tests), SETTINGS and OUT of the demo.
@@ -33,7 +34,7 @@ say = @printf '\033[1m==>\033[0m %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format build bench clean cuda-check gpu-check
+.PHONY: help demo test test-all lint format build bench bench-sim clean cuda-check gpu-check
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -67,6 +68,12 @@ build: $(BUILT)
 bench: $(BUILT)
 	$(call say,Running the benchmarks)
 	@$(BIN)/python -m pytest benchmarks -q -o python_files='bench_*.py' --benchmark-only
+
+bench-sim: $(BUILT)
+	$(call say,Installing pfl-research (not its dependencies, which are pinned otherwise))
+	@$(PIP) --no-deps pfl==0.6.0 multiprocess==0.70.19 dill==0.4.1 || echo "pfl-research will be left out" >&2
+	$(call say,Racing the engines against other systems)
+	@$(BIN)/python -m benchmarks.bench_sim --results $(ARGS)
 
 cuda-check: $(READY)
 	$(call say,Compiling the CUDA kernels for every architecture)

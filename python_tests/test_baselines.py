@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from benchmarks.baselines.hand_written import HandWritten
 from benchmarks.baselines.negatives import Negatives, UniformNegatives
 from benchmarks.baselines.problem import Problem
 from benchmarks.baselines.vmap_grad import VmapGrad
+from benchmarks.bench_sim import contest, draw, report
 from fedpeft_ext import ops
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset, load_dataset
@@ -147,3 +150,54 @@ def test_other_settings_are_refused(dataset: Dataset) -> None:
         Problem.of(Config().updated(["training.loss=bce"]), dataset)
     with pytest.raises(ValueError, match=r"embedding\.name: expected p-lora or p-rq, got 'full'"):
         Problem.of(Config().updated(["embedding.name=full"]), dataset)
+
+
+def small_problem(embedding: str) -> tuple[Problem, Pretrained]:
+    config = Config().updated(
+        [
+            f"embedding.name={embedding}",
+            "embedding.codebook_size=16",
+            "backbone.dim=8",
+            "training.clients_per_round=5",
+            "evaluation.num_negatives=20",
+        ]
+    )
+    return Problem.of(config, synthetic(), pretrained()), pretrained()
+
+
+def test_pfl_trains_the_chosen_clients() -> None:
+    pytest.importorskip("pfl", reason="pfl-research is not installed")
+    from benchmarks.baselines.pfl_fedmf import Pfl
+
+    problem, _ = small_problem("p-lora")
+    contender = Pfl(problem)
+    for number in (1, 2):
+        before = contender.result()[0].clone()
+        contender.round()
+        moved = (contender.result()[0] != before).any(1).nonzero().flatten()
+        assert moved.tolist() == problem.clients(number).tolist()
+    vectors = contender.result()[1]
+    start = HandWritten(problem).result()[1]
+    assert 1e-3 < float((vectors - start).abs().max()) < 1.0
+
+
+def test_a_contest_is_told_in_a_table_and_a_figure(tmp_path: Path) -> None:
+    problem, start = small_problem("p-rq")
+    tracks = contest(problem, start, ["fused", "hand-written", "pfl"], rounds=3, warmup=1, every=2)
+    assert [[rounds for rounds, *_ in track.hit_rates] for track in tracks] == [[2, 4], [2, 4], []]
+    assert all(track.clients_per_second >= track.slow > 0 for track in tracks[:2])
+    assert tracks[2].missing == "its client has P-LoRA alone"
+    section = {
+        "users": 40,
+        "items": ITEMS,
+        "per_round": 5,
+        "mean_items": 12.0,
+        "contests": {"p-rq": [asdict(track) for track in tracks]},
+    }
+    record = {"machine": "m", "threads": 1, "sections": {"ml-100k": section, "ml-1m": {"skipped": "why"}}}
+    lines = "\n".join(report(record))
+    assert "| engine fused |" in lines
+    assert "not run: its client has P-LoRA alone" in lines
+    assert "Skipped: why" in lines
+    draw(record, tmp_path / "sim.png")
+    assert (tmp_path / "sim.png").stat().st_size > 10_000
