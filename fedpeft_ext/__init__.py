@@ -1,51 +1,67 @@
 """fedpeft_ext: parameter-efficient embeddings for federated recommendation.
 
-Importing the package loads the compiled ops (`fedpeft_ext.ops`, also here by name), their plain-PyTorch
-twins (`fedpeft_ext.reference`) and the modules (`fedpeft_ext.nn`). Data, pre-training and the simulator load
-on first use.
+The compiled ops (`fedpeft_ext.ops`, also here by name), their plain-PyTorch twins (`fedpeft_ext.reference`),
+the modules (`fedpeft_ext.nn`) and the simulator load on first use, so that `fedpeft --help` does not wait for
+torch. `import fedpeft_ext.ops` registers the ops in `torch.ops.fedpeft_ext`.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
-import torch  # noqa: F401  (its libraries must be loaded before _C)
-
-try:
-    from . import _C
-except ImportError as error:  # pragma: no cover - an installation without the compiled part
-    raise ImportError(
-        "fedpeft_ext._C is missing or does not load: build it with `pip install --no-build-isolation .` "
-        f"in the environment that has torch >= 2.11 ({error})"
-    ) from error
-
-from . import nn, ops, reference
-from .nn import plug
-from .ops import *  # noqa: F403
-
 if TYPE_CHECKING:
-    from .config import Config as Config
-    from .config import load_config as load_config
-    from .data import Dataset as Dataset
-    from .data import load_dataset as load_dataset
-    from .simulation import Simulator as Simulator
+    from . import _C, nn, ops, reference
+    from .config import Config, load_config
+    from .data import Dataset, load_dataset
+    from .nn.plug import plug
+    from .ops import *  # noqa: F403
+    from .simulation import Simulator
+
+    __all__ = [
+        "_C",
+        "Config",
+        "Dataset",
+        "Simulator",
+        "load_config",
+        "load_dataset",
+        "nn",
+        "ops",
+        "plug",
+        "reference",
+        *ops.__all__,
+    ]
 
 __version__ = "0.1.0"
 
-# Loaded on first use: the simulator's dependencies are not needed for the ops and modules.
-_LAZY = {
+_PLACES = {
     "Config": ".config",
     "load_config": ".config",
     "Dataset": ".data",
     "load_dataset": ".data",
     "Simulator": ".simulation",
+    "plug": ".nn",
 }
-
-__all__ = ["__version__", "nn", "ops", "plug", "reference", "_C", *_LAZY, *ops.__all__]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    if name == "__all__":
+        from .ops import __all__ as op_names
+
+        return ["_C", "__version__", "nn", "ops", "reference", *_PLACES, *op_names]
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name], __name__), name)
+    if not name.startswith("__"):
+        if name == "_C":
+            from .ops import _compiled  # noqa: F401  (torch's libraries come first)
+        if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+            return importlib.import_module(f".{name}", __name__)
+        ops = importlib.import_module(".ops", __name__)
+        if name in ops.__all__:
+            return getattr(ops, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -41,6 +41,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # importing rich takes as long as all the rest of --help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -94,7 +95,7 @@ _Backbone = Annotated[
 _Rounds = Annotated[int | None, typer.Option("--rounds", "-r", help="Federated rounds.", show_default="100")]
 _Seed = Annotated[int | None, typer.Option("--seed", help="Of every random draw.", show_default="0")]
 _Engine = Annotated[
-    str | None, typer.Option("--engine", help="batched or sequential.", show_default="batched")
+    str | None, typer.Option("--engine", help="auto, fused, batched or sequential.", show_default="auto")
 ]
 _Device = Annotated[str | None, typer.Option("--device", help="torch device.", show_default="cpu")]
 _Threads = Annotated[

@@ -19,13 +19,14 @@ from fedpeft_ext.experiments.results import RunResult
 from fedpeft_ext.nn import build_embedding, parse_spec
 from fedpeft_ext.pretrain import Pretrained, pretrain
 from fedpeft_ext.simulation import Callback, Simulator, traffic
+from fedpeft_ext.simulation.checkpoint import has_checkpoint
 from fedpeft_ext.simulation.output import CONFIG, SUMMARY
 
 DIVERGED = "diverged.json"
 """Beside config.yaml in the folder of a run whose training ended in NaN or infinity."""
 
 # Settings that change no result.
-_NEUTRAL = ("threads", "chunk_memory_mb", "dataset")
+_NEUTRAL = ("threads", "chunk_memory_mb", "dataset", "checkpoint", "log")
 _NEUTRAL_OF_PRETRAIN = ("cache", "cache_dir")
 
 
@@ -90,8 +91,9 @@ def run_all(
         configs: of the runs.
         dataset: of all of them.
         place: the folder of a run, or None for none.
-        reuse: whether a finished run that is in its folder is read instead of trained, and a diverged one is
-            passed over. Otherwise diverging raises, as in `Simulator.run`.
+        reuse: whether a finished run that is in its folder is read instead of trained, an interrupted one is
+            gone on with, and a diverged one is passed over. Otherwise diverging raises, as in
+            `Simulator.run`.
         callbacks_for: observers of a run that is trained.
     """
     server = Server(dataset, configs)
@@ -107,14 +109,17 @@ def run_all(
         if reuse and folder is not None and (folder / SUMMARY).is_file():
             yield RunResult.load(folder, full_bytes[key])
             continue
-        simulator = Simulator(
-            config,
-            dataset,
-            pretrained=server.pretrained(config),
-            callbacks=callbacks_for(config),
-            out=folder,
-            overwrite=True,
-        )
+        if reuse and folder is not None and has_checkpoint(folder) is not None:
+            simulator = Simulator.resume(folder, dataset, callbacks=callbacks_for(config))
+        else:
+            simulator = Simulator(
+                config,
+                dataset,
+                pretrained=server.pretrained(config),
+                callbacks=callbacks_for(config),
+                out=folder,
+                overwrite=True,
+            )
         try:
             summary = simulator.run()
         except FloatingPointError as error:

@@ -6,6 +6,7 @@ them. Every op works under autograd (twice), torch.func (vmap, grad, vjp, at any
 autocast.
 """
 
+from . import _compiled  # noqa: F401  (before all others)
 from .aggregate import accumulate_updates_, apply_updates_, touched_rows
 from .client_embedding import client_embedding
 from .client_layer import client_layer
