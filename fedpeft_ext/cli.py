@@ -242,6 +242,32 @@ def data(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Data set: name, file or folder.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="New folder to write.", show_default=False)],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Option such as user_column=uid; repeatable."),
+    ] = None,
+    debug: _Debug = False,
+) -> None:
+    """Write a data set as arrays that are mapped into memory, for data larger than that.
+
+    The folder is then a data set like any other: fedpeft run --dataset FOLDER.
+    """
+    with _reported_errors(debug) as started:
+        from fedpeft_ext.data import convert_dataset
+
+        started(folder)
+        options = _dataset_options(set_ or [])
+        try:
+            dataset = convert_dataset(source, folder, **options)
+        except TypeError as error:  # an option's name or type
+            raise ValueError(str(error)) from error
+        typer.echo(f"{folder}/: {_size(dataset)}")
+
+
+@app.command()
 def info(debug: _Debug = False) -> None:
     """Print versions and what the kernels were built for: put this into a bug report."""
     with _reported_errors(debug):
@@ -512,10 +538,9 @@ def _list_datasets() -> None:
     )
 
 
-def _describe_dataset(name: str, options: Sequence[str]) -> None:
+def _dataset_options(options: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE, values in YAML."""
     import yaml
-
-    from fedpeft_ext.data import check_dataset
 
     chosen: dict[str, Any] = {}
     for option in options:
@@ -523,8 +548,14 @@ def _describe_dataset(name: str, options: Sequence[str]) -> None:
         if not equals:
             raise ValueError(f"--set: expected KEY=VALUE, got {option!r}")
         chosen[key.strip()] = yaml.safe_load(text)
+    return chosen
+
+
+def _describe_dataset(name: str, options: Sequence[str]) -> None:
+    from fedpeft_ext.data import check_dataset
+
     try:
-        report = check_dataset(name, **chosen)
+        report = check_dataset(name, **_dataset_options(options))
     except TypeError as error:  # an option's name or type
         raise ValueError(str(error)) from error
     notes = report.pop("notes")

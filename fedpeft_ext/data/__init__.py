@@ -7,20 +7,24 @@ of any size.
 
 from __future__ import annotations
 
-from .catalogue import DatasetInfo, check_dataset, describe_datasets, load_dataset
+from .catalogue import DatasetInfo, check_dataset, convert_dataset, describe_datasets, load_dataset
 from .dataset import Dataset, popularity_scores
 from .load import read_dataset
+from .mapped import MappedDataset, save_dataset
 from .synthetic import Planted, SyntheticDataset, synthetic_dataset
 
 __all__ = [
     "Dataset",
     "DatasetInfo",
+    "MappedDataset",
     "Planted",
     "SyntheticDataset",
     "check_dataset",
+    "convert_dataset",
     "describe_datasets",
     "load_dataset",
     "popularity_scores",
     "read_dataset",
+    "save_dataset",
     "synthetic_dataset",
 ]

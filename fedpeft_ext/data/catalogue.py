@@ -14,7 +14,8 @@ import numpy as np
 
 from .dataset import Dataset
 from .load import check_options, read_dataset
-from .synthetic import synthetic_dataset
+from .mapped import MappedDataset, is_mapped, load_mapped, save_dataset
+from .synthetic import synthetic_dataset, write_synthetic_dataset
 
 # A folder with one folder a data set.
 DATA_VARIABLE = "FEDPEFT_DATA"
@@ -88,7 +89,8 @@ def load_dataset(name_or_path: str | Path, **options: Any) -> Dataset:
     Args:
         name_or_path: "ml-100k", "ml-1m", "industrial", the name of a folder in `$FEDPEFT_DATA`, "synthetic",
             or the path of a file or folder. A known name goes before a path: write "./ml-1m" for the folder.
-        options: those of `read_dataset`, or of `synthetic_dataset` for "synthetic".
+        options: those of `read_dataset`, or of `synthetic_dataset` for "synthetic"; of a folder that
+            `convert_dataset` wrote `name` alone.
 
     Raises:
         FileNotFoundError: a known data set that is not there (the message says how to get it), or no such
@@ -99,9 +101,22 @@ def load_dataset(name_or_path: str | Path, **options: Any) -> Dataset:
     if name_or_path == "synthetic":
         check_options(synthetic_dataset, options, "synthetic data")
         return synthetic_dataset(**options)
-    check_options(read_dataset, options, "load_dataset")
     named = isinstance(name_or_path, str) and _named_folder(name_or_path) is not None
-    return read_dataset(locate(name_or_path), **({"name": str(name_or_path)} if named else {}) | options)
+    path = locate(name_or_path)
+    read = load_mapped if is_mapped(path) else read_dataset
+    check_options(read, options, "load_dataset")
+    return read(path, **({"name": str(name_or_path)} if named else {}) | options)
+
+
+def convert_dataset(name_or_path: str | Path, folder: str | Path, **options: Any) -> Dataset:
+    """Write a data set into a new folder whose arrays are then mapped into memory (`data.mapped`).
+
+    Synthetic data are written while they are drawn. Arguments and errors are those of `load_dataset`;
+    FileExistsError where `folder` is not new or empty.
+    """
+    if name_or_path == "synthetic":
+        return write_synthetic_dataset(folder, **options)
+    return save_dataset(load_dataset(name_or_path, **options), folder)
 
 
 def locate(name_or_path: str | Path) -> Path:
@@ -153,6 +168,8 @@ def check_dataset(name_or_path: str | Path, **options: Any) -> dict[str, Any]:
     popular items), and notes: sentences on what deserves attention. Raises what `load_dataset` raises.
     """
     dataset = load_dataset(name_or_path, **options)
+    if isinstance(dataset, MappedDataset):
+        dataset.verify()
     met_indptr, met_items = dataset.met_csr()
     per_user = np.diff(met_indptr)
     per_item = np.bincount(met_items, minlength=dataset.num_items)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -22,11 +22,12 @@ from fedpeft_ext.ops import philox
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
+# Interactions looked at, and numbers hashed, at a time, where they may be more than fit into memory.
+_CHUNK_INTERACTIONS = 1 << 22
+_CHUNK_HASHED = 1 << 20
+
 # Draws held at a time by `candidates`: about 8 MB an array, so that the ten rounds of Philox stay in cache.
 _CHUNK_DRAWS = 1 << 18
-
-# Numbers hashed at a time by `digest`, which may lie in a file that is larger than memory.
-_CHUNK_HASHED = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +56,9 @@ class Dataset:
     indices: IntArray
     test_items: IntArray
     valid_items: IntArray
-    user_ids: list[str]
-    item_ids: list[str]
-    item_text: list[str] | None = None
+    user_ids: Sequence[str]
+    item_ids: Sequence[str]
+    item_text: Sequence[str] | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,6 +88,9 @@ class Dataset:
             raise ValueError(
                 f"indptr: expected offsets rising from 0 to {len(self.indices)} (the length of indices)"
             )
+        self._check_items(counts)
+
+    def _check_items(self, counts: IntArray) -> None:
         for name, array, low in (
             ("indices", self.indices, 0),
             ("test_items", self.test_items, -1),
@@ -97,12 +101,15 @@ class Dataset:
                     f"{name}: expected items in [{low}, {self.num_items}), got {array.min()} to {array.max()}"
                 )
         for name, held in (("test_items", self.test_items), ("valid_items", self.valid_items)):
-            leaks = np.flatnonzero(self.indices == np.repeat(held, counts))
-            if len(leaks):
-                user = int(np.searchsorted(self.indptr, leaks[0], side="right")) - 1
-                raise ValueError(
-                    f"{name}: item {held[user]} of user {user} is also one of the user's training items"
-                )
+            for users in self.user_chunks(_CHUNK_INTERACTIONS):
+                part = slice(users.start, users.stop)
+                first, last = self.indptr[users.start], self.indptr[users.stop]
+                leaks = np.flatnonzero(self.indices[first:last] == np.repeat(held[part], counts[part]))
+                if len(leaks):
+                    user = int(np.searchsorted(self.indptr, first + leaks[0], side="right")) - 1
+                    raise ValueError(
+                        f"{name}: item {held[user]} of user {user} is also one of the user's training items"
+                    )
         same = np.flatnonzero((self.test_items >= 0) & (self.test_items == self.valid_items))
         if len(same):
             raise ValueError(f"valid_items: user {same[0]} has the test item as validation item")
@@ -116,6 +123,10 @@ class Dataset:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what training and evaluation read: sizes, interactions in order, held-out items."""
+        return self.computed_digest()
+
+    def computed_digest(self) -> str:
+        """`digest`, from the arrays as they are now."""
         digest = hashlib.sha256(f"{self.num_users} {self.num_items}".encode())
         for name in ("indptr", "indices", "test_items", "valid_items"):
             array = getattr(self, name)
@@ -123,6 +134,12 @@ class Dataset:
             for start in range(0, len(array), _CHUNK_HASHED):
                 digest.update(np.ascontiguousarray(array[start : start + _CHUNK_HASHED], "<i8").data)
         return digest.hexdigest()
+
+    def user_chunks(self, interactions: int) -> Iterator[range]:
+        """All users in order, in pieces of about so many training interactions, at least one user each."""
+        bounds = np.searchsorted(self.indptr, np.arange(0, len(self.indices), interactions))
+        steps = np.unique(np.concatenate([bounds, [0, self.num_users]])).tolist()
+        return map(range, steps[:-1], steps[1:])
 
     def positives(self) -> tuple[IntArray, IntArray]:
         """Training interactions as CSR with each user's items ascending: (indptr int64 [U + 1], indices int64
@@ -136,6 +153,23 @@ class Dataset:
     def met_csr(self) -> tuple[IntArray, IntArray]:
         """Everything that each user met (training, validation, test): (indptr, indices), as `positives`."""
         return self._met
+
+    def met_rows(self, users: IntArray) -> tuple[IntArray, IntArray]:
+        """`met_csr` of some `users` int64 [n], in this order: (indptr [n + 1], items)."""
+        start = self.indptr[users]
+        counts = self.indptr[users + 1] - start
+        owner = np.repeat(np.arange(len(users)), counts)
+        place = np.arange(len(owner)) + np.repeat(start - (np.cumsum(counts) - counts), counts)
+        keys = [owner * self.num_items + self._positives[place]]
+        for items in (self.valid_items, self.test_items):
+            held = items[users]
+            having = np.flatnonzero(held >= 0)
+            keys.append(having * self.num_items + held[having])
+            counts[having] += 1
+        met = np.concatenate(keys)
+        met.sort()
+        met -= np.repeat(np.arange(len(users)) * self.num_items, counts)
+        return np.concatenate([[0], np.cumsum(counts)]), met
 
     def met(self, user: int) -> IntArray:
         """The items that `user` met (training, validation, test), ascending, int64."""
@@ -190,17 +224,15 @@ class Dataset:
             raise IndexError(f"users: expected 0 to {self.num_users - 1}, got {given[outside[0]]}")
         return self._candidates(given.astype(np.int64), num_negatives, seed, target)
 
-    def _candidates(self, users: IntArray, num_negatives: int, seed: int, target: str) -> IntArray:
-        out = np.empty((len(users), 1 + num_negatives), np.int64)
-        out[:, 0] = (self.test_items if target == "test" else self.valid_items)[users]
-        missing = np.flatnonzero(out[:, 0] < 0)
+    def check_candidates(
+        self, users: IntArray, num_negatives: int, *, target: Literal["test", "valid"] = "test"
+    ) -> None:
+        """Raise the ValueError of `candidates` where it would, without drawing any."""
+        missing = np.flatnonzero((self.test_items if target == "test" else self.valid_items)[users] < 0)
         if len(missing):
             user = users[missing[0]]
             raise ValueError(f"users: user {user} ({self.user_ids[user]!r}) has no {target} item")
-        if num_negatives == 0:
-            return out
-        indptr, _ = self._met
-        unmet = self.num_items - (indptr[users + 1] - indptr[users])
+        unmet = self._unmet(users)
         few = np.flatnonzero(unmet < num_negatives)
         if len(few):
             user = users[few[0]]
@@ -208,11 +240,26 @@ class Dataset:
                 f"num_negatives: user {user} ({self.user_ids[user]!r}) has {unmet[few[0]]} items never met, "
                 f"fewer than num_negatives={num_negatives}"
             )
+
+    def _unmet(self, users: IntArray) -> IntArray:
+        """How many items each of `users` [n] never met."""
+        held = (self.valid_items[users] >= 0).astype(np.int64) + (self.test_items[users] >= 0)
+        unmet: IntArray = self.num_items - (self.indptr[users + 1] - self.indptr[users]) - held
+        return unmet
+
+    def _candidates(
+        self, users: IntArray, num_negatives: int, seed: int, target: Literal["test", "valid"]
+    ) -> IntArray:
+        self.check_candidates(users, num_negatives, target=target)
+        out = np.empty((len(users), 1 + num_negatives), np.int64)
+        out[:, 0] = (self.test_items if target == "test" else self.valid_items)[users]
+        if num_negatives == 0:
+            return out
         step = max(1, _CHUNK_DRAWS // num_negatives)
         for start in range(0, len(users), step):
-            part = slice(start, start + step)
-            ranks = _distinct_ranks(users[part], unmet[part], num_negatives, seed)
-            out[part, 1:] = self._unmet_items(users[part], ranks)
+            part = users[start : start + step]
+            ranks = _distinct_ranks(part, self._unmet(part), num_negatives, seed)
+            out[start : start + step, 1:] = self._unmet_items(part, ranks)
         return out
 
     def _unmet_items(self, users: IntArray, ranks: IntArray) -> IntArray:
@@ -220,10 +267,11 @@ class Dataset:
         # In a user's ascending met items m_0 < m_1 < ..., the item of rank k lies behind every m_j with m_j -
         # j <= k. These keys never fall within a user; shifted by user they ascend over all users, and one
         # binary search serves all.
-        indptr, _ = self._met
-        stride = self.num_items + 1
-        below = np.searchsorted(self._met_keys, (users * stride)[:, None] + ranks, side="right")
-        return ranks + (below - indptr[users, None])
+        indptr, met = self.met_rows(users)
+        shift = np.arange(len(users)) * (self.num_items + 1)
+        keys = met - np.arange(len(met)) + np.repeat(indptr[:-1] + shift, np.diff(indptr))
+        below = np.searchsorted(keys, shift[:, None] + ranks, side="right")
+        return ranks + (below - indptr[:-1, None])
 
     @cached_property
     def _positives(self) -> IntArray:
@@ -240,31 +288,7 @@ class Dataset:
 
     @cached_property
     def _met(self) -> tuple[IntArray, IntArray]:
-        held = [
-            (users, items[users])
-            for items in (self.valid_items, self.test_items)
-            for users in [np.flatnonzero(items >= 0)]
-        ]
-        counts = np.diff(self.indptr)
-        for users, _ in held:
-            counts[users] += 1
-        indptr = np.zeros(self.num_users + 1, np.int64)
-        np.cumsum(counts, out=indptr[1:])
-        trained = np.repeat(np.arange(self.num_users) * self.num_items, np.diff(self.indptr))
-        trained += self.indices
-        keys = np.concatenate([trained] + [users * self.num_items + items for users, items in held])
-        keys.sort()
-        keys -= np.repeat(np.arange(self.num_users) * self.num_items, counts)
-        return indptr, keys
-
-    @cached_property
-    def _met_keys(self) -> IntArray:
-        indptr, indices = self._met
-        counts = np.diff(indptr)
-        # position j within the user, and the user's shift
-        keys = indices - np.arange(len(indices))
-        keys += np.repeat(indptr[:-1] + np.arange(self.num_users) * (self.num_items + 1), counts)
-        return keys
+        return self.met_rows(np.arange(self.num_users))
 
 
 def popularity_scores(dataset: Dataset) -> FloatArray:

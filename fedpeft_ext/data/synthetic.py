@@ -9,14 +9,19 @@ x item.
 
 from __future__ import annotations
 
+import inspect
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from .dataset import Dataset, FloatArray, IntArray
-from .load import check_count, check_number, leave_one_out
+from .load import check_count, check_number, check_options, leave_one_out
+from .mapped import DatasetWriter, MappedDataset
 
 # Interactions and users drawn at a time. Part of the definition of a data set: another chunk gives other
 # draws.
@@ -125,6 +130,127 @@ def synthetic_dataset(
 
     Raises TypeError or ValueError naming the argument.
     """
+    options = dict(locals())
+    plan = _plan(**options)
+    drawn = list(plan.users())
+    indptr = np.zeros(num_users + 1, np.int64)
+    np.cumsum(np.concatenate([part.counts for part in drawn]), out=indptr[1:])
+    return SyntheticDataset(
+        name=name,
+        num_users=num_users,
+        num_items=num_items,
+        indptr=indptr,
+        indices=np.concatenate([part.indices for part in drawn]),
+        test_items=np.concatenate([part.test_items for part in drawn]),
+        valid_items=np.concatenate([part.valid_items for part in drawn]),
+        user_ids=list(plan.user_ids()),
+        item_ids=list(plan.item_ids()),
+        item_text=plan.item_text(),
+        report=plan.report(),
+        planted=plan.planted,
+    )
+
+
+def write_synthetic_dataset(folder: str | Path, **options: Any) -> MappedDataset:
+    """Draw the data set of `synthetic_dataset(**options)` into a new folder (`data.mapped`), holding a few
+    million interactions at a time."""
+    check_options(synthetic_dataset, options, "synthetic data")
+    given = inspect.signature(synthetic_dataset).bind(**options)
+    given.apply_defaults()
+    plan = _plan(**given.arguments)
+    with DatasetWriter(folder, plan.name, plan.num_users, plan.num_items) as writer:
+        for part in plan.users():
+            writer.add_users(*part)
+        writer.add_texts("user_ids", plan.user_ids())
+        writer.add_texts("item_ids", plan.item_ids())
+        text = plan.item_text()
+        if text is not None:
+            writer.add_texts("item_text", text)
+        return writer.finish(plan.report())
+
+
+class _Users(NamedTuple):
+    """Consecutive users: training items of each [n], joined, and held-out items [n]."""
+
+    counts: IntArray
+    indices: IntArray
+    test_items: IntArray
+    valid_items: IntArray
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is drawn before any interaction, and the drawing of these."""
+
+    name: str
+    num_users: int
+    num_items: int
+    seed: int
+    popularity: float
+    validation: bool
+    with_text: bool
+    step: int  # users drawn at a time
+    counts: IntArray  # [U] interactions
+    starts: IntArray  # [G + 1] places of clusters
+    item_at: IntArray  # [I] item at each place
+    planted: Planted
+
+    def users(self) -> Iterator[_Users]:
+        """All users in order. Fills `planted.user_clusters` on the way."""
+        planted = self.planted
+        liked = planted.user_clusters.shape[1]
+        for begin in range(0, self.num_users, self.step):
+            part = slice(begin, min(begin + self.step, self.num_users))
+            rng = np.random.default_rng([self.seed, 1, begin])
+            clusters = _distinct_clusters(rng, part.stop - begin, liked, len(planted.centres))
+            planted.user_clusters[part] = clusters
+            noise = np.full((part.stop - begin, 1), planted.noise)
+            shares = np.hstack([planted.user_weights[part] * (1 - planted.noise), noise])
+            users, places = _draw(rng, self.counts[part], clusters, shares, self.starts, self.popularity)
+            items = _shuffle(rng, users, self.item_at[places], self.num_items)
+            local, train, test, valid = leave_one_out(users, items, part.stop - begin, self.validation)
+            yield _Users(np.diff(local), train, test, valid)
+
+    def user_ids(self) -> Iterator[str]:
+        return (f"u{u}" for u in range(self.num_users))
+
+    def item_ids(self) -> Iterator[str]:
+        return (f"i{i}" for i in range(self.num_items))
+
+    def item_text(self) -> list[str] | None:
+        if not self.with_text:
+            return None
+        rng = np.random.default_rng([self.seed, 2])
+        return _item_text(rng, self.planted.centres, self.planted.item_clusters)
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "format": "synthetic",
+            "order": "drawn",
+            "rows": int(self.counts.sum()),
+            "duplicates_dropped": 0,
+            "users_without_test_item": 0,
+            "clusters": len(self.planted.centres),
+            "clusters_per_user": self.planted.user_clusters.shape[1],
+        }
+
+
+def _plan(
+    *,
+    num_users: int,
+    num_items: int,
+    interactions_per_user: float,
+    dim: int,
+    seed: int,
+    noise: float,
+    popularity: float,
+    num_clusters: int | None,
+    clusters_per_user: int,
+    item_text: bool,
+    validation: bool,
+    name: str,
+) -> _Plan:
+    """Check the options of `synthetic_dataset`, and draw what comes before the interactions."""
     check_count("num_users", num_users, 1)
     check_count("num_items", num_items, 4)
     if num_items >= 1 << 31:
@@ -167,47 +293,26 @@ def synthetic_dataset(
     counts = 2 + rng.poisson(rng.gamma(2.0, (interactions_per_user - 2) / 2, num_users))
     counts = np.minimum(counts, num_items // 2).astype(np.int64)
 
-    clusters = np.empty((num_users, liked), np.int64)
-    weights = rng.dirichlet(np.ones(liked), num_users)
-    test_items = np.empty(num_users, np.int64)
-    valid_items = np.empty(num_users, np.int64)
-    indptr = np.zeros(num_users + 1, np.int64)
-    parts = []
-    step = int(np.clip(_CHUNK_INTERACTIONS // interactions_per_user, 1, _CHUNK_USERS))
-    for begin in range(0, num_users, step):
-        part = slice(begin, min(begin + step, num_users))
-        rng = np.random.default_rng([seed, 1, begin])
-        clusters[part] = _distinct_clusters(rng, part.stop - begin, liked, num_clusters)
-        shares = np.hstack([weights[part] * (1 - noise), np.full((part.stop - begin, 1), noise)])
-        users, places = _draw(rng, counts[part], clusters[part], shares, starts, popularity)
-        items = _shuffle(rng, users, item_at[places], num_items)
-        local, train, test_items[part], valid_items[part] = leave_one_out(
-            users, items, part.stop - begin, validation
-        )
-        indptr[begin + 1 : part.stop + 1] = indptr[begin] + local[1:]
-        parts.append(train)
-    indices = np.concatenate(parts) if len(parts) > 1 else parts[0]
-    return SyntheticDataset(
+    return _Plan(
         name=name,
         num_users=num_users,
         num_items=num_items,
-        indptr=indptr,
-        indices=indices,
-        test_items=test_items,
-        valid_items=valid_items,
-        user_ids=[f"u{u}" for u in range(num_users)],
-        item_ids=[f"i{i}" for i in range(num_items)],
-        item_text=_item_text(np.random.default_rng([seed, 2]), centres, item_clusters) if item_text else None,
-        report={
-            "format": "synthetic",
-            "order": "drawn",
-            "rows": int(counts.sum()),
-            "duplicates_dropped": 0,
-            "users_without_test_item": 0,
-            "clusters": num_clusters,
-            "clusters_per_user": liked,
-        },
-        planted=Planted(centres, item_clusters, item_popularity, clusters, weights, float(noise)),
+        seed=seed,
+        popularity=popularity,
+        validation=validation,
+        with_text=item_text,
+        step=int(np.clip(_CHUNK_INTERACTIONS // interactions_per_user, 1, _CHUNK_USERS)),
+        counts=counts,
+        starts=starts,
+        item_at=item_at,
+        planted=Planted(
+            centres,
+            item_clusters,
+            item_popularity,
+            np.zeros((num_users, liked), np.int64),
+            rng.dirichlet(np.ones(liked), num_users),
+            float(noise),
+        ),
     )
 
 

@@ -8,6 +8,7 @@ where it is cut.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -46,13 +47,9 @@ class Interactions:
         self.user_ids = dataset.user_ids
         self.device = device
         self.sizes = np.diff(dataset.indptr)
-        self.indptr = torch.from_numpy(dataset.indptr.astype(np.int64)).to(device)
-        self.items = torch.from_numpy(dataset.indices.astype(np.int64)).to(device)
-        sorted_indptr, sorted_indices = dataset.positives()
-        self.positives = (
-            torch.from_numpy(sorted_indptr.astype(np.int64)).to(device),
-            torch.from_numpy(sorted_indices.astype(np.int64)).to(device),
-        )
+        self.indptr = _readable(dataset.indptr).to(device)
+        self.items = _readable(dataset.indices).to(device)
+        self.positives = self.indptr, _readable(dataset.positives()[1]).to(device)
 
     def padded(self, users: Tensor) -> Tensor:
         """Items int64 [C, P] of `users` [C], oldest first, padded with -1 to the longest."""
@@ -66,6 +63,13 @@ class Interactions:
         if len(self.items) == 0:
             return torch.full(inside.shape, -1, dtype=torch.int64, device=self.device)
         return torch.where(inside, self.items[source], -1)
+
+
+def _readable(array: np.ndarray) -> Tensor:
+    """A tensor to read over the memory of an array, which may be a read-only map of a file."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 class ClientStore:

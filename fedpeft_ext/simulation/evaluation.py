@@ -8,7 +8,7 @@ a model that scores everything alike gets HR@10 = 10/101 among 100 negatives, ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,19 @@ BLOCK_BYTES = 64 * 2**20
 """Size of the score matrix of one block of users: large enough for a fast matrix product, small beside the
 data.
 """
+
+
+KEPT_BYTES = 512 * 2**20
+"""Candidates and met items that are kept from one evaluation to the next."""
+
+
+class _Block(NamedTuple):
+    """What n users are ranked among: candidates [n, 1 + negatives]; and pairs of a user in the block and an
+    item that the user met."""
+
+    candidates: Tensor
+    met_users: Tensor
+    met_items: Tensor
 
 
 def rank_counts(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,17 +120,14 @@ class Evaluator:
         self.full_ranking = full_ranking
         self.ks = tuple(ks)
         self._interactions = interactions
-        device = interactions.device
-        candidates = dataset.candidates(users, num_negatives, seed, target=target)
-        self._candidates = torch.from_numpy(candidates).to(device)
-        self._users = torch.from_numpy(users).to(device)
-        met_indptr, met_items = dataset.met_csr()
-        counts = (met_indptr[1:] - met_indptr[:-1])[users]
-        self._met_start = np.concatenate([[0], np.cumsum(counts)])
-        none = np.zeros(0, dtype=np.int64)
-        entries = np.concatenate([none, *(met_items[met_indptr[u] : met_indptr[u + 1]] for u in users)])
-        self._met_items = torch.from_numpy(entries.astype(np.int64)).to(device)
-        self._met_users = torch.from_numpy(np.repeat(np.arange(len(users)), counts)).to(device)
+        self._users = torch.from_numpy(users).to(interactions.device)
+        self._dataset = dataset
+        self._draw: dict[str, Any] = {"num_negatives": num_negatives, "seed": seed, "target": target}
+        self._width = 1 + num_negatives
+        # What blocks of users are ranked among is made once, unless it is too much to keep.
+        numbers = len(users) * self._width + full_ranking * 2 * int(interactions.sizes[users].sum())
+        self._kept: dict[tuple[int, int], _Block] | None = {} if 8 * numbers <= KEPT_BYTES else None
+        dataset.check_candidates(users, num_negatives, target=target)
 
     @property
     def num_users(self) -> int:
@@ -140,21 +150,21 @@ class Evaluator:
 
     def _evaluate(self, model: Backbone, store: ClientStore, round: int) -> dict[str, float]:
         catalogue = torch.arange(self._interactions.num_items, device=self._interactions.device)
-        vectors = model.item_embedding(catalogue)
-        width = len(catalogue) if self.full_ranking else self._candidates.shape[1]
-        block = max(1, BLOCK_BYTES // (width * vectors.element_size() * model.scoring_width))
+        vectors = model.item_embedding(catalogue) if self.full_ranking else None
+        width = len(catalogue) if self.full_ranking else self._width
+        block = max(1, BLOCK_BYTES // (width * model.item_dtype.itemsize * model.scoring_width))
         sampled: list[tuple[Tensor, Tensor]] = []
         full: list[tuple[Tensor, Tensor]] = []
         for start in range(0, self.num_users, block):
             stop = min(start + block, self.num_users)
             users = self._users[start:stop]
-            candidates = self._candidates[start:stop]
+            candidates, met_users, met_items = self._block(slice(start, stop))
             state = store.read(users)
             history = (
                 self._interactions.padded(users) if model.uses_history else users.new_empty(len(users), 0)
             )
             context = ClientContext(users, Items(history, None), seed=0, round=0, epoch=0)
-            if not self.full_ranking:
+            if vectors is None:
                 scores = model.client_scores(candidates, state, context)
                 self._refuse_nan(scores, users, round)
                 sampled.append(rank_counts(scores, scores[:, 0]))
@@ -164,8 +174,7 @@ class Evaluator:
             chosen = scores.gather(1, candidates)
             target = chosen[:, 0]
             sampled.append(rank_counts(chosen, target))
-            met = slice(int(self._met_start[start]), int(self._met_start[stop]))
-            scores[self._met_users[met] - start, self._met_items[met]] = -torch.inf
+            scores[met_users, met_items] = -torch.inf
             scores.scatter_(1, candidates[:, :1], target[:, None])
             full.append(rank_counts(scores, target))
 
@@ -175,6 +184,22 @@ class Evaluator:
                 f"full/{name}": value for name, value in ranking_metrics(*self._joined(full), self.ks).items()
             }
         return metrics
+
+    def _block(self, at: slice) -> _Block:
+        block = None if self._kept is None else self._kept.get((at.start, at.stop))
+        if block is not None:
+            return block
+        users, device = self._users[at].cpu().numpy(), self._users.device
+        candidates = torch.from_numpy(self._dataset.candidates(users, **self._draw)).to(device)
+        owner = items = torch.zeros(0, dtype=torch.int64, device=device)
+        if self.full_ranking:
+            indptr, met = self._dataset.met_rows(users)
+            owner = torch.from_numpy(np.repeat(np.arange(len(users)), np.diff(indptr))).to(device)
+            items = torch.from_numpy(met).to(device)
+        block = _Block(candidates, owner, items)
+        if self._kept is not None:
+            self._kept[at.start, at.stop] = block
+        return block
 
     def _joined(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """The counts of all users, of all ranks."""
