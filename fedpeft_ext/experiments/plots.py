@@ -1,4 +1,4 @@
-"""Pictures of a comparison, as PNG: accuracy against bytes, and learning curves.
+"""Pictures as PNG: accuracy against bytes, learning curves, and the points and lines of studies.
 
 Drawn on figures of their own (no pyplot): this needs no display and leaves a caller's figures alone.
 """
@@ -6,6 +6,7 @@ Drawn on figures of their own (no pyplot): this needs no display and leaves a ca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,16 @@ _SPOTS = (
 )
 
 
+@dataclass(frozen=True)
+class Point:
+    """A named place in a scatter plot: an embedding's name decides colour and marker."""
+
+    label: str
+    embedding: str
+    x: float
+    y: float
+
+
 def plot_accuracy_against_bytes(
     results: Sequence[RunResult], path: str | Path, *, metric: str = "HR@10", title: str = ""
 ) -> Path:
@@ -61,33 +72,46 @@ def plot_accuracy_against_bytes(
         ValueError: no results, or `metric` is not among their metrics.
     """
     _check(results, metric)
+    points = [Point(r.embedding, r.embedding, r.bytes_per_round / KB, r.metrics[metric]) for r in results]
+    return plot_points(
+        points,
+        path,
+        xlabel="sent per client and round, down + up (KB, log scale)",
+        ylabel=_metric_label(metric),
+        title=title or "Accuracy against bytes",
+    )
+
+
+def plot_points(points: Sequence[Point], path: str | Path, *, xlabel: str, ylabel: str, title: str) -> Path:
+    """Draw named points over a logarithmic x axis and write them to `path` as PNG.
+
+    A dashed line marks the height of `full`.
+
+    Raises:
+        ValueError: no points.
+    """
+    if not points:
+        raise ValueError("points: expected at least one to draw, got none")
     figure, axes = _figure()
     for family, (label, marker, color) in _FAMILIES.items():
-        members = [r for r in results if _family(r.embedding) == family]
+        members = [point for point in points if _family(point.embedding) == family]
         if members:
-            x = [r.bytes_per_round / KB for r in members]
-            y = [r.metrics[metric] for r in members]
+            x, y = [point.x for point in members], [point.y for point in members]
             axes.scatter(x, y, s=64, marker=marker, color=color, label=label, zorder=3)
-    for result in results:
-        if result.embedding == "full":
-            axes.axhline(result.metrics[metric], color=_GREY, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
+    for point in points:
+        if point.embedding == "full":
+            axes.axhline(point.y, color=_GREY, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
 
     axes.set_xscale("log")
-    low = min(r.bytes_per_round for r in results) / KB
-    high = max(r.bytes_per_round for r in results) / KB
+    low, high = min(point.x for point in points), max(point.x for point in points)
     axes.set_xlim(low / 1.6, high * 1.6)
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high / low < 200 else (1,)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    _plain_log_ticks(axes, high / low)
     axes.margins(y=0.15)
-    axes.set_xlabel("sent per client and round, down + up (KB, log scale)")
-    axes.set_ylabel(_metric_label(metric))
-    axes.set_title(title or "Accuracy against bytes", loc="left")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, loc="left")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9)
-
-    points = [(r.bytes_per_round / KB, r.metrics[metric]) for r in results]
-    _label_points(axes, points, [r.embedding for r in results])
+    _label_points(axes, [(point.x, point.y) for point in points], [point.label for point in points])
     return _save(figure, path)
 
 
@@ -100,24 +124,66 @@ def plot_learning_curves(
         ValueError: no results, or `metric` is not among their metrics.
     """
     _check(results, metric)
+    lines = {result.embedding: result.curve(metric) for result in results}
+    return plot_lines(
+        lines, path, xlabel="round", ylabel=_metric_label(metric), title=title or "Learning curves"
+    )
+
+
+def plot_lines(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | Path,
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    log_x: bool = False,
+) -> Path:
+    """Draw named lines of (x, y) and write them to `path` as PNG; the line `full` is black.
+
+    Args:
+        log_x: logarithmic x axis; places at 0 or below are then left out.
+
+    Raises:
+        ValueError: no line, or one without a place to draw.
+    """
+    if not lines:
+        raise ValueError("lines: expected at least one to draw, got none")
     figure, axes = _figure()
     ends: dict[str, tuple[float, str]] = {}
-    for index, result in enumerate(results):
-        rounds, values = zip(*result.curve(metric), strict=True)
-        color = _FULL if result.embedding == "full" else _PALETTE[index % len(_PALETTE)]
+    drawn: list[float] = []
+    for index, (name, places) in enumerate(lines.items()):
+        shown = [(x, y) for x, y in places if x > 0 or not log_x]
+        if not shown:
+            raise ValueError(f"lines: expected places to draw, got none for {name!r}")
+        x, y = zip(*shown, strict=True)
+        color = _FULL if name == "full" else _PALETTE[index % len(_PALETTE)]
         style = ("-", "--", ":")[index // len(_PALETTE) % 3]
-        marker = "o" if len(rounds) <= 30 else None
-        axes.plot(rounds, values, color=color, linestyle=style, linewidth=2, marker=marker, markersize=4)
-        ends[result.embedding] = (values[-1], color)
-    last = max(round for result in results for round, _ in result.curve(metric))
-    axes.set_xlim(0, max(last, 1))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        marker = "o" if len(x) <= 30 else None
+        axes.plot(x, y, color=color, linestyle=style, linewidth=2, marker=marker, markersize=4)
+        ends[name] = (y[-1], color)
+        drawn += x
+    low, high = min(drawn), max(drawn)
+    if log_x:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.1, high * 1.1)
+        _plain_log_ticks(axes, high / low)
+    else:
+        axes.set_xlim(min(low, 0), max(high, 1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(y=0.08)
-    axes.set_xlabel("round")
-    axes.set_ylabel(_metric_label(metric))
-    axes.set_title(title or "Learning curves", loc="left")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, loc="left")
     _label_ends(axes, ends)
     return _save(figure, path)
+
+
+def _plain_log_ticks(axes: Axes, ratio: float) -> None:
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if ratio < 200 else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _check(results: Sequence[RunResult], metric: str) -> None:

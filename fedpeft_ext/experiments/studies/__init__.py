@@ -1,0 +1,66 @@
+"""The paper's studies by name: `fedpeft study NAME`.
+
+Each module describes one: which settings vary, and what is read off the runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from fedpeft_ext.experiments.studies import (
+    communication,
+    hybrid,
+    new_items,
+    pretraining,
+    privacy,
+    select,
+    sensitivity,
+    table2,
+    warm_start,
+)
+from fedpeft_ext.experiments.studies.output import write
+from fedpeft_ext.experiments.studies.study import Context, Findings, Study, StudyOptions
+
+__all__ = ["STUDIES", "Context", "Findings", "Study", "StudyOptions", "run_study", "study_by_name"]
+
+STUDIES = {
+    study.name: study
+    for study in (
+        table2.STUDY,
+        communication.STUDY,
+        sensitivity.STUDY,
+        privacy.STUDY,
+        hybrid.STUDY,
+        warm_start.STUDY,
+        pretraining.STUDY,
+        new_items.STUDY,
+        select.STUDY,
+    )
+}
+
+
+def study_by_name(name: str) -> Study:
+    """The study of a name. Raises ValueError with the nearest name where there is none."""
+    if name not in STUDIES:
+        near = difflib.get_close_matches(name, list(STUDIES), 1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(STUDIES)}"
+        raise ValueError(f"unknown study {name!r}; {hint}")
+    return STUDIES[name]
+
+
+def run_study(study: Study, context: Context, folder: str | Path) -> tuple[Findings, list[Path]]:
+    """Run a study and write its tables and pictures into `folder`; runs that are finished are not repeated.
+
+    Returns:
+        The findings, and the files, the Markdown page first.
+
+    Raises:
+        ValueError: settings or options that do not fit. OSError: `folder` cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"out: expected a folder, but {folder} is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    findings = study.run(context)
+    return findings, write(study, context, findings, folder)

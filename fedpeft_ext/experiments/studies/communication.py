@@ -1,0 +1,118 @@
+"""The paper's figure 3: what is sent, and how much of it until a given accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from fedpeft_ext.experiments.plots import plot_lines
+from fedpeft_ext.experiments.results import RunResult
+from fedpeft_ext.experiments.studies.study import (
+    Context,
+    Findings,
+    Picture,
+    Study,
+    Table,
+    Trained,
+    Variant,
+    first_reaching,
+)
+
+EMBEDDINGS = ("full", "c-lora", "c-hash", "c-rq", "p-lora", "p-hash", "p-hash+senet", "p-rq")
+SHARES = (0.9, 0.95, 1.0)
+MB = 1_000_000
+
+
+def run(context: Context) -> Findings:
+    """Bytes per client and round, and until shares of the accuracy that Full ends with."""
+    embeddings = context.embeddings(EMBEDDINGS)
+    if "full" not in embeddings:
+        raise ValueError("embeddings: expected 'full' among them, whose accuracy sets the goals")
+    metric = f"HR@{context.k}"
+    variants = [Variant({"embedding": name}, (f"embedding.name={name}",)) for name in embeddings]
+    trained = context.train(variants)
+    goal = mean_metric(trained.of(variants[embeddings.index("full")]), metric)
+    if goal is None:
+        raise ValueError("embeddings: every run of 'full' diverged, so there is no accuracy to reach")
+    sizes = trained.means([metric], ["bytes_down", "bytes_up", "bytes_setup", "saving"])
+    reached = pl.DataFrame(
+        [row for variant in variants for row in _reached(trained, variant, metric, goal)],
+        infer_schema_length=None,
+    )
+    lines = {
+        str(variant.labels["embedding"]): curve
+        for variant in variants
+        if (curve := _sent(trained, variant, metric))
+    }
+    label = f"{metric} on {context.dataset.name}"
+
+    def draw(path: Path) -> object:
+        return plot_lines(
+            lines,
+            path,
+            xlabel="sent by all clients and the server so far (MB, log scale)",
+            ylabel=metric,
+            title=label,
+            log_x=True,
+        )
+
+    return Findings(
+        [
+            Table(
+                "communication-sizes",
+                "What is sent",
+                sizes,
+                "down, up: for each client in each round after warm-up, counted from the tensors of the "
+                "messages; setup: once for each client (frozen embeddings, codes).",
+            ),
+            Table(
+                "communication-goals",
+                f"Until a share of Full's final {metric}",
+                reached,
+                f"Full ends with {100 * goal:.2f}%. rounds, MB: mean over the seeds that get there; MB both "
+                "ways and for all clients together, warm-up included, set-up left out.",
+            ),
+        ],
+        [Picture("communication", f"{label} against everything sent so far.", draw)] if lines else [],
+    )
+
+
+def mean_metric(results: Sequence[RunResult], metric: str) -> float | None:
+    """Mean of the last evaluations; None without results."""
+    return sum(r.metrics[metric] for r in results) / len(results) if results else None
+
+
+def _reached(trained: Trained, variant: Variant, metric: str, goal: float) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    results = trained.of(variant)
+    for share in SHARES:
+        hits = [hit for r in results if (hit := first_reaching(r, metric, share * goal)) is not None]
+        rows.append(
+            {
+                **variant.labels,
+                "goal": f"{share:.0%}",
+                "seeds that reach it": len(hits),
+                "rounds": sum(round for round, _ in hits) / len(hits) if hits else None,
+                "MB": sum(sent for _, sent in hits) / len(hits) / MB if hits else None,
+            }
+        )
+    return rows
+
+
+def _sent(trained: Trained, variant: Variant, metric: str) -> list[tuple[float, float]]:
+    """(MB sent so far, metric) of every evaluation, means over seeds."""
+    results = trained.of(variant)
+    curve = trained.curve(variant, metric)
+    sent = [dict(result.bytes_until()) for result in results]
+    return [(sum(one[round] for one in sent) / len(sent) / MB, value) for round, value in curve if round > 0]
+
+
+STUDY = Study(
+    "communication",
+    "Communication",
+    "How much does each embedding send, in a round and until it is accurate? (the paper's figure 3)",
+    run,
+    options=frozenset({"embeddings"}),
+)

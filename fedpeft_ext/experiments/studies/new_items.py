@@ -1,0 +1,282 @@
+"""A tenth of the catalogue arrives in the middle of training: what each embedding makes of new items.
+
+Until then the federation knows nothing of them: neither their text nor any interaction. When they arrive, the
+server encodes their text by the frozen encoders of pre-training: full embeddings for P-X and Full, codes for
+RQ. Hash functions cover any item from the start. New rows of LoRA's A start at the mean of the trained ones.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from fedpeft_ext.config import Config
+from fedpeft_ext.data import Dataset
+from fedpeft_ext.experiments.plots import plot_lines
+from fedpeft_ext.experiments.runner import run_name
+from fedpeft_ext.experiments.studies.study import Context, Findings, Picture, Study, Table
+from fedpeft_ext.nn import parse_spec
+from fedpeft_ext.pretrain import Pretrained, TfidfEncoder, pretrain, text_features
+from fedpeft_ext.simulation import Simulator
+from fedpeft_ext.simulation.client_batch import Interactions
+from fedpeft_ext.simulation.evaluation import Evaluator
+from fedpeft_ext.simulation.output import SUMMARY, prepare_folder
+
+EMBEDDINGS = ("full", "c-hash", "c-rq", "p-lora", "p-hash", "p-rq")
+SHARE = 0.1
+"""Of the items, drawn at random by the seed, that arrive."""
+GROUPS = ("old", "new")
+
+
+def split_arrivals(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """The data set before and after `share` of the items arrive, items renumbered: those that arrive last.
+
+    Before, their interactions are missing, and users whose test item is among them have none.
+    """
+    count = max(1, round(share * dataset.num_items))
+    new = np.zeros(dataset.num_items, dtype=bool)
+    new[np.random.default_rng(seed).permutation(dataset.num_items)[:count]] = True
+    order = np.argsort(new, kind="stable")
+    number = np.empty(dataset.num_items + 1, dtype=np.int64)
+    number[order] = np.arange(dataset.num_items)
+    number[-1] = -1  # where there is no item
+
+    def made(size: int) -> Dataset:
+        items = number[dataset.indices]
+        kept = np.concatenate([[0], np.cumsum(items < size)])
+        test, valid = number[dataset.test_items], number[dataset.valid_items]
+        text = dataset.item_text
+        return Dataset(
+            name=dataset.name,
+            num_users=dataset.num_users,
+            num_items=size,
+            indptr=kept[dataset.indptr].astype(np.int64),
+            indices=items[items < size],
+            test_items=np.where(test < size, test, -1),
+            valid_items=np.where(valid < size, valid, -1),
+            user_ids=dataset.user_ids,
+            item_ids=[dataset.item_ids[item] for item in order[:size]],
+            item_text=None if text is None else [text[item] for item in order[:size]],
+        )
+
+    return made(dataset.num_items - count), made(dataset.num_items)
+
+
+def encode_arrivals(config: Config, before: Dataset, after: Dataset) -> tuple[Pretrained, Pretrained]:
+    """What the server prepared before, and the same with the new items encoded by the same encoders.
+
+    Raises:
+        ValueError: `pretrain.features` is neither "tfidf" nor "sentence-transformers", or there is no item
+            text, so that the features of later items are unknown.
+    """
+    settings, coded = config.pretrain, "rq" in parse_spec(config.embedding.name).parts
+    texts, later = before.item_text, after.item_text
+    if settings.features not in ("tfidf", "sentence-transformers") or texts is None or later is None:
+        raise ValueError(
+            "pretrain.features: expected tfidf or sentence-transformers and a data set with item text, since "
+            f"new items are encoded from theirs, got {settings.features!r}"
+            + ("" if later is not None else " and no text")
+        )
+    prepared = pretrain(
+        settings,
+        before,
+        config.backbone.dim,
+        levels=config.embedding.levels if coded else None,
+        codebook_size=config.embedding.codebook_size,
+        seed=config.seed,
+    )
+    new = later[before.num_items :]
+    if settings.features == "tfidf":
+        features, _ = TfidfEncoder.fit(texts, settings.feature_dim, config.seed).transform(new)
+    else:
+        features = text_features(new, "sentence-transformers", model=settings.text_model)
+    assert prepared.autoencoder is not None  # features are not random
+    full = torch.cat([prepared.full, prepared.autoencoder.encode_new(features)])
+    if prepared.quantizer is None or prepared.codes is None:
+        return prepared, Pretrained(full)
+    codes = torch.cat([prepared.codes, prepared.quantizer.encode_new(features)])
+    return prepared, Pretrained(full, codes, prepared.codebooks)
+
+
+def aligned(before: Tensor, trained: Tensor, new: Tensor) -> Tensor:
+    """`new` [N, D] moved as training moved the old rows `before` to `trained` [I, D], by least squares.
+
+    The federation trains full embeddings in warm-up, so that they no longer lie where the encoder puts new
+    items; an affine map that the server fits to the old items takes the new ones along.
+    """
+    solution: Tensor = torch.linalg.lstsq(_with_ones(before), trained.double()).solution
+    return (_with_ones(new) @ solution).to(new.dtype)
+
+
+def _with_ones(rows: Tensor) -> Tensor:
+    return torch.cat([rows.double(), torch.ones(len(rows), 1, dtype=torch.float64)], 1)
+
+
+@torch.no_grad()
+def _go_on(
+    config: Config, old: Simulator, after: Dataset, prepared: Pretrained, arrived: Pretrained
+) -> Simulator:
+    """A federation over all items that goes on where `old` is."""
+    known, full = old.dataset.num_items, arrived.full.clone()
+    whole = config.embedding.name == "full"
+    trained = old.model.item_embedding.full_embedding() if whole else old.model.item_embedding.base
+    if trained is not None:
+        full[known:] = aligned(prepared.full, trained.cpu(), full[known:])
+        full[:known] = trained
+    settings = config.updated(["training.warmup_rounds=0"])
+    new = Simulator(settings, after, pretrained=Pretrained(full, arrived.codes, arrived.codebooks))
+    targets = dict(new.model.named_parameters())
+    for name, source in old.model.named_parameters():
+        target = targets[name]
+        if target.shape == source.shape:
+            target.copy_(source)
+        else:
+            target[:known] = source
+            if not whole:  # whose new rows were encoded
+                target[known:] = source.mean(0)
+    for name, rows in old.store.all().items():
+        new.store.state[name].copy_(rows)
+    if new.store.trained is not None and old.store.trained is not None:
+        new.store.trained.copy_(old.store.trained)
+        new.store.starts = {name: value.clone() for name, value in old.store.starts.items()}
+    new.rounds_done = old.rounds_done
+    return new
+
+
+class _Groups:
+    """Metrics of the users whose test item is old, and of those whose test item is new."""
+
+    def __init__(self, config: Config, after: Dataset, known: int) -> None:
+        interactions = Interactions(after, torch.device(config.device))
+        test, settings = after.test_items, config.evaluation
+        masks = dict(zip(GROUPS, ((test >= 0) & (test < known), test >= known), strict=True))
+        missing = [name for name, mask in masks.items() if not mask.any()]
+        if missing:
+            raise ValueError(f"data set {after.name!r} has no user whose test item is {missing[0]}")
+        fields = {name: getattr(after, name) for name in Dataset.__dataclass_fields__}
+        self._evaluators = {
+            name: Evaluator(
+                Dataset(**fields | {"test_items": np.where(mask, test, -1)}),
+                interactions,
+                num_negatives=settings.num_negatives,
+                full_ranking=False,
+                ks=settings.ks,
+                seed=config.seed if settings.seed is None else settings.seed,
+            )
+            for name, mask in masks.items()
+        }
+
+    def __call__(self, simulator: Simulator) -> dict[str, float]:
+        return {
+            f"{group} {name}": value
+            for group, evaluator in self._evaluators.items()
+            for name, value in evaluator(simulator.model, simulator.store, simulator.rounds_done).items()
+        }
+
+
+def train_with_arrivals(config: Config, dataset: Dataset, share: float = SHARE) -> dict[str, Any]:
+    """Train half of the rounds without the new items and half with them; and all rounds with them.
+
+    Returns:
+        For JSON: "known" items; "curve", a list of {"round", "old HR@10", "new HR@10", ...} from the arrival
+        on; "start", the last of these in a federation that had all items from the start.
+
+    Raises:
+        ValueError: warm-up would not be over at the arrival, or settings that `encode_arrivals` refuses.
+        FloatingPointError: training diverged.
+    """
+    rounds, every = config.training.rounds, config.evaluation.every
+    arrival = rounds // 2
+    if not config.training.warmup_rounds <= arrival < rounds:
+        raise ValueError(
+            f"training.rounds: expected at least 2, and twice the {config.training.warmup_rounds} warm-up "
+            f"rounds, got {rounds}"
+        )
+    before, after = split_arrivals(dataset, share, config.seed)
+    groups = _Groups(config, after, before.num_items)
+    prepared, arrived = encode_arrivals(config, before, after)
+    old = Simulator(config, before, pretrained=prepared)
+    while old.rounds_done < arrival:
+        old.round()
+    simulator = _go_on(config, old, after, prepared, arrived)
+    curve = [{"round": arrival, **groups(simulator)}]
+    while simulator.rounds_done < rounds:
+        simulator.round()
+        if simulator.rounds_done % every == 0 or simulator.rounds_done == rounds:
+            curve.append({"round": simulator.rounds_done, **groups(simulator)})
+    whole = Simulator(config, after, pretrained=arrived)
+    while whole.rounds_done < rounds:
+        whole.round()
+    return {"known": before.num_items, "curve": curve, "start": groups(whole)}
+
+
+def run(context: Context) -> Findings:
+    """Each embedding at the arrival, at the end, and in a federation that had all items from the start."""
+    names, metric = context.embeddings(EMBEDDINGS), f"HR@{context.k}"
+    outcomes: dict[str, list[Mapping[str, Any]]] = {}
+    jobs = [(name, seed) for name in names for seed in context.seeds]
+    for position, (name, seed) in enumerate(jobs, start=1):
+        config = context.config.updated([f"embedding.name={name}", f"seed={seed}"])
+        folder = context.runs / f"new-items-{run_name(config, context.data)}"
+        context.notify(f"Run {position} of {len(jobs)}: {name}, seed {seed}")
+        outcomes.setdefault(name, []).append(_outcome(config, context.dataset, folder))
+    rows, lines = [], {}
+    for name, results in outcomes.items():
+        row: dict[str, object] = {"embedding": name}
+        for group in GROUPS:
+            key = f"{group} {metric}"
+            for when, values in (
+                ("at arrival", [result["curve"][0][key] for result in results]),
+                ("at the end", [result["curve"][-1][key] for result in results]),
+                ("had from the start", [result["start"][key] for result in results]),
+            ):
+                row[f"{key} {when}"] = float(np.mean(values))
+                row[f"{key} {when} sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        rows.append({**row, "seeds": len(results)})
+        lines[name] = [
+            (float(places[0]["round"]), float(np.mean([place[f"new {metric}"] for place in places])))
+            for places in zip(*(result["curve"] for result in results), strict=True)
+        ]
+    title = f"New items, {context.config.backbone.name} on {context.dataset.name}"
+
+    def draw(path: Path) -> object:
+        return plot_lines(lines, path, xlabel="round", ylabel=f"{metric} of new items", title=title)
+
+    note = (
+        f"A random {SHARE:.0%} of the items arrives after half of the rounds. old, new: users whose test "
+        "item is old or new, among sampled items of the whole catalogue; had from the start: a federation that "
+        "knew all items all the time."
+    )
+    return Findings(
+        [Table("new-items", "Old and new items", pl.DataFrame(rows, infer_schema_length=None), note)],
+        [Picture("new-items", f"{title}: {metric} of new items from their arrival on.", draw)],
+    )
+
+
+def _outcome(config: Config, dataset: Dataset, folder: Path) -> Mapping[str, Any]:
+    file = folder / SUMMARY
+    if file.is_file():
+        finished: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return finished
+    prepare_folder(folder, overwrite=True)
+    began = time.perf_counter()
+    result = {**train_with_arrivals(config, dataset), "seconds": time.perf_counter() - began}
+    file.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")
+    return result
+
+
+STUDY = Study(
+    "new-items",
+    "New items in the middle of training",
+    "How well are items recommended that arrive later? (open question 5 of the paper)",
+    run,
+    options=frozenset({"embeddings"}),
+)

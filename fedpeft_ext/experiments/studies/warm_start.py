@@ -1,0 +1,92 @@
+"""Codebooks: drawn at random, as the paper does, or those that the server trained with the codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+
+from fedpeft_ext.experiments.plots import plot_lines
+from fedpeft_ext.experiments.studies.communication import mean_metric
+from fedpeft_ext.experiments.studies.study import (
+    Context,
+    Findings,
+    Picture,
+    Study,
+    Table,
+    Trained,
+    Variant,
+    first_reaching,
+)
+
+EMBEDDINGS = ("c-rq", "p-rq")
+SHARES = (0.9, 0.95, 1.0)
+
+
+def run(context: Context) -> Findings:
+    """Both starts with codes of both kinds: the final accuracy, and rounds to that of the random start."""
+    metric = f"HR@{context.k}"
+    variants = [
+        Variant(
+            {"embedding": embedding, "codes": codes, "codebooks": "warm" if warm else "random"},
+            (
+                f"embedding.name={embedding}",
+                f"pretrain.codes={codes}",
+                f"embedding.warm_start_codebooks={str(warm).lower()}",
+            ),
+        )
+        for embedding in context.embeddings(EMBEDDINGS)
+        for codes in ("rq-vae", "rq-kmeans")
+        for warm in (False, True)
+    ]
+    trained = context.train(variants)
+    means = trained.means([metric, f"NDCG@{context.k}"])
+    rows = []
+    for random, warm in zip(variants[::2], variants[1::2], strict=True):
+        goal = mean_metric(trained.of(random), metric)
+        for variant in (random, warm):
+            rows.append({**variant.labels, **_rounds(trained, variant, metric, goal)})
+    reached = pl.DataFrame(rows, infer_schema_length=None)
+    lines = {
+        " ".join(str(label) for label in variant.labels.values()): curve
+        for variant in variants
+        if (curve := trained.curve(variant, metric))
+    }
+    title = f"Start of the codebooks, {context.config.backbone.name} on {context.dataset.name}"
+
+    def draw(path: Path) -> object:
+        return plot_lines(lines, path, xlabel="round", ylabel=metric, title=title)
+
+    return Findings(
+        [
+            Table("warm-start", "Final accuracy", means),
+            Table(
+                "warm-start-rounds",
+                f"Rounds until a share of the random start's final {metric}",
+                reached,
+                "Mean over the seeds that get there; – where none does.",
+            ),
+        ],
+        [Picture("warm-start", f"{title}: {metric} over the rounds.", draw)] if lines else [],
+    )
+
+
+def _rounds(trained: Trained, variant: Variant, metric: str, goal: float | None) -> dict[str, float | None]:
+    result: dict[str, float | None] = {}
+    for share in SHARES:
+        hits = [
+            hit[0]
+            for one in trained.of(variant)
+            if goal is not None and (hit := first_reaching(one, metric, share * goal)) is not None
+        ]
+        result[f"to {share:.0%}"] = sum(hits) / len(hits) if hits else None
+    return result
+
+
+STUDY = Study(
+    "warm-start",
+    "Warm start of codebooks",
+    "Do codebooks from pre-training save rounds over random ones? (open question 2 of the paper)",
+    run,
+    options=frozenset({"embeddings"}),
+)
