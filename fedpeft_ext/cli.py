@@ -1,4 +1,4 @@
-"""The command line `fedpeft`: `run`, `resume`, `compare`, `data`, `info`.
+"""The command line `fedpeft`: `run`, `resume`, `compare`, `data`, `info`; `study_cli` has `study`, `report`.
 
 Settings come from four places, later ones win: defaults, the YAML file of `--config`, named options such as
 `--rounds`, and `--set section.key=value`. Whatever a user can get wrong ends in one sentence on stderr and
@@ -572,3 +572,8 @@ def _readable(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)
+
+
+from fedpeft_ext import study_cli  # noqa: E402 - it takes the common options from here
+
+study_cli.add_commands(app)

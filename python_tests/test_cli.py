@@ -339,3 +339,29 @@ def _environment() -> dict[str, str]:
     root = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+
+
+def test_study_and_report(tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    result = fedpeft("study", "hybrid", *SMALL, "-r", "2", "--seeds", "1", "-e", "c-hash,full", "-o", out)
+    assert result.exit_code == 0, result.output
+    assert "| c-hash |" in result.stdout
+    assert "2 runs" in result.stderr
+    assert (
+        "2 of them finished before"
+        in fedpeft(
+            "study", "hybrid", *SMALL, "-r", "2", "--seeds", "1", "-e", "c-hash,full", "-o", out
+        ).stderr
+    )
+    assert "1 sections" in fedpeft("report", out).stdout
+    assert "new-items" in fedpeft("study").stdout
+
+
+def test_study_refuses_before_any_work(tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    assert "did you mean 'hybrid'" in refused("study", "hybird", *SMALL, "-o", out)
+    assert "has no such option" in refused("study", "hybrid", *SMALL, "--budget", "5", "-o", out)
+    assert "each once" in refused("study", "table2", *SMALL, "--backbones", "fedmf,fedmf", "-o", out)
+    assert "p-hesh" in refused("study", "hybrid", *SMALL, "-e", "p-hesh", "-o", out)
+    assert not out.exists()
+    assert "none at" in refused("report", tmp_path / "nothing")

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fedpeft_ext.backbones import build_backbone
@@ -165,11 +164,7 @@ def run_name(config: Config, data: str) -> str:
 
 def fingerprint(dataset: Dataset) -> str:
     """A digest of interactions, held-out items and texts."""
-    digest = hashlib.sha256(f"{dataset.num_users} {dataset.num_items}".encode())
-    for array in (dataset.indptr, dataset.indices, dataset.test_items, dataset.valid_items):
-        digest.update(np.ascontiguousarray(array).data)
-    digest.update(json.dumps(dataset.item_text).encode())
-    return digest.hexdigest()
+    return hashlib.sha256(json.dumps([dataset.digest, dataset.item_text]).encode()).hexdigest()
 
 
 def is_done(folder: Path) -> bool:

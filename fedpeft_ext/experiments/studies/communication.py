@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import polars as pl
 
-from fedpeft_ext.experiments.plots import plot_lines
 from fedpeft_ext.experiments.results import RunResult
+from fedpeft_ext.experiments.studies.pictures import line_picture
 from fedpeft_ext.experiments.studies.study import (
     Context,
     Findings,
-    Picture,
     Study,
     Table,
     Trained,
@@ -41,23 +39,16 @@ def run(context: Context) -> Findings:
         [row for variant in variants for row in _reached(trained, variant, metric, goal)],
         infer_schema_length=None,
     )
-    lines = {
-        str(variant.labels["embedding"]): curve
-        for variant in variants
-        if (curve := _sent(trained, variant, metric))
-    }
     label = f"{metric} on {context.dataset.name}"
-
-    def draw(path: Path) -> object:
-        return plot_lines(
-            lines,
-            path,
-            xlabel="sent by all clients and the server so far (MB, log scale)",
-            ylabel=metric,
-            title=label,
-            log_x=True,
-        )
-
+    pictures = line_picture(
+        "communication",
+        {str(variant.labels["embedding"]): _sent(trained, variant, metric) for variant in variants},
+        caption=f"{label} against everything sent so far.",
+        title=label,
+        xlabel="sent by all clients and the server so far (MB, log scale)",
+        ylabel=metric,
+        log_x=True,
+    )
     return Findings(
         [
             Table(
@@ -75,7 +66,7 @@ def run(context: Context) -> Findings:
                 "ways and for all clients together, warm-up included, set-up left out.",
             ),
         ],
-        [Picture("communication", f"{label} against everything sent so far.", draw)] if lines else [],
+        pictures,
     )
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import polars as pl
 
-from fedpeft_ext.experiments.plots import Point, plot_points
-from fedpeft_ext.experiments.results import KB
-from fedpeft_ext.experiments.studies.study import Context, Findings, Picture, Study, Table, Variant
+from fedpeft_ext.experiments.studies.pictures import bytes_picture
+from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table, Variant
 
 EMBEDDINGS = (
     "full", "p-lora", "p-hash", "p-rq", "p-hash+lora", "p-rq+lora", "p-rq+hash", "p-rq+hash+lora",
@@ -24,21 +21,12 @@ def run(context: Context) -> Findings:
         [metric, f"NDCG@{context.k}", f"full/{metric}"], ["bytes_up", "bytes_setup", "bytes_down"]
     ).with_columns((pl.col("bytes_setup") + pl.col("bytes_down")).alias("stored bytes"))
     means = means.drop("bytes_setup", "bytes_down")
-    rows = means.filter(pl.col(metric).is_not_null())
-    points = [
-        Point(row["embedding"], row["embedding"], row["bytes_up"] / KB, row[metric])
-        for row in rows.iter_rows(named=True)
-    ]
     title = f"Sums of strategies, {context.config.backbone.name} on {context.dataset.name}"
-
-    def draw(path: Path) -> object:
-        return plot_points(
-            points, path, xlabel="sent by a client in a round (KB, log scale)", ylabel=metric, title=title
-        )
-
     note = "stored: item embeddings on a client: what is received once (frozen table, codes) and every round."
-    pictures = [Picture("hybrid", f"{title}: {metric} against what a client sends.", draw)] if points else []
-    return Findings([Table("hybrid", "Strategies and their sums", means, note)], pictures)
+    return Findings(
+        [Table("hybrid", "Strategies and their sums", means, note)],
+        bytes_picture("hybrid", means, metric, title=title),
+    )
 
 
 STUDY = Study(

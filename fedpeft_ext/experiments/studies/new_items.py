@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
-from fedpeft_ext.experiments.plots import plot_lines
 from fedpeft_ext.experiments.runner import run_name
-from fedpeft_ext.experiments.studies.study import Context, Findings, Picture, Study, Table
+from fedpeft_ext.experiments.studies.pictures import line_picture
+from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table
 from fedpeft_ext.nn import parse_spec
 from fedpeft_ext.pretrain import Pretrained, TfidfEncoder, pretrain, text_features
 from fedpeft_ext.simulation import Simulator
@@ -142,11 +142,7 @@ def _go_on(
             target[:known] = source
             if not whole:  # whose new rows were encoded
                 target[known:] = source.mean(0)
-    for name, rows in old.store.all().items():
-        new.store.state[name].copy_(rows)
-    if new.store.trained is not None and old.store.trained is not None:
-        new.store.trained.copy_(old.store.trained)
-        new.store.starts = {name: value.clone() for name, value in old.store.starts.items()}
+    new.store.load_state_dict(old.store.state_dict())
     new.rounds_done = old.rounds_done
     return new
 
@@ -247,17 +243,21 @@ def run(context: Context) -> Findings:
         ]
     title = f"New items, {context.config.backbone.name} on {context.dataset.name}"
 
-    def draw(path: Path) -> object:
-        return plot_lines(lines, path, xlabel="round", ylabel=f"{metric} of new items", title=title)
-
     note = (
         f"A random {SHARE:.0%} of the items arrives after half of the rounds. old, new: users whose test "
-        "item is old or new, among sampled items of the whole catalogue; had from the start: a federation that "
-        "knew all items all the time."
+        "item is old or new, among sampled items of the whole catalogue; had from the start: a federation "
+        "that knew all items all the time."
     )
     return Findings(
         [Table("new-items", "Old and new items", pl.DataFrame(rows, infer_schema_length=None), note)],
-        [Picture("new-items", f"{title}: {metric} of new items from their arrival on.", draw)],
+        line_picture(
+            "new-items",
+            lines,
+            caption=f"{title}: {metric} of new items from their arrival on.",
+            title=title,
+            xlabel="round",
+            ylabel=f"{metric} of new items",
+        ),
     )
 
 

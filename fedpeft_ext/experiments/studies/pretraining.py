@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import polars as pl
 
-from fedpeft_ext.experiments.plots import plot_lines
-from fedpeft_ext.experiments.studies.study import Context, Findings, Picture, Study, Table, Variant
+from fedpeft_ext.experiments.studies.pictures import line_picture
+from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table, Variant
 from fedpeft_ext.pretrain import pretrain
 
 EMBEDDINGS = ("p-lora", "p-rq")
@@ -48,17 +46,15 @@ def run(context: Context) -> Findings:
             lines.setdefault(f"{row['embedding']}, warm-up {row['warm-up']}", []).append(place)
     title = f"Pre-training, {context.config.backbone.name} on {context.dataset.name}"
 
-    def draw(path: Path) -> object:
-        return plot_lines(
-            lines,
-            path,
-            xlabel="variance of item features that the AutoEncoder explains",
-            ylabel=metric,
-            title=title,
-        )
-
     note = "explained variance: share of the item features' variance that the AutoEncoder reconstructs."
-    pictures = [Picture("pretraining", f"{title}: {metric} by quality.", draw)] if lines else []
+    pictures = line_picture(
+        "pretraining",
+        lines,
+        caption=f"{title}: {metric} by quality.",
+        title=title,
+        xlabel="variance of item features that the AutoEncoder explains",
+        ylabel=metric,
+    )
     return Findings([Table("pretraining", "Quality of full embeddings", means, note)], pictures)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import polars as pl
 
-from fedpeft_ext.experiments.plots import plot_lines
+from fedpeft_ext.experiments.studies.pictures import line_picture
 from fedpeft_ext.experiments.studies.study import Context, Findings, Picture, Study, Table, Variant
 
 EMBEDDINGS = ("full", "p-lora", "p-hash", "p-rq")
@@ -50,22 +48,27 @@ def run(context: Context) -> Findings:
         f"noise: standard deviation in clips; uploads are clipped to an L2 norm of {clip}. epsilon at delta "
         f"{context.config.privacy.delta:g} after all rounds; – is no guarantee, or a run that diverged.",
     )
-    return Findings([table], [_picture(context, means, mode, metric) for mode in MULTIPLIERS])
+    return Findings(
+        [table], [picture for mode in MULTIPLIERS for picture in _picture(context, means, mode, metric)]
+    )
 
 
-def _picture(context: Context, means: pl.DataFrame, mode: str, metric: str) -> Picture:
+def _picture(context: Context, means: pl.DataFrame, mode: str, metric: str) -> list[Picture]:
     rows = means.filter((pl.col("privacy") == mode) & pl.col(metric).is_not_null())
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows.iter_rows(named=True):
         lines.setdefault(row["embedding"], []).append((row["noise"], row[metric]))
     title = f"{'Central' if mode == 'cdp' else 'Local'} noise on {context.dataset.name}"
 
-    def draw(path: Path) -> object:
-        return plot_lines(
-            lines, path, xlabel="noise multiplier (log scale)", ylabel=metric, title=title, log_x=True
-        )
-
-    return Picture(f"privacy-{mode}", f"{title}: {metric} by noise multiplier.", draw)
+    return line_picture(
+        f"privacy-{mode}",
+        lines,
+        caption=f"{title}: {metric} by noise multiplier.",
+        title=title,
+        xlabel="noise multiplier (log scale)",
+        ylabel=metric,
+        log_x=True,
+    )
 
 
 STUDY = Study(

@@ -9,7 +9,6 @@ choice.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import polars as pl
 import torch
@@ -17,9 +16,9 @@ import torch
 from fedpeft_ext.backbones import build_backbone
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
-from fedpeft_ext.experiments.plots import Point, plot_points
 from fedpeft_ext.experiments.results import KB
-from fedpeft_ext.experiments.studies.study import Context, Findings, Picture, Study, Table, Trained, Variant
+from fedpeft_ext.experiments.studies.pictures import bytes_picture
+from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table, Trained, Variant
 from fedpeft_ext.nn import build_embedding, parse_spec
 from fedpeft_ext.simulation import traffic
 from fedpeft_ext.simulation.simulator import VALID
@@ -132,7 +131,15 @@ def run(context: Context) -> Findings:
         return Findings(tables, (), answers)
     grid = context.train(everything)
     table, sentence = _check(context, grid, chosen, metric, seconds)
-    return Findings([*tables, table], [_picture(context, table.frame, metric, chosen)], [*answers, sentence])
+    labels = [f"{row['size']}{' (chosen)' * _is(row, chosen)}" for row in table.frame.rows(named=True)]
+    pictures = bytes_picture(
+        "select",
+        table.frame.with_columns(pl.Series("label", labels)),
+        metric,
+        title=f"Candidates, {context.config.backbone.name} on {context.dataset.name}",
+        label="label",
+    )
+    return Findings([*tables, table], pictures, [*answers, sentence])
 
 
 def _halve(
@@ -201,26 +208,6 @@ def _named(variant: Variant) -> str:
 
 def _is(row: dict[str, object], variant: Variant) -> bool:
     return all(row[name] == value for name, value in variant.labels.items())
-
-
-def _picture(context: Context, ranked: pl.DataFrame, metric: str, chosen: Variant) -> Picture:
-    points = [
-        Point(
-            f"{row['size']}{' (chosen)' if _is(row, chosen) else ''}",
-            row["embedding"],
-            row["bytes_up"] / KB,
-            row[metric],
-        )
-        for row in ranked.filter(pl.col(metric).is_not_null()).iter_rows(named=True)
-    ]
-    title = f"Candidates, {context.config.backbone.name} on {context.dataset.name}"
-
-    def draw(path: Path) -> object:
-        return plot_points(
-            points, path, xlabel="sent by a client in a round (KB, log scale)", ylabel=metric, title=title
-        )
-
-    return Picture("select", f"{title}: {metric} of test items against what a client sends.", draw)
 
 
 STUDY = Study(

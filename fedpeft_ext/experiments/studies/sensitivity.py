@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import polars as pl
 
-from fedpeft_ext.experiments.plots import plot_lines
+from fedpeft_ext.experiments.studies.pictures import line_picture
 from fedpeft_ext.experiments.studies.study import Context, Findings, Picture, Study, Table, Variant
 from fedpeft_ext.nn import parse_spec
 
@@ -44,17 +43,18 @@ def run(context: Context) -> Findings:
         spec = parse_spec(name)
         if len(spec.parts) != 1 or spec.parts[0].partition("+")[0] not in _AXES:
             raise ValueError(f"embeddings: expected one strategy out of {', '.join(_AXES)}, got {name!r}")
-    tables, pictures = [], []
+    tables: list[Table] = []
+    pictures: list[Picture] = []
     for name in names:
         variants = list(_variants(name))
         trained = context.train(variants)
         means = trained.means([metric, f"NDCG@{context.k}", f"full/{metric}"], ["bytes_up", "saving"])
         tables.append(Table(f"sensitivity-{name}", f"Sizes of {name}", means))
-        pictures.append(_picture(context, name, means.filter(pl.col(metric).is_not_null()), metric))
+        pictures += _picture(context, name, means.filter(pl.col(metric).is_not_null()), metric)
     return Findings(tables, pictures)
 
 
-def _picture(context: Context, name: str, means: pl.DataFrame, metric: str) -> Picture:
+def _picture(context: Context, name: str, means: pl.DataFrame, metric: str) -> list[Picture]:
     size, _, other, _ = _AXES[parse_spec(name).parts[0].partition("+")[0]]
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in means.iter_rows(named=True):
@@ -62,18 +62,16 @@ def _picture(context: Context, name: str, means: pl.DataFrame, metric: str) -> P
         lines.setdefault(line, []).append((row[size], row[metric]))
     title = f"{name} with {context.config.backbone.name} on {context.dataset.name}"
 
-    def draw(path: Path) -> object:
-        axis = size.replace("_", " ")
-        return plot_lines(
-            lines,
-            path,
-            xlabel=axis if other is None else f"{axis} (log scale)",
-            ylabel=metric,
-            title=title,
-            log_x=other is not None,
-        )
-
-    return Picture(f"sensitivity-{name}", f"{title}: {metric} by size.", draw)
+    axis = size.replace("_", " ")
+    return line_picture(
+        f"sensitivity-{name}",
+        lines,
+        caption=f"{title}: {metric} by size.",
+        title=title,
+        xlabel=axis if other is None else f"{axis} (log scale)",
+        ylabel=metric,
+        log_x=other is not None,
+    )
 
 
 STUDY = Study(

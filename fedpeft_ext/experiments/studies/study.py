@@ -158,14 +158,15 @@ class Trained:
         first value of `others`, the number of `seeds`, and how many of their runs `diverged`.
         """
         frame = self.frame()
-        kept = [name for name in metrics if name in frame.columns]
+        absent = [name for name in (*metrics, *others) if name not in frame.columns]  # all runs diverged
+        frame = frame.with_columns(pl.lit(None, pl.Float64).alias(name) for name in absent)
         return frame.group_by(self.labels, maintain_order=True).agg(
             *(
                 expression
-                for name in kept
+                for name in metrics
                 for expression in (pl.col(name).mean(), pl.col(name).std().alias(f"{name} sd"))
             ),
-            *(pl.col(name).drop_nulls().first() for name in others if name in frame.columns),
+            *(pl.col(name).drop_nulls().first() for name in others),
             pl.len().alias("seeds"),
             pl.col("diverged").sum(),
         )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import polars as pl
 
-from fedpeft_ext.experiments.plots import Point, plot_points
-from fedpeft_ext.experiments.results import KB
 from fedpeft_ext.experiments.studies.paper import ML_1M
-from fedpeft_ext.experiments.studies.study import Context, Findings, Picture, Study, Table, Variant
+from fedpeft_ext.experiments.studies.pictures import bytes_picture
+from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table, Variant
 
 BACKBONES = ("fedmf", "fedncf", "pfedrec", "fedpergnn")
 EMBEDDINGS = (
@@ -35,8 +32,18 @@ def run(context: Context) -> Findings:
     beside = _beside_paper(means, context)
     if beside is not None:
         tables.append(Table("table2-paper", "Beside the paper's figures", beside, "paper: its table 2."))
-    pictures = [_picture(means, backbone, context) for backbone in backbones]
-    return Findings(tables, [picture for picture in pictures if picture is not None])
+    metric, setting = sampled[0], f"on {context.dataset.name}, {context.config.training.rounds} rounds"
+    pictures = [
+        picture
+        for backbone in backbones
+        for picture in bytes_picture(
+            f"table2-{backbone}",
+            means.filter(pl.col("backbone") == backbone),
+            metric,
+            title=f"{backbone} {setting}",
+        )
+    ]
+    return Findings(tables, pictures)
 
 
 def _beside_paper(means: pl.DataFrame, context: Context) -> pl.DataFrame | None:
@@ -56,29 +63,6 @@ def _beside_paper(means: pl.DataFrame, context: Context) -> pl.DataFrame | None:
         if (paper := ML_1M.get((row["backbone"], row["embedding"]))) is not None
     ]
     return pl.DataFrame(rows) if rows else None
-
-
-def _picture(means: pl.DataFrame, backbone: str, context: Context) -> Picture | None:
-    metric = f"HR@{context.k}"
-    rows = means.filter((pl.col("backbone") == backbone) & pl.col(metric).is_not_null())
-    points = [
-        Point(row["embedding"], row["embedding"], row["bytes_up"] / KB, row[metric])
-        for row in rows.iter_rows(named=True)
-    ]
-    if not points:
-        return None
-    title = f"{backbone} on {context.dataset.name}, {context.config.training.rounds} rounds"
-
-    def draw(path: Path) -> object:
-        return plot_points(
-            points,
-            path,
-            xlabel="sent by a client in a round (KB, log scale)",
-            ylabel=metric,
-            title=title,
-        )
-
-    return Picture(f"table2-{backbone}", f"{title}: {metric} against what a client sends.", draw)
 
 
 STUDY = Study(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import polars as pl
 
-from fedpeft_ext.experiments.plots import plot_lines
 from fedpeft_ext.experiments.studies.communication import mean_metric
+from fedpeft_ext.experiments.studies.pictures import line_picture
 from fedpeft_ext.experiments.studies.study import (
     Context,
     Findings,
-    Picture,
     Study,
     Table,
     Trained,
@@ -47,16 +44,18 @@ def run(context: Context) -> Findings:
         for variant in (random, warm):
             rows.append({**variant.labels, **_rounds(trained, variant, metric, goal)})
     reached = pl.DataFrame(rows, infer_schema_length=None)
-    lines = {
-        " ".join(str(label) for label in variant.labels.values()): curve
-        for variant in variants
-        if (curve := trained.curve(variant, metric))
-    }
     title = f"Start of the codebooks, {context.config.backbone.name} on {context.dataset.name}"
-
-    def draw(path: Path) -> object:
-        return plot_lines(lines, path, xlabel="round", ylabel=metric, title=title)
-
+    pictures = line_picture(
+        "warm-start",
+        {
+            " ".join(str(label) for label in variant.labels.values()): trained.curve(variant, metric)
+            for variant in variants
+        },
+        caption=f"{title}: {metric} over the rounds.",
+        title=title,
+        xlabel="round",
+        ylabel=metric,
+    )
     return Findings(
         [
             Table("warm-start", "Final accuracy", means),
@@ -67,7 +66,7 @@ def run(context: Context) -> Findings:
                 "Mean over the seeds that get there; – where none does.",
             ),
         ],
-        [Picture("warm-start", f"{title}: {metric} over the rounds.", draw)] if lines else [],
+        pictures,
     )
 
 

@@ -1,0 +1,48 @@
+"""The two kinds of pictures that studies draw; nothing where every run diverged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from fedpeft_ext.experiments.plots import Point, plot_lines, plot_points
+from fedpeft_ext.experiments.results import KB
+from fedpeft_ext.experiments.studies.study import Picture
+
+
+def line_picture(
+    name: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    caption: str,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    log_x: bool = False,
+) -> list[Picture]:
+    """A picture of named lines of (x, y); lines without a place are left out."""
+    drawn = {label: places for label, places in lines.items() if places}
+
+    def draw(path: Path) -> object:
+        return plot_lines(drawn, path, xlabel=xlabel, ylabel=ylabel, title=title, log_x=log_x)
+
+    return [Picture(name, caption, draw)] if drawn else []
+
+
+def bytes_picture(
+    name: str, means: pl.DataFrame, metric: str, *, title: str, label: str = "embedding"
+) -> list[Picture]:
+    """`metric` against `bytes_up` of each row of `means`, named by its column `label`."""
+    points = [
+        Point(row[label], row["embedding"], row["bytes_up"] / KB, row[metric])
+        for row in means.filter(pl.col(metric).is_not_null()).iter_rows(named=True)
+    ]
+
+    def draw(path: Path) -> object:
+        return plot_points(
+            points, path, xlabel="sent by a client in a round (KB, log scale)", ylabel=metric, title=title
+        )
+
+    return [Picture(name, f"{title}: {metric} against what a client sends.", draw)] if points else []

@@ -1,0 +1,163 @@
+"""The commands `fedpeft study` and `fedpeft report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedpeft_ext import cli
+
+if TYPE_CHECKING:
+    from fedpeft_ext.config import Config
+    from fedpeft_ext.experiments.studies import Study, StudyOptions
+
+
+def study(
+    name: Annotated[
+        str | None, typer.Argument(help="Which; without it, the list of them.", show_default=False)
+    ] = None,
+    dataset: cli._DatasetName = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many, from --set seed on.")] = 3,
+    out: cli._Out = None,
+    runs: Annotated[
+        Path | None,
+        typer.Option(
+            "--runs", help="Folder of the single runs, for studies to share.", show_default="OUT/runs"
+        ),
+    ] = None,
+    rounds: cli._Rounds = None,
+    backbones: Annotated[
+        str | None, typer.Option("--backbones", help="table2: names, by commas.", show_default="all")
+    ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option("--embeddings", "-e", help="Names, by commas.", show_default="the study's")
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            "--budget", min=0, help="select: KB that a client may send a round.", show_default="100"
+        ),
+    ] = None,
+    check: Annotated[
+        bool | None,
+        typer.Option("--check/--no-check", help="select: whether all are trained to check the choice."),
+    ] = None,
+    config: cli._ConfigFile = None,
+    set_: cli._Set = None,
+    device: cli._Device = None,
+    threads: cli._Threads = None,
+    quiet: cli._Quiet = False,
+    debug: cli._Debug = False,
+) -> None:
+    """Train a grid of runs and answer one of the paper's questions with it.
+
+    The folder (default: runs/study-NAME-DATASET) gets NAME.md, CSV files, pictures,
+    study.json for fedpeft report, and a folder for each run. Start it again after an
+    interruption: finished runs are not repeated.
+    """
+    with cli._reported_errors(debug) as started:
+        if name is None:
+            _list_studies()
+            return
+        from fedpeft_ext.experiments.studies import StudyOptions, study_by_name
+
+        chosen = study_by_name(name)
+        given = {"backbones": backbones, "embeddings": embeddings, "budget": budget, "check": check}
+        for option, value in given.items():
+            if value is not None and option not in chosen.options:
+                raise ValueError(f"--{option}: study {name} has no such option")
+        options = StudyOptions(
+            backbones=_names(backbones, "--backbones"),
+            embeddings=_embeddings(embeddings),
+            budget_kb=budget,
+            check=check is not False,
+        )
+        named = {"dataset.name": dataset, "training.rounds": rounds, "device": device, "threads": threads}
+        settings = cli._settings(config, named, [*chosen.settings, *(set_ or [])])
+        folder = out or Path("runs") / f"study-{name}-{Path(settings.dataset.name).name}"
+        started(folder)
+        _study(chosen, settings, options, folder, runs or folder / "runs", seeds, quiet=quiet)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Of runs, comparisons and studies, at any depth.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The page.", show_default="FOLDER/report.html")
+    ] = None,
+    title: Annotated[str | None, typer.Option("--title", help="Of the page.", show_default=False)] = None,
+    debug: cli._Debug = False,
+) -> None:
+    """Write one HTML page with all tables and pictures of a folder, which loads nothing from elsewhere."""
+    with cli._reported_errors(debug):
+        from fedpeft_ext.experiments.report import write_report
+
+        page, sections = write_report(folder, out, title=title)
+        typer.echo(f"{page}: {sections} sections")
+
+
+def _names(text: str | None, option: str) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"{option}: expected names by commas, each once, got {text!r}")
+    return names
+
+
+def _embeddings(text: str | None) -> tuple[str, ...] | None:
+    from fedpeft_ext.nn import parse_spec
+
+    names = _names(text, "--embeddings")
+    return None if names is None else tuple(str(parse_spec(name)) for name in names)
+
+
+def _list_studies() -> None:
+    from fedpeft_ext.experiments.studies import STUDIES
+
+    width = max(map(len, STUDIES)) + 2
+    for entry in STUDIES.values():
+        typer.echo(f"{entry.name:<{width}}{entry.question}")
+
+
+def _study(
+    chosen: Study,
+    config: Config,
+    options: StudyOptions,
+    folder: Path,
+    runs: Path,
+    seeds: int,
+    *,
+    quiet: bool,
+) -> None:
+    import torch
+    from rich.console import Console
+
+    from fedpeft_ext.experiments.studies import Context, run_study
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with cli._progress(Console(stderr=True), config, quiet=quiet, evaluations=False) as (
+        callbacks_for,
+        notify,
+    ):
+        notify(f"Loading {config.dataset.name}")
+        context = Context(
+            config,
+            cli._load(config),
+            runs,
+            seeds,
+            options,
+            callbacks_for=lambda settings: callbacks_for(settings.embedding.name),
+            notify=notify,
+        )
+        _, files = run_study(chosen, context, folder)
+    typer.echo(files[0].read_text(encoding="utf-8"))
+    typer.echo(f"Files: {folder}/ {', '.join(file.name for file in files)}")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Make `study` and `report` commands of `app`."""
+    app.command()(study)
+    app.command()(report)

@@ -1,0 +1,335 @@
+"""Studies on tiny synthetic data: grids, resuming, arrivals, choice by pilots, and the page of `report`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedpeft_ext.config import Config
+from fedpeft_ext.data import Dataset, load_dataset
+from fedpeft_ext.experiments import runner
+from fedpeft_ext.experiments.report import write_report
+from fedpeft_ext.experiments.results import RunResult
+from fedpeft_ext.experiments.runner import DIVERGED, fingerprint, run_name
+from fedpeft_ext.experiments.studies import STUDIES, Context, StudyOptions, run_study, study_by_name
+from fedpeft_ext.experiments.studies.new_items import aligned, split_arrivals, train_with_arrivals
+from fedpeft_ext.experiments.studies.output import shown
+from fedpeft_ext.experiments.studies.select import bytes_up, rungs
+from fedpeft_ext.experiments.studies.study import Variant, first_reaching
+from fedpeft_ext.simulation import Simulator
+
+DATA = {"num_users": 50, "num_items": 210, "interactions_per_user": 10, "validation": True}
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    return load_dataset("synthetic", **DATA)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    cache = tmp_path_factory.mktemp("cache")
+    return Config().updated(
+        [
+            "dataset.name=synthetic",
+            "backbone.dim=8",
+            "embedding.codebook_size=16",
+            "embedding.table_size=24",
+            "pretrain.epochs=2",
+            "pretrain.code_epochs=2",
+            f"pretrain.cache_dir={cache}",
+            "training.rounds=4",
+            "evaluation.every=2",
+        ]
+    )
+
+
+def context(config: Config, dataset: Dataset, runs: Path, seeds: int = 2, **options: object) -> Context:
+    return Context(config, dataset, runs, seeds, StudyOptions(**options))  # type: ignore[arg-type]
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8") as text:
+        return list(csv.DictReader(text))
+
+
+def test_table2_tabulates_every_pair_and_goes_on_where_it_stopped(
+    config: Config, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"backbones": ("fedmf", "fedpergnn"), "embeddings": ("full", "p-rq")}
+    first = context(config, dataset, tmp_path / "runs", **options)
+    findings, files = run_study(STUDIES["table2"], first, tmp_path / "out")
+    assert files[0].name == "table2.md"
+    runs = rows_of(tmp_path / "out" / "runs.csv")
+    assert len(runs) == 2 * 2 * 2
+    table = rows_of(tmp_path / "out" / "table2.csv")
+    assert [(row["backbone"], row["embedding"]) for row in table] == [
+        (backbone, embedding) for backbone in options["backbones"] for embedding in options["embeddings"]
+    ]
+    for row in table:
+        values = [
+            float(run["HR@10"])
+            for run in runs
+            if (run["backbone"], run["embedding"]) == (row["backbone"], row["embedding"])
+        ]
+        assert float(row["HR@10"]) == pytest.approx(np.mean(values))
+        assert float(row["HR@10 sd"]) == pytest.approx(np.std(values, ddof=1))
+    assert {picture.name for picture in findings.pictures} == {"table2-fedmf", "table2-fedpergnn"}
+
+    # One run is lost; the others are not trained again.
+    folder = tmp_path / "runs" / runs[0]["run"]
+    before = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").unlink()
+    trained: list[str] = []
+    simulate = Simulator.run
+    monkeypatch.setattr(
+        runner.Simulator, "run", lambda self: (trained.append(self.config.embedding.name), simulate(self))[1]
+    )
+    run_study(STUDIES["table2"], context(config, dataset, tmp_path / "runs", **options), tmp_path / "again")
+    assert trained == ["full"]
+    assert json.loads((folder / "summary.json").read_text())["metrics"] == before["metrics"]
+    assert (tmp_path / "again" / "table2.csv").read_text() == (tmp_path / "out" / "table2.csv").read_text()
+
+
+def test_runs_are_named_by_all_that_their_result_depends_on(
+    config: Config, dataset: Dataset, tmp_path: Path
+) -> None:
+    data = fingerprint(dataset)
+    name = run_name(config, data)
+    assert name.startswith("fedmf-p-rq-seed0-")
+    for neutral in ("threads=1", "chunk_memory_mb=8", "pretrain.cache=false", "dataset.name=elsewhere"):
+        assert run_name(config.updated([neutral]), data) == name
+    for setting in ("seed=1", "training.lr=0.5", "embedding.levels=2", "training.rounds=5"):
+        assert run_name(config.updated([setting]), data) != name
+    other = load_dataset("synthetic", **DATA | {"seed": 1})
+    assert run_name(config, fingerprint(other)) != name
+    features = tmp_path / "features.npy"
+    given = config.updated([f"pretrain.features={features}"])
+    names = []
+    for value in (0.0, 1.0):
+        np.save(features, np.full((210, 4), value, np.float32))
+        names.append(run_name(given, data))
+    assert names[0] != names[1]
+
+
+def test_a_run_that_diverges_is_a_row_without_values(
+    config: Config, dataset: Dataset, tmp_path: Path
+) -> None:
+    settings = ("embedding.name=full", "training.optimizer=sgd", "training.lr=1e30")
+    made = context(config, dataset, tmp_path / "runs", seeds=1)
+    variants = [Variant({"lr": "huge"}, settings), Variant({"lr": "usual"}, ("embedding.name=full",))]
+    trained = made.train(variants)
+    assert [result is None for result in trained.results] == [True, False]
+    means = trained.means(["HR@10"])
+    assert means["HR@10"][0] is None
+    assert means["diverged"].to_list() == [1, 0]
+    headings, rows = shown(means)
+    assert rows[0][headings.index("HR@10 %")] == "–"
+    assert (tmp_path / "runs" / trained.names[0] / DIVERGED).is_file()
+    assert made.train(variants).results[0] is None  # from its file
+
+
+def test_communication_counts_bytes_to_an_accuracy(config: Config, dataset: Dataset, tmp_path: Path) -> None:
+    made = context(config, dataset, tmp_path / "runs", embeddings=("full", "c-hash"))
+    run_study(STUDIES["communication"], made, tmp_path)
+    goals = rows_of(tmp_path / "communication-goals.csv")
+    assert [row["goal"] for row in goals] == ["90%", "95%", "100%"] * 2
+    full = made.all_runs[0].results[0]
+    assert full is not None
+    # 10% of 50 clients send and get the table each round.
+    assert dict(full.bytes_until())[4] == 4 * 5 * 2 * 210 * 8 * 4
+    assert first_reaching(full, "HR@10", 0.0) == (2, 2 * 5 * 2 * 210 * 8 * 4)
+    assert first_reaching(full, "HR@10", 1.1) is None
+    with pytest.raises(ValueError, match="expected 'full' among them"):
+        run_study(
+            STUDIES["communication"],
+            context(config, dataset, tmp_path / "r", embeddings=("p-rq",)),
+            tmp_path / "o",
+        )
+    assert not (tmp_path / "r").exists()
+
+
+def test_arrivals_renumber_items_and_keep_interactions(dataset: Dataset) -> None:
+    before, after = split_arrivals(dataset, 0.1, seed=3)
+    assert (before.num_items, after.num_items) == (189, 210)
+    assert before.item_ids == after.item_ids[:189]
+    assert sorted(after.item_ids) == sorted(dataset.item_ids)
+    for user in range(dataset.num_users):
+
+        def ids(data: Dataset, user: int = user) -> list[str]:
+            rows = data.indices[data.indptr[user] : data.indptr[user + 1]]
+            return [data.item_ids[item] for item in rows]
+
+        assert ids(after) == ids(dataset)
+        assert ids(before) == [item for item in ids(dataset) if item in set(before.item_ids)]
+        test = dataset.item_ids[dataset.test_items[user]]
+        assert after.item_ids[after.test_items[user]] == test
+        expected = before.item_ids.index(test) if test in before.item_ids else -1
+        assert before.test_items[user] == expected
+    assert after.item_text is not None
+    assert dataset.item_text is not None
+    place = dataset.item_ids.index(after.item_ids[-1])
+    assert after.item_text[-1] == dataset.item_text[place]
+
+
+def test_alignment_recovers_an_affine_map() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, new = torch.randn(40, 5, generator=generator), torch.randn(7, 5, generator=generator)
+    matrix, shift = torch.randn(5, 5, generator=generator), torch.randn(5, generator=generator)
+    assert torch.allclose(aligned(rows, rows @ matrix + shift, new), new @ matrix + shift, atol=1e-4)
+
+
+@pytest.mark.parametrize("embedding", ["full", "p-rq+lora"])
+def test_arrivals_train_on_with_old_and_new_items(config: Config, dataset: Dataset, embedding: str) -> None:
+    settings = config.updated([f"embedding.name={embedding}", "backbone.name=pfedrec"])
+    result = train_with_arrivals(settings, dataset)
+    assert [place["round"] for place in result["curve"]] == [2, 4]
+    assert result["known"] == 189
+    for values in (*result["curve"], result["start"]):
+        assert 0 <= values["old HR@10"] <= 1
+        assert 0 <= values["new HR@10"] <= 1
+    assert result == train_with_arrivals(settings, dataset)
+
+
+def test_new_items_need_text_and_rounds_after_the_arrival(config: Config, dataset: Dataset) -> None:
+    with pytest.raises(ValueError, match="expected tfidf or sentence-transformers"):
+        train_with_arrivals(config.updated(["pretrain.features=random"]), dataset)
+    with pytest.raises(ValueError, match="twice the 3 warm-up rounds, got 4"):
+        train_with_arrivals(config.updated(["training.warmup_rounds=3"]), dataset)
+
+
+def test_select_keeps_to_the_budget_and_explains_its_choice(
+    config: Config, dataset: Dataset, tmp_path: Path
+) -> None:
+    made = context(config, dataset, tmp_path / "runs", seeds=1, budget_kb=4.2)
+    findings, _ = run_study(STUDIES["select"], made, tmp_path)
+    grid = rows_of(tmp_path / "select-grid.csv")
+    assert all(int(row["bytes_up"]) <= 4200 for row in grid)
+    pilots = rows_of(tmp_path / "select-pilots.csv")
+    for rung in {row["rung"] for row in pilots}:
+        own = [row for row in pilots if row["rung"] == rung]
+        values = [float(row["valid/HR@10"]) for row in own]
+        assert values == sorted(values, reverse=True)
+        assert sum(row["goes on"] == "yes" for row in own) == -(-len(own) // 3)
+    chosen = next(row for row in pilots if row["rung"] == pilots[-1]["rung"])
+    assert f"Chosen: {chosen['embedding']} with {chosen['size']}" in findings.answers[0]
+    assert re.search(r"Check: .* number \d+ of 5 ", findings.answers[-1])
+    run = next(r for r in made.all_runs[-1].results if r is not None)
+    assert bytes_up(config.updated(made.all_runs[-1].variants[0].settings), dataset) == run.summary.bytes_up
+    with pytest.raises(ValueError, match=r"at least 0\.9 KB.*p-lora, rank 1.*got 0\.5"):
+        STUDIES["select"].run(context(config, dataset, tmp_path / "runs", budget_kb=0.5))
+
+
+def test_rungs_end_with_one() -> None:
+    assert rungs(12, 270) == [(12, 10), (4, 30), (2, 90)]
+    assert rungs(1, 90) == []
+    assert all(rounds >= 1 for _, rounds in rungs(100, 3))
+
+
+@pytest.mark.parametrize("name", ["hybrid", "warm-start", "pretraining"])
+def test_other_grids_fill_their_tables(config: Config, dataset: Dataset, tmp_path: Path, name: str) -> None:
+    embeddings = ("c-rq",) if name == "warm-start" else ("p-rq",)
+    made = context(config, dataset, tmp_path / "runs", seeds=1, embeddings=embeddings)
+    findings, files = run_study(STUDIES[name], made, tmp_path)
+    assert all(file.is_file() and file.stat().st_size for file in files)
+    assert all(table.frame.height for table in findings.tables)
+
+
+@pytest.mark.parametrize("name", ["sensitivity", "privacy"])
+def test_sweeps_validate_every_run_before_the_first(
+    config: Config, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    asked: list[Config] = []
+
+    def note(configs: list[Config], *rest: object, **more: object) -> list[None]:
+        asked.extend(configs)
+        return [None] * len(configs)
+
+    monkeypatch.setattr("fedpeft_ext.experiments.studies.study.run_all", note)
+    embeddings = ("p-rq", "p-lora", "c-hash+senet")
+    made = context(config, dataset, tmp_path / "runs", seeds=1, embeddings=embeddings)
+    findings, _ = run_study(STUDIES[name], made, tmp_path)
+    assert not findings.pictures  # since nothing was trained
+    expected = 25 + 8 + 12 if name == "sensitivity" else 3 * (2 + 5 + 4)
+    assert len(asked) == len({run_name(settings, "") for settings in asked}) == expected
+
+
+def test_unknown_studies_are_told_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean 'warm-start'"):
+        study_by_name("warmstart")
+
+
+class _Page(HTMLParser):
+    """Tags that stay open, and addresses that are not on the page."""
+
+    VOID = frozenset({"meta", "img", "br", "link"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.outside: list[str] = []
+        self.anchors: set[str] = set()
+        self.links: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id" and value:
+                self.anchors.add(f"#{value}")
+            if name == "href" and value:
+                self.links.add(value)
+            if name == "src" and value and not value.startswith("data:image/png;base64,"):
+                self.outside.append(value)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_report_is_one_page_that_loads_nothing(config: Config, dataset: Dataset, tmp_path: Path) -> None:
+    run_study(
+        STUDIES["hybrid"],
+        context(config, dataset, tmp_path / "study" / "runs", seeds=1, embeddings=("c-hash", "full")),
+        tmp_path / "study",
+    )
+    Simulator(config.updated(["embedding.name=c-lora"]), dataset, out=tmp_path / "a <run>").run()
+    page, sections = write_report(tmp_path, title="R & D")
+    assert sections == 2  # the study's own runs are in its tables
+    text = page.read_text(encoding="utf-8")
+    parser = _Page()
+    parser.feed(text)
+    assert parser.open == []
+    assert parser.outside == []
+    assert parser.links == parser.anchors
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
+    assert text.count("data:image/png;base64,") == 2
+    assert "a &lt;run&gt;" in text
+    assert "R &amp; D" in text
+    assert STUDIES["hybrid"].title in text
+
+
+def test_report_refuses_what_it_cannot_show(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected one with results"):
+        write_report(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="found none below"):
+        write_report(tmp_path)
+    (tmp_path / "summary.json").write_text('{"evaluations": []}')
+    with pytest.raises(ValueError, match=r"summary\.json"):
+        write_report(tmp_path)
+
+
+def test_results_are_read_back(config: Config, dataset: Dataset, tmp_path: Path) -> None:
+    summary = Simulator(config.updated(["embedding.name=c-hash"]), dataset, out=tmp_path / "run").run()
+    result = RunResult.load(tmp_path / "run", full_bytes=100)
+    assert json.loads(json.dumps(summary.as_dict())) == json.loads(json.dumps(result.summary.as_dict()))
+    with pytest.raises(FileNotFoundError, match=r"no summary\.json"):
+        RunResult.load(tmp_path, full_bytes=100)
+    with pytest.raises(ValueError, match="expected that of the run's files"):
+        RunResult(summary, 100).bytes_until()
