@@ -5,8 +5,10 @@
 For every lookup: the bytes that must move (each row of a table that is read, once; indices; the output), the
 time at this machine's own rates, measured in the same run, and the share of that reached. Two rates bound a
 lookup: the streaming copy of its output's size, and a gather of the same number of rows of the same width,
-`torch.index_select` of single rows out of the same table into a fresh output. FBGEMM needs the extra `bench`
-(fbgemm-gpu-cpu); without it its columns say why they are empty.
+`torch.index_select` of single rows out of the same table into a fresh output. A second table shows how the
+gather rate depends on the width of rows alone. FBGEMM needs the extra `bench` (fbgemm-gpu-cpu); without it
+its columns say why they are empty. It takes rows' numbers where the lookups take items, so it is timed with
+those numbers given, and with making them from items, codes and hashes.
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ def fbgemm_module() -> Any:
         return f"not installed or not loadable: {str(error).splitlines()[0]}"
 
 
-def fbgemm(weight: Tensor, flat: Tensor) -> Callable[[Tensor | None], Tensor] | str:
-    """A sum over bags `flat` [N, L] of the rows of `weight` through FBGEMM's dense TBE on the CPU."""
+def fbgemm(weight: Tensor, flat: Tensor) -> Callable[[Tensor | None, Tensor], Tensor] | str:
+    """Sums over bags [N, L] (as `flat`) of rows of `weight` by FBGEMM's dense TBE on the CPU."""
     module = fbgemm_module()
     if isinstance(module, str):
         return module
@@ -66,11 +68,10 @@ def fbgemm(weight: Tensor, flat: Tensor) -> Callable[[Tensor | None], Tensor] | 
     )
     with torch.no_grad():
         table.weights.copy_(weight.reshape(-1))
-    indices = flat.reshape(-1)
-    offsets = torch.arange(0, indices.numel() + 1, flat.shape[1])
+    offsets = torch.arange(0, flat.numel() + 1, flat.shape[1])
 
-    def run(out_grad: Tensor | None) -> Tensor:
-        out: Tensor = table(indices, offsets)
+    def run(out_grad: Tensor | None, bags: Tensor) -> Tensor:
+        out: Tensor = table(bags.reshape(-1), offsets)
         if out_grad is not None:
             table.weights.grad = None
             out.backward(out_grad)
@@ -84,7 +85,10 @@ def measure(C: int, P: int, L: int, K: int, D: int, I: int) -> list[list[str]]:
     items = torch.randint(I, (C, P))
     lines = []
 
-    def line(name: str, table: Tensor, flat: Tensor, extra: int, ours: Callable[[Tensor], Tensor]) -> None:
+    def line(
+        name: str, table: Tensor, bags: Callable[[], Tensor], extra: int, ours: Callable[[Tensor], Tensor]
+    ) -> None:
+        flat = bags()
         rows, width = table.reshape(-1, table.shape[-1]), table.shape[-1]
         leaf = table.clone().requires_grad_()
         out = ours(table)
@@ -103,8 +107,9 @@ def measure(C: int, P: int, L: int, K: int, D: int, I: int) -> list[list[str]]:
         rival = fbgemm(rows, flat) if out.shape[-1] == width else "not a sum of rows"
         if not isinstance(rival, str):
             tbe = rival
-            runs["fbgemm"] = lambda: tbe(None)
-            runs["fbgemm both"] = lambda: tbe(out_grad.reshape(-1, width))
+            runs["fbgemm"] = lambda: tbe(None, flat)
+            runs["fbgemm both"] = lambda: tbe(out_grad.reshape(-1, width), flat)
+            runs["fbgemm from items"] = lambda: tbe(None, bags())
         seconds = race(runs)
         copy = 8 * out.numel() / seconds["copy"]
         gather = 4 * (one.unique().numel() + one.numel()) * width / seconds["gather"]
@@ -113,6 +118,7 @@ def measure(C: int, P: int, L: int, K: int, D: int, I: int) -> list[list[str]]:
             rival
             if isinstance(rival, str)
             else f"{1e3 * seconds['fbgemm']:.2f} / {1e3 * seconds['fbgemm both']:.2f}"
+            f" / {1e3 * seconds['fbgemm from items']:.2f}"
         )
         lines.append(
             [
@@ -131,31 +137,36 @@ def measure(C: int, P: int, L: int, K: int, D: int, I: int) -> list[list[str]]:
 
     client = torch.arange(C)[:, None, None]
     codes = torch.randint(K, (I, L)).to(torch.uint8)
-    flat = (codes[items].long() + torch.arange(L) * K + client * (L * K)).reshape(-1, L)
+    steps = torch.arange(L) * K + client * (L * K)
     line(
         "rq_lookup",
         torch.randn(C, L, K, D),
-        flat,
+        lambda: (codes[items].long() + steps).reshape(-1, L),
         items.numel() * L,
         lambda books: ops.rq_lookup(items, codes, books),
     )
     hashes, M = ops.make_hashes(2, 0), L * K
-    flat = (ops.hash_buckets(items, hashes, M) + client * M).reshape(-1, 2)
     line(
         "hash_lookup",
         torch.randn(C, M, D),
-        flat,
+        lambda: (ops.hash_buckets(items, hashes, M) + client * M).reshape(-1, 2),
         0,
         lambda table: ops.hash_lookup(items, table, hashes, reduce="sum"),
     )
     rows = torch.randint(P, (C, P))
-    flat = (rows + client[:, :, 0] * P).reshape(-1, 1)
-    line("client_embedding", torch.randn(C, P, D), flat, 0, lambda w: ops.client_embedding(rows, w))
+    first = client[:, :, 0] * P
+    line(
+        "client_embedding",
+        torch.randn(C, P, D),
+        lambda: (rows + first).reshape(-1, 1),
+        0,
+        lambda w: ops.client_embedding(rows, w),
+    )
     B = torch.randn(C, D, 4)
     line(
         "lora_lookup",
         torch.randn(C, P, 4),
-        flat,
+        lambda: (rows + first).reshape(-1, 1),
         4 * B.numel(),
         lambda A: ops.lora_lookup(rows, A, B),
     )
@@ -172,8 +183,29 @@ HEADER = [
     "gather GB/s",
     "of copy",
     "of gather",
-    "FBGEMM ms forward / with backward",
+    "FBGEMM ms forward / with backward / forward from items",
 ]
+
+
+def gather_rates(megabytes: int = 256) -> list[str]:
+    """Rates of `torch.index_select` of rows of several widths out of one table, beside its copy: Markdown."""
+    memory = torch.randn(megabytes * 2**18)
+    out = torch.empty(2**22)  # 16 MB
+    widths = (16, 32, 64, 128, 256, 1024, 4096)
+    runs: dict[str, Callable[[], Any]] = {"copy": lambda: out.copy_(memory[: len(out)])}
+    for width in widths:
+        table, chosen = memory.view(-1, width), torch.randint(len(memory) // width, (len(out) // width,))
+        runs[str(width)] = lambda t=table, i=chosen, w=width: torch.index_select(t, 0, i, out=out.view(-1, w))
+    seconds = race(runs)
+    cells = [f"{8 * len(out) / seconds[name] / 1e9:.1f}" for name in runs]
+    return [
+        f"Random rows out of {megabytes} MB, read and written, by the width of a row in floats: what "
+        "a gather can reach at all. GB/s:",
+        "",
+        "| " + " | ".join(runs) + " |",
+        "|" + "---|" * len(runs),
+        "| " + " | ".join(cells) + " |",
+    ]
 
 
 def main() -> None:
@@ -190,6 +222,8 @@ def main() -> None:
         "| " + " | ".join(HEADER) + " |",
         "|" + "---|" * len(HEADER),
         *("| " + " | ".join(line) + " |" for line in lines),
+        "",
+        *gather_rates(),
     ]
     print("\n".join(table))
     if options.results:

@@ -3,15 +3,13 @@
     python -m benchmarks.bench_sim                              # everything: some minutes on two cores
     python -m benchmarks.bench_sim --quick                      # few rounds
     python -m benchmarks.bench_sim --sections ml-100k --engines fused,hand-written --threads 1
-    python -m benchmarks.bench_sim --results                    # also write benchmarks/results/sim.md and
-    sim.png
+    python -m benchmarks.bench_sim --results                    # also write benchmarks/results/sim.{md,png}
 
 All contenders train the same FedMF clients of the same rounds from the same start (see `baselines.problem`),
 and differ in the negatives drawn. They take turns round by round in one process pinned to `--threads` cores,
-so that what else the machine does hits all alike; Flower runs its rounds in an environment of its own, after
-each other's turns. Times are whole rounds (choosing clients, training, averaging) by median; the first
-`--warmup` rounds are no samples. HR@10 is that of the model after the same number of rounds, evaluated alike
-for all.
+so that what else the machine does hits all alike; Flower runs its rounds after theirs, in an interpreter of
+its own. Times are whole rounds (choosing clients, training, averaging) by median; the first `--warmup` rounds
+are no samples. HR@10 is that of the model after the same number of rounds, evaluated alike for all.
 
 Sections: `ml-100k` and `ml-1m` (10% of the clients a round), and `scaling`: synthetic data, one size varied
 at a time.
@@ -23,6 +21,7 @@ import argparse
 import importlib
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -48,6 +47,10 @@ SECTIONS = ("ml-100k", "ml-1m", "scaling")
 OURS, HAND = "fused", "hand-written"
 BARS = {HAND: 5.0, "flower": 60.0, "pfl": 40.0}
 """How many times as fast as these the fused engine is meant to be."""
+
+
+FLOWER = Path(__file__).resolve().parents[1] / ".venv-flower" / "bin" / "python"
+"""An interpreter with Flower, whose pins keep it out of the project's environment."""
 
 
 class Unavailable(RuntimeError):
@@ -95,6 +98,42 @@ CONTENDERS: dict[str, tuple[str, Callable[[Problem, Pretrained], Contender]]] = 
     "vmap": ("PyTorch, vmap(grad)", lambda problem, _: VmapGrad(problem)),
     "pfl": ("pfl-research 0.6", rival("pfl_fedmf", "Pfl", "see that module for how to install it")),
 }
+
+
+LABELS = {name: label for name, (label, _) in CONTENDERS.items()} | {"flower": "Flower"}
+
+
+def flower(dataset: str, rounds: int, options: argparse.Namespace) -> Track:
+    """Flower's simulation of the same clients (`baselines.flower_fedmf`), in the interpreter that has it. Its
+    user vectors stay in the nodes that it simulates, so that there is no HR@10 of it."""
+    track = Track("flower")
+    python = options.flower_python
+    if not Path(python).exists():
+        track.missing = f"there is no {python}, which make test-flower makes"
+        return track
+    command = [python, "-m", "benchmarks.bench_sim", "--in-flower", dataset, str(rounds)]
+    done = subprocess.run(
+        [*command, "--threads", str(options.threads)],
+        cwd=Path(__file__).resolve().parents[1],
+        env=os.environ | {"RAY_DEDUP_LOGS": "0", "FLWR_TELEMETRY_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        track.missing = (done.stderr.strip() or "it failed without a word").splitlines()[-1]
+        return track
+    track.clients_per_second = track.slow = float(done.stdout.split()[-1])
+    return track
+
+
+def in_flower(dataset: str, rounds: int, threads: int) -> float:
+    """What the process that `flower` starts does: clients a second."""
+    from benchmarks.baselines.flower_fedmf import run
+
+    config, data = Config().updated(["embedding.name=p-lora"]), load_dataset(dataset)
+    start = random_pretrained(data, config)
+    per_round = Problem.of(config, data, start).per_round
+    return float(run(data, config, rounds, per_round, start, workers=threads))
 
 
 @dataclass
@@ -162,7 +201,7 @@ def real_data(name: str, options: argparse.Namespace) -> dict[str, Any]:
     except FileNotFoundError as error:
         return {"skipped": str(error)}
     large = dataset.num_users > 2000
-    rounds = 3 if options.quick else 8 if large else 60
+    rounds = 3 if options.quick else 4 if large else 60
     contests = {}
     for embedding in ("p-lora", "p-rq"):
         config = Config().updated([f"embedding.name={embedding}"])
@@ -170,6 +209,8 @@ def real_data(name: str, options: argparse.Namespace) -> dict[str, Any]:
         start = pretrain(config.pretrain, dataset, config.backbone.dim, levels=levels)
         problem = Problem.of(config, dataset, start)
         tracks = contest(problem, start, options.engines, rounds, options.warmup, 2 if large else 10)
+        if embedding == "p-lora" and options.flower_python != "none":
+            tracks.append(flower(name, 3 if options.quick or large else 10, options))
         contests[embedding] = [asdict(track) for track in tracks]
         show(table(f"{dataset.name}, {embedding}", contests[embedding]))
     return {
@@ -252,16 +293,17 @@ def table(title: str, tracks: Sequence[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for track in tracks:
-        label = CONTENDERS[track["name"]][0]
+        label = LABELS[track["name"]]
         if track["missing"] is not None:
             lines.append(f"| {label} | | | | | | not run: {track['missing']} |")
             continue
         times = f"{speed[OURS] / track['clients_per_second']:.1f} x" if OURS in speed else ""
         bar = f"{BARS[track['name']]:.0f} x" if track["name"] in BARS else ""
-        rounds, _, hit_rate = track["hit_rates"][-1]
+        rounds, _, hit_rate = track["hit_rates"][-1] if track["hit_rates"] else ("", 0.0, None)
+        reached = "" if hit_rate is None else f"{hit_rate:.3f}"
         lines.append(
             f"| {label} | {track['clients_per_second']:,.0f} | {track['slow']:,.0f} | {times} | {bar} "
-            f"| {hit_rate:.3f} | {rounds} |"
+            f"| {reached} | {rounds} |"
         )
     return [*lines, ""]
 
@@ -329,9 +371,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
                     if point["embedding"] == embedding and name in point["clients_per_second"]
                 ]
                 if points:
-                    label = f"{CONTENDERS[name][0]}, {embedding}"
+                    label = f"{LABELS[name]}, {embedding}"
                     axes.loglog(*zip(*points, strict=True), style, marker="o", ms=3, color=color, label=label)
-        axes.set(xlabel=title, ylabel="clients a second", ylim=(10, None))
+        axes.set(xlabel=title, ylabel="clients a second")
         axes.grid(alpha=0.3)
     axes = grid.flat[3]
     for embedding, tracks in record["sections"].get("ml-100k", {}).get("contests", {}).items():
@@ -345,7 +387,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
                     marker="o",
                     ms=3,
                     color=colors[track["name"]],
-                    label=f"{CONTENDERS[track['name']][0]}, {embedding}",
+                    label=f"{LABELS[track['name']]}, {embedding}",
                 )
     axes.set(xlabel="seconds of training, ML-100K", ylabel="HR@10")
     axes.grid(alpha=0.3)
@@ -385,12 +427,19 @@ def main() -> None:
     parser.add_argument("--engines", type=names_in(tuple(CONTENDERS)), default=list(CONTENDERS))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--warmup", type=int, default=2, help="rounds that are no samples")
+    parser.add_argument(
+        "--flower-python", default=str(FLOWER), help="an interpreter that has Flower; none leaves it out"
+    )
+    parser.add_argument("--in-flower", nargs=2, metavar=("DATASET", "ROUNDS"), help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="few rounds and sizes")
     parser.add_argument(
         "--results", action="store_true", help=f"write to {RESULTS}; sections not run are kept as they were"
     )
     options = parser.parse_args()
     pin(options.threads)
+    if options.in_flower is not None:
+        print(in_flower(options.in_flower[0], int(options.in_flower[1]), options.threads))
+        return
     torch.manual_seed(0)
     record: dict[str, Any] = {"machine": machine(), "threads": options.threads, "sections": {}}
     kept = RESULTS / "sim.json"
