@@ -9,6 +9,7 @@ valid name.
 from __future__ import annotations
 
 import difflib
+import reprlib
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 _Count = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+_MAX_VALUES, _SHOWN = 10_000, 500
+"""Values that a file of settings may hold, and characters of a parser's message that are shown."""
 
 
 class ConfigError(ValueError):
@@ -466,14 +470,32 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"config: expected a YAML file, found none at {path}")
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not YAML: {error}") from None
+        values = _read_yaml(path)
         values = {} if values is None else values
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected sections such as 'training:', got a {type(values).__name__}")
     return Config.from_dict(_apply(values, overrides))
+
+
+def _read_yaml(path: Path) -> Any:
+    """What a YAML file holds. It may come from anyone, so no size on disk bounds what it expands to."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that there is not
+        raise ConfigError(f"{path} is not YAML: {str(error)[:_SHOWN]}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is not YAML of settings: it is nested too deeply") from None
+    pending, count = [values], 0
+    while pending:
+        value = pending.pop()
+        count += 1
+        if count > _MAX_VALUES:  # aliases can name values within values, or a value within itself
+            raise ConfigError(f"{path}: expected settings, got more than {_MAX_VALUES} values")
+        if isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list | tuple | set):
+            pending += value
+    return values
 
 
 def _apply(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -514,7 +536,7 @@ def _explain(error: ValidationError) -> str:
             if colon and name in section.model_fields:  # raised by the section about one of its fields
                 path, message = f"{path}.{name}" if path else name, rest
         else:
-            message = f"{message}, got {item['input']!r}"
+            message = f"{message}, got {reprlib.repr(item['input'])}"
         lines.setdefault(path, []).append(message)
     return "\n".join(
         f"{path}: {' or '.join(dict.fromkeys(messages))}" if path else "\n".join(messages)
