@@ -198,7 +198,7 @@ class Simulator:
         self._dtype = getattr(torch, config.dtype)
         self._interactions = Interactions(dataset, self._device)
         ranks.divide(self._interactions.sizes)
-        self._evaluators = _evaluators(config, dataset, self._interactions, ranks)
+        self._evaluators = evaluators(config, dataset, self._interactions, ranks)
         self._pretrained = pretrained
         if pretrained is None and (spec.plug or "full" in spec.parts or "rq" in spec.parts):
             self._pretrained = pretrained_everywhere(
@@ -772,8 +772,8 @@ def _resumed_config(folder: Path, saved: Checkpoint) -> Config:
     return config
 
 
-def _evaluators(
-    config: Config, dataset: Dataset, interactions: Interactions, ranks: Ranks
+def evaluators(
+    config: Config, dataset: Dataset, interactions: Interactions, ranks: Ranks | None = None
 ) -> dict[str, Evaluator]:
     """Evaluators by the prefix of their metrics' names: of test items, and of validation items if there are
     any. The latter only choose between rounds and settings, for which sampled candidates do.

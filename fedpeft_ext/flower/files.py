@@ -1,0 +1,148 @@
+"""The files that server and nodes start from: settings and pre-trained tensors for the server, and for each
+node the interactions of its own users alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file as save_numpy
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedpeft_ext.config import Config, load_config
+from fedpeft_ext.data import Dataset
+from fedpeft_ext.nn import parse_spec
+from fedpeft_ext.pretrain import Pretrained, pretrain
+
+CONFIG, SERVER = "config.yaml", "server.safetensors"
+
+_Folder = str | Path
+
+
+def node_file(folder: _Folder, node: int) -> Path:
+    """Where `prepare` puts the users of a node."""
+    return Path(folder) / f"node-{node:05d}.safetensors"
+
+
+def prepare(
+    config: Config, dataset: Dataset, folder: _Folder, num_nodes: int, *, pretrained: Pretrained | None = None
+) -> None:
+    """Write config.yaml and server.safetensors for the server, and node-00000.safetensors, ... for the nodes.
+
+    User u goes to node u mod `num_nodes`. The server's files hold no interactions.
+
+    Args:
+        config: settings of the federation.
+        dataset: interactions of all users, as they are known in an experiment. On real devices each writes
+            its own file (see `write_node`).
+        folder: made if it is not there; files in it are replaced.
+        num_nodes: 1 to the number of users.
+        pretrained: what `pretrain` gives; None prepares what the embedding needs.
+    """
+    if not 1 <= num_nodes <= dataset.num_users:
+        raise ValueError(
+            f"num_nodes: expected 1 to {dataset.num_users}, the number of users, got {num_nodes}"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = parse_spec(config.embedding.name)
+    if pretrained is None and (spec.plug or {"full", "rq"} & set(spec.parts)):
+        pretrained = pretrain(
+            config.pretrain,
+            dataset,
+            config.backbone.dim,
+            levels=config.embedding.levels if "rq" in spec.parts else None,
+            codebook_size=config.embedding.codebook_size,
+            seed=config.seed,
+        )
+    tensors: dict[str, Tensor] = {"num_items": torch.tensor([dataset.num_items])}
+    if pretrained is not None:
+        given = {"full": pretrained.full, "codes": pretrained.codes, "codebooks": pretrained.codebooks}
+        tensors |= {name: value.contiguous() for name, value in given.items() if value is not None}
+    save_file(tensors, folder / SERVER)
+    (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+    for node in range(num_nodes):
+        write_node(dataset, np.arange(node, dataset.num_users, num_nodes), node_file(folder, node))
+
+
+def write_node(dataset: Dataset, users: np.ndarray, path: str | Path) -> None:
+    """Write the interactions of `users` (int64, ascending) and the numbers of all users and items."""
+    counts = np.diff(dataset.indptr)[users]
+    rows = [dataset.indices[dataset.indptr[u] : dataset.indptr[u + 1]] for u in users]
+    arrays = {
+        "users": users.astype(np.int64),
+        "indptr": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        "items": np.concatenate(rows).astype(np.int64) if rows else np.empty(0, np.int64),
+        "test_items": dataset.test_items[users],
+        "valid_items": dataset.valid_items[users],
+        "sizes": np.array([dataset.num_users, dataset.num_items], dtype=np.int64),
+    }
+    save_numpy({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+
+
+def read_node(path: str | Path) -> tuple[Dataset, np.ndarray]:
+    """The data of a node: a data set of all users in which all but the node's own have no interactions, so
+    that users keep their numbers, and the node's users, int64 ascending.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a file that `write_node` wrote.
+    """
+    arrays = {name: tensor.numpy() for name, tensor in _read(path).items()}
+    try:
+        (num_users, num_items), users = (int(n) for n in arrays["sizes"]), arrays["users"]
+        if users.ndim != 1 or (len(users) and not 0 <= users.min() <= users.max() < num_users):
+            raise ValueError(f"users: expected numbers below {num_users}")
+        if (np.diff(users) <= 0).any():
+            raise ValueError("users: expected them ascending, each once")
+        counts, test, valid = (np.full(num_users, fill, dtype=np.int64) for fill in (0, -1, -1))
+        counts[users] = np.diff(arrays["indptr"])
+        test[users], valid[users] = arrays["test_items"], arrays["valid_items"]
+        dataset = Dataset(
+            name=Path(path).stem,
+            num_users=num_users,
+            num_items=num_items,
+            indptr=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            indices=arrays["items"],
+            test_items=test,
+            valid_items=valid,
+            user_ids=[""] * num_users,
+            item_ids=[""] * num_items,
+        )
+    except KeyError as error:
+        raise ValueError(f"{path}: expected a node's file, but it has no {error.args[0]!r}") from None
+    except (ValueError, TypeError, IndexError, OverflowError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return dataset, users
+
+
+def read_server(folder: _Folder) -> tuple[Config, int, Pretrained | None]:
+    """Settings, number of items and pre-trained tensors that `prepare` wrote.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: it is not what `prepare` writes.
+    """
+    folder = Path(folder)
+    config, tensors = load_config(folder / CONFIG), _read(folder / SERVER)
+    if "num_items" not in tensors or tensors["num_items"].shape != (1,):
+        raise ValueError(f"{folder / SERVER}: expected a server's file, but it has no 'num_items'")
+    pretrained = None
+    if "full" in tensors:
+        pretrained = Pretrained(tensors["full"], tensors.get("codes"), tensors.get("codebooks"))
+    return config, int(tensors["num_items"]), pretrained
+
+
+def _read(path: str | Path) -> dict[str, Tensor]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected a file that fedpeft_ext.flower.prepare wrote, found none at {path}"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file: {error}") from None

@@ -1,0 +1,67 @@
+"""What server and nodes tell each other, and which settings Flower runs.
+
+    query     settings, number of items, frozen tensors          ->  the node's users that can train
+    train     averaged parameters, round, chosen users           ->  their updates, losses and weights
+    evaluate  averaged parameters                                ->  metrics, and of how many users
+
+Updates are what `simulation.communication` counts: the change of every averaged parameter, whole, or its
+encoding where `compression.method` asks for one; and beside it the state whose mean newcomers start from
+(`Backbone.averaged_start`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from flwr.app import ArrayRecord, RecordDict
+from torch import Tensor
+
+from fedpeft_ext.config import Config, FaultsConfig
+
+PARAMETERS, STARTS, SETUP, UPDATES, CLIENTS, SETTINGS, METRICS = (
+    "parameters",
+    "starts",
+    "setup",
+    "updates",
+    "clients",
+    "settings",
+    "metrics",
+)
+"""Names of records in messages and in a node's state."""
+
+
+def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Tensors as Flower sends them."""
+    return ArrayRecord({name: tensor.detach().cpu() for name, tensor in tensors.items()})
+
+
+def to_tensors(content: RecordDict, name: str) -> dict[str, Tensor]:
+    """The tensors of a record; none where there is no such record."""
+    return dict(content.array_records[name].to_torch_state_dict()) if name in content.array_records else {}
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Bytes of the arrays in a message, with the header that NumPy's format gives each (128 bytes)."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+
+
+def encoded(data: bytes) -> Tensor:
+    """Bytes as uint8 [n]."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def check_supported(config: Config) -> None:
+    """Raise ValueError naming the first setting that only a simulation has."""
+    faults = config.faults
+    simulated = FaultsConfig()
+    for name, value, expected in (
+        ("training.warmup_rounds", config.training.warmup_rounds, 0),
+        ("training.algorithm", config.training.algorithm, "fedavg"),
+        ("privacy.mode", config.privacy.mode, "none"),
+        ("faults.dropout_rate", faults.dropout_rate, simulated.dropout_rate),
+        ("faults.corrupt_rate", faults.corrupt_rate, simulated.corrupt_rate),
+        ("faults.too_few", faults.too_few, simulated.too_few),
+    ):
+        if value != expected:
+            raise ValueError(f"{name}: expected {expected!r} with Flower, got {value!r}")

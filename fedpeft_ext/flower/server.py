@@ -1,0 +1,354 @@
+"""`app`: Flower's ServerApp, and `FlowerServer`, which it runs.
+
+The server knows the settings, the catalogue's size and what was pre-trained. It learns which users a node
+has, samples clients as the simulator does, and feeds the same `Aggregator` with the updates that come back.
+A node that fails, or answers too late, loses its clients for the round and no more.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
+
+from fedpeft_ext.config import Config, FaultsConfig
+from fedpeft_ext.flower.files import read_server
+from fedpeft_ext.flower.protocol import (
+    CLIENTS,
+    METRICS,
+    PARAMETERS,
+    SETTINGS,
+    SETUP,
+    STARTS,
+    UPDATES,
+    check_supported,
+    payload_bytes,
+    to_record,
+    to_tensors,
+)
+from fedpeft_ext.nn import parse_spec
+from fedpeft_ext.pretrain import Pretrained
+from fedpeft_ext.simulation.aggregation import Aggregator
+from fedpeft_ext.simulation.callbacks import Metrics, RoundInfo
+from fedpeft_ext.simulation.client_batch import ClientStore
+from fedpeft_ext.simulation.communication import message as averaged
+from fedpeft_ext.simulation.communication import setup_message, traffic
+from fedpeft_ext.simulation.compression import decode
+from fedpeft_ext.simulation.faults import Faults
+from fedpeft_ext.simulation.local_training import ParameterRoles
+from fedpeft_ext.simulation.output import RunFolder, prepare_folder
+from fedpeft_ext.simulation.randomness import sample_clients, sample_clients_independently
+from fedpeft_ext.simulation.setup import build_model, clients_per_round
+
+log = logging.getLogger("fedpeft_ext.flower")
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Train as the run's settings say.
+
+    Keys of the run's configuration: `prepared`, the folder that `prepare` wrote; `out`, a folder for
+    metrics.jsonl, summary.json and model.safetensors ("": none); `min-nodes` to wait for; `timeout`, seconds
+    that nodes have to answer; `rounds`, instead of those of the settings (0: as set).
+    """
+    run = context.run_config
+    config, num_items, pretrained = read_server(str(run["prepared"]))
+    if rounds := int(run.get("rounds", 0)):
+        config = config.updated([f"training.rounds={rounds}"])
+    out = str(run.get("out", ""))
+    server = FlowerServer(
+        grid,
+        config,
+        num_items,
+        pretrained=pretrained,
+        min_nodes=int(run.get("min-nodes", 1)),
+        timeout=float(run.get("timeout", 3600.0)),
+    )
+    folder = RunFolder(prepare_folder(out, overwrite=True), config) if out else None
+    try:
+        server.join()
+        for line in server.run():
+            print(json.dumps(line), flush=True)
+            if folder is not None:
+                folder.add_metrics(line)
+        if folder is not None:
+            folder.finish({"rounds": server.rounds_done, **line}, server.state_dict())
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+class FlowerServer:
+    """The server of a federation whose nodes are reached through Flower.
+
+    Args:
+        grid: Flower's way to the nodes.
+        config: settings; what only a simulation can do is refused.
+        num_items: items in the catalogue.
+        pretrained: full embeddings and codes, where the embedding needs them.
+        min_nodes: nodes to wait for before the first round.
+        timeout: seconds that nodes have to answer.
+
+    Attributes:
+        rounds_done: finished rounds.
+        sent, received: bytes of the arrays in messages so far, set-up included.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        config: Config,
+        num_items: int,
+        *,
+        pretrained: Pretrained | None = None,
+        min_nodes: int = 1,
+        timeout: float = 3600.0,
+    ) -> None:
+        check_supported(config)
+        spec, dtype = parse_spec(config.embedding.name), getattr(torch, config.dtype)
+        if pretrained is None and (spec.plug or {"full", "rq"} & set(spec.parts)):
+            raise ValueError(
+                f"pretrained: expected embeddings, which {config.embedding.name} needs, got None"
+            )
+        self.config = config
+        self._grid, self._num_items = grid, num_items
+        self._min_nodes, self._timeout = min_nodes, timeout
+        self.model = build_model(
+            config,
+            num_items,
+            base=None if pretrained is None else pretrained.full.to(dtype),
+            codes=None if pretrained is None else pretrained.codes,
+            codebooks=None if pretrained is None else pretrained.codebooks,
+        )
+        self._shapes = {name: tensor.shape for name, tensor in averaged(self.model).items()}
+        parameters = dict(self.model.named_parameters())
+        # Of clients' state the server holds what newcomers start from, and nobody's own.
+        self._starts = ClientStore({}, {name: parameters[name] for name in self.model.averaged_start}, 1)
+        faults = config.faults
+        self._faults = None if faults == FaultsConfig() else Faults(faults, config.seed)
+        self._aggregator = Aggregator(
+            averaged(self.model),
+            frozenset(ParameterRoles.of(self.model).rows),
+            config.training.server_optimizer,
+            config.training.server_lr,
+            faults=self._faults,
+        )
+        self.traffic = traffic(self.model)
+        self._users: dict[int, np.ndarray] = {}  # of each node
+        self.rounds_done = self.sent = self.received = 0
+
+    # ---- nodes
+
+    def join(self, poll_seconds: float = 1.0) -> None:
+        """Wait for the first nodes and set them up."""
+        while True:
+            self._meet()
+            if len(self._users) >= self._min_nodes:
+                return
+            time.sleep(poll_seconds)
+
+    def _meet(self) -> None:
+        """Set up nodes that are new, and forget those that left."""
+        present = set(self._grid.get_node_ids())
+        self._users = {node: users for node, users in self._users.items() if node in present}
+        settings = ConfigRecord({"config": self.config.to_yaml(), "num_items": self._num_items})
+        content = RecordDict({SETTINGS: settings, SETUP: to_record(setup_message(self.model))})
+        new = dict.fromkeys(sorted(present - set(self._users)), content)
+        for node, reply in self._ask(MessageType.QUERY, new).items():
+            users = to_tensors(reply, CLIENTS)["users"].numpy()
+            for other, theirs in self._users.items():
+                if len(both := np.intersect1d(users, theirs)):
+                    raise ValueError(f"nodes {other} and {node} both say that user {both[0]} is theirs")
+            self._users[node] = users
+
+    def _ask(self, kind: str, contents: Mapping[int, RecordDict]) -> dict[int, RecordDict]:
+        """Answers of the nodes that gave one in time, by node; those that failed are set up anew later."""
+        if not contents:
+            return {}
+        messages = [
+            Message(content=content, message_type=kind, dst_node_id=node, group_id=str(self.rounds_done + 1))
+            for node, content in contents.items()
+        ]
+        self.sent += sum(payload_bytes(content) for content in contents.values())
+        answers: dict[int, RecordDict] = {}
+        for reply in self._grid.send_and_receive(messages, timeout=self._timeout):
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                log.warning("node %d failed to answer %s: %s", node, kind, reply.error.reason)
+                self._users.pop(node, None)
+                continue
+            self.received += payload_bytes(reply.content)
+            answers[node] = reply.content
+        for node in set(contents) - set(answers):
+            log.warning("node %d gave no answer to %s", node, kind)
+        return {node: answers[node] for node in sorted(answers)}
+
+    # ---- rounds
+
+    def round(self) -> RoundInfo:
+        """Train one round.
+
+        Raises:
+            RuntimeError: no node has a user who can train. FloatingPointError: the sum of updates is NaN or
+                infinite (the parameters are those of the round before). ValueError: a malformed update.
+        """
+        began, number = time.perf_counter(), self.rounds_done + 1
+        self._meet()
+        chosen = self._sample(number)
+        parameters = to_record(averaged(self.model))
+        starts = to_record(self._starts.starts)
+        contents = {
+            node: RecordDict(
+                {
+                    PARAMETERS: parameters,
+                    STARTS: starts,
+                    SETTINGS: ConfigRecord({"round": number, "users": users.tolist()}),
+                }
+            )
+            for node, own in self._users.items()
+            if len(users := np.intersect1d(chosen, own))
+        }
+        answers = self._ask(MessageType.TRAIN, contents)
+        try:
+            losses = self._add(answers, number)
+            broken = self._aggregator.first_not_finite()
+            if broken is not None:
+                raise FloatingPointError(
+                    f"training diverged in round {number}: the sum of updates of {broken} is NaN or "
+                    "infinite; a lower training.lr may help, and faults.reject=true leaves such clients out"
+                )
+        except BaseException:
+            self._aggregator.discard()
+            self._starts.discard()
+            raise
+        enough = self._aggregator.uploads >= max(1, self.config.faults.min_clients)
+        if enough:
+            self._aggregator.apply()
+            self._starts.commit()
+        else:
+            self._aggregator.discard()
+            self._starts.discard()
+        if self._faults is not None:
+            self._faults.counts["dropped"] += len(chosen) - len(losses)
+            self._faults.counts["skipped"] += not enough
+        self.rounds_done = number
+        return RoundInfo(
+            round=number,
+            rounds=self.config.training.rounds,
+            phase="training",
+            loss=float(np.mean(losses)) if losses else float("nan"),
+            clients=len(losses),
+            seconds=time.perf_counter() - began,
+            bytes_down=self.traffic.down,
+            bytes_up=self.traffic.up,
+            faults=None if self._faults is None else dict(self._faults.counts),
+        )
+
+    def _sample(self, number: int) -> np.ndarray:
+        training, seed = self.config.training, self.config.seed
+        eligible = np.sort(np.concatenate([np.empty(0, np.int64), *self._users.values()]))
+        if len(eligible) == 0:
+            raise RuntimeError("no node has a user who can train")
+        count = clients_per_round(training.clients_per_round, len(eligible))
+        if training.client_sampling == "poisson":
+            return sample_clients_independently(eligible, count / len(eligible), seed, number)
+        return sample_clients(eligible, count, seed, number)
+
+    def _add(self, answers: Mapping[int, RecordDict], number: int) -> list[float]:
+        """Put uploads into the sums; the losses of their clients."""
+        weights = {node: _floats(answer, "num-examples") for node, answer in answers.items()}
+        self._aggregator.begin(number, weight=sum(map(sum, weights.values())))
+        losses: list[float] = []
+        for node, answer in answers.items():
+            clients = torch.tensor([int(user) for user in _floats(answer, "users")], dtype=torch.int64)
+            if len(clients) == 0:
+                continue
+            updates = self._decoded(to_tensors(answer, UPDATES), clients, node)
+            accepted = self._aggregator.add(
+                updates, torch.tensor(weights[node], dtype=torch.float64), None, clients
+            )
+            starts = to_tensors(answer, STARTS)
+            if starts:
+                kept = starts if accepted is None else {name: v[accepted] for name, v in starts.items()}
+                self._starts.write(torch.zeros(len(next(iter(kept.values()))), dtype=torch.int64), kept)
+            losses += _floats(answer, "loss")
+        return losses
+
+    def _decoded(self, updates: Mapping[str, Tensor], clients: Tensor, node: int) -> dict[str, Tensor]:
+        """Updates {name: [C, ...]} of a node's answer, checked."""
+        method, dtype = self.config.compression.method, getattr(torch, self.config.dtype)
+        if method != "none":
+            each = [
+                decode(updates[str(client)].numpy().tobytes(), self._shapes, method, dtype)
+                for client in clients.tolist()
+            ]
+            return {name: torch.stack([update[name] for update in each]) for name in self._shapes}
+        for name, shape in self._shapes.items():
+            expected = (len(clients), *shape)
+            value = updates.get(name)
+            if value is None or tuple(value.shape) != expected or value.dtype != dtype:
+                got = "none" if value is None else f"{value.dtype} {tuple(value.shape)}"
+                raise ValueError(f"node {node}, {name}: expected {dtype} {expected}, got {got}")
+        return {name: updates[name] for name in self._shapes}
+
+    def evaluate(self) -> Metrics:
+        """Metrics over the test items of all connected nodes' users."""
+        began = time.perf_counter()
+        content = RecordDict(
+            {PARAMETERS: to_record(averaged(self.model)), STARTS: to_record(self._starts.starts)}
+        )
+        answers = self._ask(MessageType.EVALUATE, dict.fromkeys(sorted(self._users), content))
+        values = mean_metrics([dict(answer.metric_records[METRICS]) for answer in answers.values()])
+        return Metrics(self.rounds_done, values, time.perf_counter() - began)
+
+    def run(self) -> Iterable[dict[str, Any]]:
+        """Train all rounds that are left: one line for every evaluation, the first before any training."""
+        every, rounds = self.config.evaluation.every, self.config.training.rounds
+        yield {"round": self.rounds_done, **self.evaluate().values, **self._bytes()}
+        while self.rounds_done < rounds:
+            info = self.round()
+            if self.rounds_done % every == 0 or self.rounds_done == rounds:
+                yield {"round": info.round, **info.as_dict(), **self.evaluate().values, **self._bytes()}
+
+    def _bytes(self) -> dict[str, int]:
+        return {"sent_bytes": self.sent, "received_bytes": self.received}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors of the server's model by name."""
+        local = set(self.model.local_parameters)
+        return {name: value for name, value in self.model.state_dict().items() if name not in local}
+
+
+def mean_metrics(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over users of metrics that are means over each node's users (`num-examples` of them; metrics of
+    validation items have `valid/num-examples`).
+
+    Raises:
+        ValueError: no answer has a user.
+    """
+    count = "num-examples"
+    sums: dict[str, float] = {}
+    users: dict[str, int] = {}
+    for answer in answers:
+        for name, value in answer.items():
+            prefix = "valid/" if name.startswith("valid/") else ""
+            if name != prefix + count:
+                sums[name] = sums.get(name, 0.0) + float(value) * int(answer[prefix + count])
+                users[name] = users.get(name, 0) + int(answer[prefix + count])
+    if not sums:
+        raise ValueError("evaluation: expected at least one user with a held-out item, got none")
+    return {name: total / users[name] for name, total in sums.items()}
+
+
+def _floats(answer: RecordDict, name: str) -> list[float]:
+    values = answer.metric_records[METRICS].get(name, [])
+    return [float(value) for value in values] if isinstance(values, list) else [float(values)]

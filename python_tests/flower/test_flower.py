@@ -1,0 +1,298 @@
+"""The Flower app trains what the simulator trains, in Flower's own simulation and in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip(
+    "flwr", reason="flwr is not installed here; `make test-flower` makes an environment with it"
+)
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedpeft_ext.config import Config
+from fedpeft_ext.data import Dataset
+from fedpeft_ext.flower import client, prepare, read_node, read_server
+from fedpeft_ext.flower.files import node_file, write_node
+from fedpeft_ext.flower.server import FlowerServer
+from fedpeft_ext.pretrain import Pretrained
+from fedpeft_ext.simulation import Simulator
+
+DIM, USERS, ITEMS, ROUNDS = 8, 12, 40, 3
+
+
+def make_dataset(seed: int = 0) -> Dataset:
+    """12 users with 1 to 12 training items out of 40, and a test item each but for the last."""
+    rng = np.random.default_rng(seed)
+    rows = [rng.permutation(ITEMS)[: 2 + int(rng.integers(12))] for _ in range(USERS)]
+    return Dataset(
+        name="tiny",
+        num_users=USERS,
+        num_items=ITEMS,
+        indptr=np.concatenate([[0], np.cumsum([len(row) - 1 for row in rows])]).astype(np.int64),
+        indices=np.concatenate([row[1:] for row in rows]).astype(np.int64),
+        test_items=np.array([row[0] for row in rows[:-1]] + [-1], dtype=np.int64),
+        valid_items=np.full(USERS, -1, dtype=np.int64),
+        user_ids=[f"u{u}" for u in range(USERS)],
+        item_ids=[f"i{i}" for i in range(ITEMS)],
+    )
+
+
+def make_pretrained() -> Pretrained:
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 16, (ITEMS, 3), generator=generator).to(torch.uint8)
+    return Pretrained(0.3 * torch.randn(ITEMS, DIM, generator=generator), codes)
+
+
+def make_config(**changes: Any) -> Config:
+    values: dict[str, Any] = {
+        "backbone.dim": DIM,
+        "embedding.codebook_size": 16,
+        "embedding.table_size": 24,
+        "training.clients_per_round": 5,
+        "training.rounds": ROUNDS,
+        "evaluation.num_negatives": 20,
+        "evaluation.every": 1,
+        **changes,
+    }
+    return Config().updated(f"{key}={'null' if value is None else value}" for key, value in values.items())
+
+
+@pytest.fixture(autouse=True)
+def _running_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages are made in the name of a task, which Flower's processes are."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+class InProcess(Grid):
+    """A grid whose nodes live in this process: one context each, as a SuperNode keeps it.
+
+    Args:
+        folder: of the nodes' files.
+        num_nodes: how many.
+        answers: whether a node answers a message, by (node, kind, round).
+    """
+
+    def __init__(
+        self, folder: Path, num_nodes: int, answers: Callable[[int, str, str], bool] = lambda *_: True
+    ) -> None:
+        self.contexts = {
+            node + 1: Context(
+                run_id=1,
+                node_id=node + 1,
+                node_config={"data": str(node_file(folder, node))},
+                state=RecordDict(),
+                run_config={},
+            )
+            for node in range(num_nodes)
+        }
+        self._answers = answers
+        self.seen: list[Message] = []
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.contexts)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        replies = []
+        for message in messages:
+            node = message.metadata.dst_node_id
+            if self._answers(node, message.metadata.message_type, message.metadata.group_id):
+                replies.append(client.app(message, self.contexts[node]))
+                self.seen += [message, replies[-1]]
+        return replies[::-1]  # in no particular order
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise NotImplementedError
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        raise NotImplementedError
+
+
+def assert_equal(server: FlowerServer, lines: list[dict[str, Any]], simulator: Simulator) -> None:
+    """The server's tensors are the simulator's, and so are the metrics of every round."""
+    expected = {k: v for k, v in simulator.state_dict().items() if not k.startswith("clients.")}
+    got = server.state_dict()
+    assert set(got) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-5, msg=name)
+    evaluations = simulator.run_evaluations  # type: ignore[attr-defined]
+    assert len(lines) == len(evaluations) == ROUNDS + 1
+    for line, metrics in zip(lines, evaluations, strict=True):
+        assert {name: line[name] for name in metrics} == pytest.approx(dict(metrics), abs=1e-9)
+
+
+def simulated(config: Config, dataset: Dataset, pretrained: Pretrained) -> Simulator:
+    simulator = Simulator(config, dataset, pretrained=pretrained)
+    evaluations = [simulator.evaluate().values]
+    for _ in range(ROUNDS):
+        simulator.round()
+        evaluations.append(simulator.evaluate().values)
+    simulator.run_evaluations = evaluations  # type: ignore[attr-defined]
+    return simulator
+
+
+@pytest.mark.parametrize("num_nodes", [2, USERS])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"embedding.name": "p-lora"},
+        {"embedding.name": "p-rq", "compression.method": "int8"},
+        {"embedding.name": "p-lora+rq", "compression.method": "top-k", "compression.top_k": 0.2},
+        {"embedding.name": "c-hash", "compression.method": "fp16", "training.client_sampling": "poisson"},
+        {"embedding.name": "p-rq", "backbone.name": "fedncf", "training.server_optimizer": "adam"},
+        {"embedding.name": "p-lora", "backbone.name": "pfedrec", "training.weighting": "uniform"},
+        {"embedding.name": "full", "faults.reject": True, "faults.max_norm": 0.9},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_equals_the_simulator(changes: dict[str, Any], num_nodes: int, tmp_path: Path) -> None:
+    config, dataset, pretrained = make_config(**changes), make_dataset(), make_pretrained()
+    prepare(config, dataset, tmp_path, num_nodes, pretrained=pretrained)
+    stored, num_items, given = read_server(tmp_path)
+    grid = InProcess(tmp_path, num_nodes)
+    server = FlowerServer(grid, stored, num_items, pretrained=given)
+    server.join()
+    simulator = simulated(config, dataset, pretrained)
+    assert_equal(server, list(server.run()), simulator)
+    # What clients keep is on their node, and there alone.
+    state = {f"state.{name}": value for name, value in simulator.store.rows(range(USERS)).items()}
+    for context in grid.contexts.values():
+        own = client.to_tensors(context.state, "clients")
+        for name in state.keys() & own.keys():
+            torch.testing.assert_close(own[name], state[name][own["users"]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["none", "int8"])
+def test_sends_what_is_counted(method: str, tmp_path: Path) -> None:
+    """With one user a node, the arrays of a round's messages are the bytes that the simulator counts, and
+    the header of NumPy's format."""
+    config = make_config(**{"embedding.name": "p-lora", "compression.method": method})
+    prepare(config, make_dataset(), tmp_path, USERS, pretrained=make_pretrained())
+    server = FlowerServer(
+        InProcess(tmp_path, USERS), *read_server(tmp_path)[:2], pretrained=make_pretrained()
+    )
+    server.join()
+    before = server.sent, server.received
+    info = server.round()
+    header = 128
+    up_arrays = 2 if method == "none" else 1
+    assert server.sent - before[0] == info.clients * (server.traffic.down + 2 * header)
+    assert server.received - before[1] <= info.clients * (info.bytes_up + up_arrays * header)
+    if method == "none":
+        assert server.received - before[1] == info.clients * (info.bytes_up + up_arrays * header)
+
+
+def test_a_node_that_does_not_answer_loses_its_clients_for_the_round(tmp_path: Path) -> None:
+    config = make_config(**{"embedding.name": "p-lora", "training.clients_per_round": USERS})
+    prepare(config, make_dataset(), tmp_path, 3, pretrained=make_pretrained())
+
+    def answers(node: int, kind: str, round: str) -> bool:
+        return not (node == 2 and kind == "train" and round == "1")
+
+    grid = InProcess(tmp_path, 3, answers)
+    server = FlowerServer(grid, *read_server(tmp_path)[:2], pretrained=make_pretrained())
+    server.join()
+    assert [server.round().clients for _ in range(2)] == [8, 12]
+    # One that comes back without its state is set up anew; its users start again.
+    grid.contexts[3].state = RecordDict()
+    original = grid.send_and_receive
+
+    def failing(messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        for message in messages:
+            try:
+                yield from original([message])
+            except RuntimeError as error:
+                yield Message(Error(code=1, reason=str(error)), reply_to=message)
+
+    grid.send_and_receive = failing  # type: ignore[method-assign]
+    assert [server.round().clients for _ in range(2)] == [8, 12]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("training.warmup_rounds", 1),
+        ("faults.dropout_rate", 0.5),
+        ("faults.too_few", "repeat"),
+    ],
+)
+def test_refuses_what_only_a_simulation_has(setting: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{setting}: expected"):
+        FlowerServer(InProcess(Path(), 0), make_config(**{setting: value}), ITEMS)
+
+
+def test_node_files_hold_their_own_users_alone(tmp_path: Path) -> None:
+    dataset = make_dataset()
+    write_node(dataset, np.array([3, 7]), tmp_path / "node.safetensors")
+    part, users = read_node(tmp_path / "node.safetensors")
+    assert users.tolist() == [3, 7]
+    assert part.num_users == USERS
+    sizes = np.diff(part.indptr)
+    assert np.flatnonzero(sizes).tolist() == [3, 7]
+    for user in (3, 7):
+        assert part.met(user).tolist() == dataset.met(user).tolist()
+    with pytest.raises(FileNotFoundError, match="expected a file that"):
+        read_node(tmp_path / "other.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(ValueError, match=r"bad\.safetensors: expected a safetensors file"):
+        read_node(tmp_path / "bad.safetensors")
+
+
+def test_in_flowers_own_simulation(tmp_path: Path) -> None:
+    """Ray actors run the ClientApp, Flower carries the messages: the same numbers."""
+    from flwr.simulation import run_simulation
+
+    config, dataset, pretrained = make_config(**{"embedding.name": "p-rq"}), make_dataset(), make_pretrained()
+    prepare(config, dataset, tmp_path, USERS, pretrained=pretrained)
+    server_app, client_app = ServerApp(), ClientApp()
+    folder = str(tmp_path)
+
+    def at_home(handler: Callable[[Message, Context], Message]) -> Callable[[Message, Context], Message]:
+        # `flwr run` would put the folder into the run's configuration; run_simulation has none.
+        def handle(message: Message, context: Context) -> Message:
+            context.run_config["prepared"] = folder
+            return handler(message, context)
+
+        return handle
+
+    client_app.query()(at_home(client.join))
+    client_app.train()(at_home(client.train))
+    client_app.evaluate()(at_home(client.evaluate))
+    found: list[tuple[FlowerServer, list[dict[str, Any]]]] = []
+
+    @server_app.main()
+    def main(grid: Grid, _: Context) -> None:
+        stored, num_items, given = read_server(folder)
+        server = FlowerServer(grid, stored, num_items, pretrained=given, min_nodes=USERS, timeout=120.0)
+        server.join()
+        found.append((server, list(server.run())))
+
+    resources = {
+        "client_resources": {"num_cpus": 1},
+        "init_args": {"num_cpus": 2, "include_dashboard": False},
+    }
+    run_simulation(server_app, client_app, num_supernodes=USERS, backend_config=resources)
+    assert len(found) == 1
+    assert_equal(*found[0], simulated(config, dataset, pretrained))
