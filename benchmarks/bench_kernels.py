@@ -6,8 +6,10 @@
 
 A case is an op, a shape, a direction and a number of threads. Contenders take turns, so that what else the
 machine does hits all alike: pytest-benchmark times the op, and before each of its rounds every rival runs and
-is timed once. "ready" rivals get flat indices that are made beforehand, for free; all others start from the
-same inputs as the op. Ops are called through their public functions, checks included.
+is timed once. Rivals start from the same inputs as the op, but may have made a table of each item's rows (its
+codes or buckets) once before. The bound, where there is one, is no rival: PyTorch's lookup alone, which gets
+the flat index of every row of this very batch for free. Ops are called through their public functions, checks
+included.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from fedpeft_ext import ops, reference
 
 SECONDS = 0.1  # a case's measurement, about
 ROUNDS = (7, 60)  # fewest and most
+BOUND = "ready indices"
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,11 @@ class Shape:
     def items(self) -> Tensor:
         return torch.randint(self.I, (self.P,) if self.C is None else (self.C, self.P))
 
-    def flat(self, index: Tensor, rows: int) -> Tensor:
-        """index [(C,) P, *] into a table of `rows` a client as indices into all clients' rows."""
+    def flat(self, rows_of: Tensor | None, items: Tensor, rows: int) -> Tensor:
+        """Each position's rows (those of its item in the table rows_of, or the items themselves) as indices
+        into all clients' rows, `rows` a client.
+        """
+        index = items if rows_of is None else rows_of[items]
         if self.C is None:
             return index
         offset = torch.arange(self.C) * rows
@@ -81,6 +87,7 @@ class Contest:
     ours: Callable[[], Any]
     rivals: dict[str, Callable[[], Any]]
     tolerance: float | None = 1e-4
+    bound: Callable[[], Any] | None = None
 
 
 @dataclass
@@ -90,12 +97,14 @@ class Lookup:
     ours: Callable[..., Tensor]
     rivals: dict[str, Callable[..., Tensor]]
     parameters: list[Tensor] = field(default_factory=list)
+    bound: Callable[..., Tensor] | None = None
 
     def forward(self) -> Contest:
         def bind(f: Callable[..., Tensor]) -> Callable[[], Tensor]:
             return lambda: f(*self.parameters)
 
-        return Contest(bind(self.ours), {name: bind(f) for name, f in self.rivals.items()})
+        rivals = {name: bind(f) for name, f in self.rivals.items()}
+        return Contest(bind(self.ours), rivals, bound=self.bound and bind(self.bound))
 
     def backward(self) -> Contest:
         leaves = [p.clone().requires_grad_() for p in self.parameters]
@@ -104,42 +113,48 @@ class Lookup:
         def bind(f: Callable[..., Tensor]) -> Callable[[], Any]:
             return lambda: torch.autograd.grad(f(*leaves), leaves, out_grad)
 
-        return Contest(bind(self.ours), {name: bind(f) for name, f in self.rivals.items()}, 1e-3)
+        rivals = {name: bind(f) for name, f in self.rivals.items()}
+        return Contest(bind(self.ours), rivals, 1e-3, self.bound and bind(self.bound))
 
 
 def rq_lookup(s: Shape) -> Lookup:
     items, codes = s.items(), torch.randint(s.K, (s.I, s.L)).to(torch.uint8)
-    levels = torch.arange(s.L) * s.K
+    rows_of = codes.long() + torch.arange(s.L) * s.K
 
     def flat() -> Tensor:
-        return s.flat(codes[items].long() + levels, s.L * s.K).reshape(-1, s.L)
+        return s.flat(rows_of, items, s.L * s.K).reshape(-1, s.L)
 
     ready = flat()
 
-    def bag(codebooks: Tensor, indices: Tensor) -> Tensor:
-        return F.embedding_bag(indices, codebooks.reshape(-1, s.D), mode="sum").reshape(*items.shape, s.D)
+    def bag(codebooks: Tensor, index: Tensor) -> Tensor:
+        return F.embedding_bag(index, codebooks.reshape(-1, s.D), mode="sum").reshape(*items.shape, s.D)
 
     return Lookup(
         lambda books: ops.rq_lookup(items, codes, books),
         {
             "twin": lambda books: reference.rq_lookup(items, codes, books),
             "embedding_bag": lambda books: bag(books, flat()),
-            "embedding_bag, ready": lambda books: bag(books, ready),
         },
         [s.parameter(s.L, s.K, s.D)],
+        lambda books: bag(books, ready),
     )
 
 
 def hash_lookup(s: Shape, reduce: Any, senet: bool = False) -> Lookup:
     M, H, S = s.L * s.K, 3 if reduce == "sum" else 2, 16
     items, hashes = s.items(), ops.make_hashes(H, 0)
-    ready = s.flat(ops.hash_buckets(items, hashes, M), M).reshape(-1, H)
+    rows_of = ops.hash_buckets(torch.arange(s.I), hashes, M)
 
-    def bag(table: Tensor, *weights: Tensor) -> Tensor:
-        return F.embedding_bag(ready, table.reshape(-1, s.D), mode=reduce).reshape(*items.shape, s.D)
+    def flat() -> Tensor:
+        return s.flat(rows_of, items, M).reshape(-1, H)
 
-    def gated(table: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        rows = F.embedding(ready, table.reshape(-1, s.D)).reshape(*items.shape, H, s.D)
+    ready = flat()
+
+    def bag(table: Tensor, index: Tensor) -> Tensor:
+        return F.embedding_bag(index, table.reshape(-1, s.D), mode=reduce).reshape(*items.shape, s.D)
+
+    def gated(index: Tensor, table: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        rows = F.embedding(index, table.reshape(-1, s.D)).reshape(*items.shape, H, s.D)
         if s.C is None:
             hidden = F.linear(rows.mean(-1), w1, b1).relu()
             gate = F.linear(hidden, w2, b2).sigmoid()
@@ -160,39 +175,56 @@ def hash_lookup(s: Shape, reduce: Any, senet: bool = False) -> Lookup:
 
         return run
 
-    rival = {"embedding and matmul, ready": gated} if senet else {"embedding_bag, ready": bag}
-    return Lookup(of(ops), {"twin": of(reference), **rival}, parameters)
+    if senet:
+        return Lookup(
+            of(ops),
+            {"twin": of(reference), "embedding and matmul": lambda *p: gated(flat(), *p)},
+            parameters,
+            lambda *p: gated(ready, *p),
+        )
+    return Lookup(
+        of(ops),
+        {"twin": of(reference), "embedding_bag": lambda table: bag(table, flat())},
+        parameters,
+        lambda table: bag(table, ready),
+    )
 
 
 def lora_lookup(s: Shape, rank: int = 4) -> Lookup:
     rows = min(s.P, s.I)
     items = torch.randint(rows, s.items().shape)
-    ready = s.flat(items, rows)
+    ready = s.flat(None, items, rows)
 
-    def matmul(A: Tensor, B: Tensor) -> Tensor:
-        return F.embedding(ready, A.reshape(-1, rank)) @ B.mT
+    def matmul(A: Tensor, B: Tensor, index: Tensor) -> Tensor:
+        return F.embedding(index, A.reshape(-1, rank)) @ B.mT
 
     return Lookup(
         lambda A, B: ops.lora_lookup(items, A, B),
         {
             "twin": lambda A, B: reference.lora_lookup(items, A, B),
-            "embedding and matmul, ready": matmul,
+            "embedding and matmul": lambda A, B: matmul(A, B, s.flat(None, items, rows)),
         },
         [s.parameter(rows, rank), s.parameter(s.D, rank)],
+        lambda A, B: matmul(A, B, ready),
     )
 
 
 def client_embedding(s: Shape) -> Lookup:
     rows = min(s.P, s.I)
     items = torch.randint(rows, s.items().shape)
-    ready = s.flat(items, rows)
+    ready = s.flat(None, items, rows)
+
+    def embedding(weight: Tensor, index: Tensor) -> Tensor:
+        return F.embedding(index, weight.reshape(-1, s.D))
+
     return Lookup(
         lambda weight: ops.client_embedding(items, weight),
         {
             "twin": lambda weight: reference.client_embedding(items, weight),
-            "embedding, ready": lambda weight: F.embedding(ready, weight.reshape(-1, s.D)),
+            "embedding": lambda weight: embedding(weight, s.flat(None, items, rows)),
         },
         [s.parameter(rows, s.D)],
+        lambda weight: embedding(weight, ready),
     )
 
 
@@ -462,10 +494,16 @@ def test_kernel(
         if contest.tolerance is not None:
             same(ours, theirs, contest.tolerance)
 
-    times: dict[str, list[float]] = {rival: [] for rival in contest.rivals}
+    others = contest.rivals | ({BOUND: contest.bound} if contest.bound is not None else {})
+    if contest.bound is not None:
+        try:
+            contest.bound()
+        except (RuntimeError, NotImplementedError):
+            del others[BOUND]
+    times: dict[str, list[float]] = {other: [] for other in others}
 
-    def run_rivals() -> None:
-        for rival, run in contest.rivals.items():
+    def run_others() -> None:
+        for rival, run in others.items():
             begin = time.perf_counter()
             run()
             times[rival].append(time.perf_counter() - begin)
@@ -474,7 +512,7 @@ def test_kernel(
         contest.ours()  # its result dies within the call, as the rivals' do, so that all reuse memory alike
 
     rounds = int(min(max(SECONDS / spent, ROUNDS[0]), ROUNDS[1]))
-    benchmark.pedantic(run_ours, setup=run_rivals, rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(run_ours, setup=run_others, rounds=rounds, warmup_rounds=1)
     mine = list(benchmark.stats.stats.data)
     result = {
         "op": name,
@@ -483,7 +521,8 @@ def test_kernel(
         "threads": threads,
         "rounds": rounds,
         "ours": summary(mine),
-        "rivals": {rival: summary(t[1:]) for rival, t in times.items()},
+        "rivals": {rival: summary(times[rival][1:]) for rival in contest.rivals},
+        "bound": summary(times[BOUND][1:]) if BOUND in times else None,
         "missing": missing,
     }
     benchmark.extra_info.update(result)

@@ -30,6 +30,7 @@ def rows_of(contests: list[dict[str, Any]]) -> list[list[str]]:
         ours, rivals = contest["ours"], contest["rivals"]
         best = min(rivals, key=lambda name: rivals[name]["median"])
         others = (f"{name} {t['median']:.3f}" for name, t in rivals.items() if name != best)
+        bound = contest["bound"]
         rows.append(
             [
                 contest["op"],
@@ -40,6 +41,7 @@ def rows_of(contests: list[dict[str, Any]]) -> list[list[str]]:
                 f"{best} {rivals[best]['median']:.3f}",
                 f"{rivals[best]['median'] / ours['median']:.2f}",
                 f"{min(t['min'] for t in rivals.values()) / ours['min']:.2f}",
+                f"{bound['median'] / ours['median']:.2f}" if bound else "",
                 ", ".join((*others, *(f"{name}: unsupported" for name in contest["missing"]))),
             ]
         )
@@ -55,6 +57,7 @@ HEADER = [
     "fastest rival, ms",
     "ratio",
     "by min",
+    "bound",
     "other rivals, ms",
 ]
 
@@ -82,6 +85,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def markdown(rows: list[list[str]]) -> list[str]:
     return [
         "Times in ms by median; ratios are the fastest rival's time over ours, by median and by minimum.",
+        "Rivals start from the same inputs; bound is the ratio to PyTorch's lookup given ready flat indices.",
         "`python -m pytest benchmarks/bench_kernels.py -o python_files='bench_*.py' --results` makes this.",
         "",
         "| " + " | ".join(HEADER) + " |",

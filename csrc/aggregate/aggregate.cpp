@@ -85,6 +85,7 @@ void accumulate_updates_(const Tensor& total, const Tensor& updates, const Tenso
   check_same_device(weights, total, "weights", "total");
 
   check_value(grid >= 0.0 && std::isfinite(grid), "grid: expected 0 or a power of two, got ", grid);
+  check_value(grid == 0.0 || in_double, "grid: expected 0 unless total is float64, got ", grid);
 
   AccumulateArgs a{};
   a.shift = 0x1.8p52 * grid;

@@ -143,34 +143,72 @@ void touched_any(const TouchedRowsArgs& a, int64_t begin, int64_t end, void* scr
                      : touched<int32_t>(a, begin, end, scratch);
 }
 
-// accumulate_updates_. Each addition rounds to the type of total, so that a sum over chunks of
-// clients equals one call.
+// accumulate_updates_. A float32 or float64 total takes each client's part in one addition that
+// rounds to its type, so that a sum over chunks of clients equals one call. 16-bit totals sum a
+// call's clients in float32 and round once.
 
-FEDPEFT_INLINE void add(double* total, double x) { *total += x; }
-FEDPEFT_INLINE void add(float* total, double x) { *total = float(double(*total) + x); }
-template <typename T>
-FEDPEFT_INLINE void add(T* total, double x) {
-  from_acc(float(double(to_acc(*total)) + x), total);
-}
-
-template <typename Total, typename T>
-FEDPEFT_INLINE void add_weighted(Total* __restrict total, const T* __restrict update, int64_t n,
-                                 double weight, double shift) {
+// total[i] += weight * update[i] for the updates of `K` clients in turn, which lie `stride` apart;
+// rounded to the grid of `shift` unless that is 0.
+template <int K, bool Grid, typename Total, typename T>
+FEDPEFT_INLINE void add_weighted(Total* __restrict total, const T* __restrict update,
+                                 int64_t stride, int64_t n, const acc_t<Total>* weight,
+                                 acc_t<Total> shift) {
   for (int64_t i = 0; i < n; ++i) {
-    add(total + i, (weight * double(to_acc(update[i])) + shift) - shift);
+    acc_t<Total> sum = to_acc(total[i]);
+    for (int k = 0; k < K; ++k) {
+      const acc_t<Total> x = acc_t<Total>(to_acc(update[k * stride + i]));
+      if constexpr (Grid) {
+        sum += (weight[k] * x + shift) - shift;
+      } else {
+        sum += weight[k] * x;
+      }
+    }
+    from_acc(sum, total + i);
   }
 }
 
-template <typename Total, typename T>
-void dense(const AccumulateArgs& a, int64_t begin, int64_t end) {
+template <bool Grid, typename Sum, typename T>
+FEDPEFT_INLINE void add_clients(Sum* into, const T* updates, int64_t stride, int64_t n,
+                                const double* weights, int64_t clients, Sum shift) {
+  constexpr int kTogether = 4;
+  int64_t c = 0;
+  for (; c + kTogether <= clients; c += kTogether) {
+    const Sum weight[kTogether] = {Sum(weights[c]), Sum(weights[c + 1]), Sum(weights[c + 2]),
+                                   Sum(weights[c + 3])};
+    add_weighted<kTogether, Grid>(into, updates + c * stride, stride, n, weight, shift);
+  }
+  for (; c < clients; ++c) {
+    const Sum weight = Sum(weights[c]);
+    add_weighted<1, Grid>(into, updates + c * stride, stride, n, &weight, shift);
+  }
+}
+
+template <bool Grid, typename Total, typename T>
+FEDPEFT_INLINE void dense_on(const AccumulateArgs& a, int64_t begin, int64_t end) {
+  using Sum = acc_t<Total>;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kAccumulateBlock;
     const int64_t n = a.size - first < kAccumulateBlock ? a.size - first : kAccumulateBlock;
-    for (int64_t c = 0; c < a.clients; ++c) {
-      add_weighted(static_cast<Total*>(a.total) + first,
-                   static_cast<const T*>(a.updates) + c * a.size + first, n, a.weights[c], a.shift);
+    Total* total = static_cast<Total*>(a.total) + first;
+    const T* updates = static_cast<const T*>(a.updates) + first;
+    if constexpr (sizeof(Sum) == sizeof(Total)) {
+      add_clients<Grid>(total, updates, a.size, n, a.weights, a.clients, Sum(a.shift));
+    } else {
+      Sum sums[kAccumulateBlock];
+      for (int64_t i = 0; i < n; ++i) sums[i] = to_acc(total[i]);
+      add_clients<Grid>(sums, updates, a.size, n, a.weights, a.clients, Sum(0));
+      for (int64_t i = 0; i < n; ++i) from_acc(sums[i], total + i);
     }
   }
+}
+
+// A grid comes with float64 totals only.
+template <typename Total, typename T>
+void dense(const AccumulateArgs& a, int64_t begin, int64_t end) {
+  if constexpr (sizeof(Total) == sizeof(double)) {
+    if (a.shift != 0) return dense_on<true, Total, T>(a, begin, end);
+  }
+  dense_on<false, Total, T>(a, begin, end);
 }
 
 template <typename Total, typename T>
@@ -185,8 +223,10 @@ void rows(const AccumulateArgs& a, const int64_t* entries, int64_t count) {
     const int64_t entry = entries ? entries[i] : i;
     const int64_t row = a.rows[entry];
     if (row < 0) continue;
-    add_weighted(total + row * a.width, static_cast<const T*>(a.updates) + entry * a.width, a.width,
-                 a.weights[entry / a.R], a.shift);
+    const acc_t<Total> weight = acc_t<Total>(a.weights[entry / a.R]);
+    add_weighted<1, sizeof(Total) == sizeof(double)>(
+        total + row * a.width, static_cast<const T*>(a.updates) + entry * a.width, 0, a.width,
+        &weight, acc_t<Total>(a.shift));
   }
 }
 

@@ -45,14 +45,20 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// Each addition rounds to the type of total, as on the CPU.
-FEDPEFT_DEVICE void add(double& total, double x) { total += x; }
-FEDPEFT_DEVICE void add(float& total, double x) { total = float(double(total) + x); }
-FEDPEFT_DEVICE void add(Half& total, double x) {
-  total = from_acc<Half>(float(double(to_acc(total)) + x));
+// As on the CPU: a sum in the type of total, or in float32 where that has 16 bits; a grid comes
+// with float64 totals only.
+FEDPEFT_DEVICE void add(double& sum, double weight, double x, double shift) {
+  sum += (weight * x + shift) - shift;
 }
-FEDPEFT_DEVICE void add(BFloat16& total, double x) {
-  total = from_acc<BFloat16>(float(double(to_acc(total)) + x));
+FEDPEFT_DEVICE void add(float& sum, double weight, float x, double) { sum += float(weight) * x; }
+
+template <typename Total>
+FEDPEFT_DEVICE void store_sum(Total* total, acc_t<Total> sum) {
+  if constexpr (sizeof(Total) == sizeof(acc_t<Total>)) {
+    *total = sum;
+  } else {
+    *total = from_acc<Total>(sum);
+  }
 }
 
 template <typename Total, typename T>
@@ -61,11 +67,11 @@ __global__ void __launch_bounds__(kThreads, 4) dense(AccumulateArgs a) {
   const T* updates = static_cast<const T*>(a.updates);
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.size;
        i += int64_t(gridDim.x) * kThreads) {
-    Total sum = total[i];
+    acc_t<Total> sum = to_acc(total[i]);
 #pragma unroll 8
     for (int64_t c = 0; c < a.clients; ++c)
-      add(sum, (a.weights[c] * double(to_acc(updates[c * a.size + i])) + a.shift) - a.shift);
-    total[i] = sum;
+      add(sum, a.weights[c], to_acc(updates[c * a.size + i]), a.shift);
+    store_sum(total + i, sum);
   }
 }
 
@@ -89,13 +95,13 @@ __global__ void __launch_bounds__(kThreads, 4)
     if (row == a.num_rows || (e > 0 && keys[e - 1] == row)) return;
     Total* total = static_cast<Total*>(a.total) + row * a.width;
     for (int64_t column = lane; column < a.width; column += lanes) {
-      Total sum = total[column];
+      acc_t<Total> sum = to_acc(total[column]);
       for (int64_t i = e; i < entries && keys[i] == row; ++i) {
         const int64_t entry = order[i];
         const T update = static_cast<const T*>(a.updates)[entry * a.width + column];
-        add(sum, (a.weights[divide(entry, a.R)] * double(to_acc(update)) + a.shift) - a.shift);
+        add(sum, a.weights[divide(entry, a.R)], to_acc(update), a.shift);
       }
-      total[column] = sum;
+      store_sum(total + column, sum);
     }
   });
 }

@@ -127,21 +127,21 @@ FEDPEFT_INLINE void store(T* p, vec_t<acc_t<T>> v) {
 }
 
 #if FEDPEFT_VEC_BYTES == 32
-typedef uint16_t u16x8 __attribute__((vector_size(16)));
+// Intrinsics, since the compiler turns conversions of whole vectors into many more instructions.
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
 template <>
 FEDPEFT_INLINE vec_t<float> load<BFloat16>(const BFloat16* p) {
-  u16x8 bits;
-  memcpy(&bits, p, sizeof(bits));
-  return (vec_t<float>)(__builtin_convertvector(bits, u32x8) << 16);
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (vec_t<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
 }
 template <>
 FEDPEFT_INLINE void store<BFloat16>(BFloat16* p, vec_t<float> v) {
   const u32x8 bits = (u32x8)v;
   const u32x8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const u32x8 nan = (u32x8)(v != v);
-  const u16x8 out = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), u16x8);
-  memcpy(p, &out, sizeof(out));
+  const __m256i out = (__m256i)((rounded & ~nan) | (nan & 0x7fc0u));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(out), _mm256_extracti128_si256(out, 1)));
 }
 template <>
 FEDPEFT_INLINE vec_t<float> load<Half>(const Half* p) {
@@ -152,21 +152,19 @@ FEDPEFT_INLINE void store<Half>(Half* p, vec_t<float> v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0));
 }
 #elif FEDPEFT_VEC_BYTES == 64
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 template <>
 FEDPEFT_INLINE vec_t<float> load<BFloat16>(const BFloat16* p) {
-  u16x16 bits;
-  memcpy(&bits, p, sizeof(bits));
-  return (vec_t<float>)(__builtin_convertvector(bits, u32x16) << 16);
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (vec_t<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
 }
 template <>
 FEDPEFT_INLINE void store<BFloat16>(BFloat16* p, vec_t<float> v) {
   const u32x16 bits = (u32x16)v;
   const u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const u32x16 nan = (u32x16)(v != v);
-  const u16x16 out = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), u16x16);
-  memcpy(p, &out, sizeof(out));
+  const __m512i out = (__m512i)((rounded & ~nan) | (nan & 0x7fc0u));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
 }
 template <>
 FEDPEFT_INLINE vec_t<float> load<Half>(const Half* p) {
@@ -340,6 +338,8 @@ FEDPEFT_INLINE void with_fixed_width(int64_t D, const F& f) {
     if (D == 32) return f(Fixed<32>{});
     if (D == 64) return f(Fixed<64>{});
     if (D == 128) return f(Fixed<128>{});
+  } else {
+    if (D == 64) return f(Fixed<64>{});
   }
   f(Fixed<0>{});
 }

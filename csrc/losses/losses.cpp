@@ -1,5 +1,6 @@
 // Binding of bpr_loss, bce_loss and their gradients: checks, allocation, dispatch.
 #include <tuple>
+#include <type_traits>
 
 #include "common/check.h"
 #include "common/dispatch.h"
@@ -82,15 +83,25 @@ Tensor forward(const Tensor& positive, const Tensor& negative, const Tensor& ite
         in.args.sums = sums.data();
         const LossKernels& kernels = select_loss_kernels();
         in.run((loss == Loss::bpr ? kernels.bpr : kernels.bce)[in.kernel], 20);
-        Tensor mean = torch::stable::new_empty(in.positive, in.client_shape(), ScalarType::Double);
-        double* means = static_cast<double*>(mean.mutable_data_ptr());
-        for (int64_t c = 0; c < in.clients; ++c) {
-          double sum = 0;
-          for (int64_t b = 0; b < in.args.blocks; ++b) sum += sums[size_t(c * in.args.blocks + b)];
-          const int64_t n = in.count(c);
-          means[c] = n == 0 ? 0 : sum / double(loss == Loss::bpr ? n : 2 * n);
+        const auto write_means = [&](auto* means) {
+          using T = std::remove_pointer_t<decltype(means)>;
+          for (int64_t c = 0; c < in.clients; ++c) {
+            double sum = 0;
+            for (int64_t b = 0; b < in.args.blocks; ++b)
+              sum += sums[size_t(c * in.args.blocks + b)];
+            const int64_t n = in.count(c);
+            means[c] = n == 0 ? T(0) : T(sum / double(loss == Loss::bpr ? n : 2 * n));
+          }
+        };
+        if (positive.scalar_type() == ScalarType::Float) {
+          out = torch::stable::new_empty(in.positive, in.client_shape());
+          write_means(static_cast<float*>(out.mutable_data_ptr()));
+        } else {
+          const Tensor mean =
+              torch::stable::new_empty(in.positive, in.client_shape(), ScalarType::Double);
+          write_means(static_cast<double*>(mean.mutable_data_ptr()));
+          out = as_dtype(mean, positive.scalar_type());
         }
-        out = as_dtype(mean, positive.scalar_type());
       },
       [&](auto stream) {
         const Tensor counts = in.device_counts();
@@ -124,12 +135,19 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& positive,
         in.host_counts();
         const LossKernels& kernels = select_loss_kernels();
         in.run(kernels.count, 1);
-        const Tensor grad_ = dense(as_dtype(grad, ScalarType::Double));
-        const double* g = static_cast<const double*>(grad_.const_data_ptr());
+        const bool single = grad.scalar_type() == ScalarType::Float;
+        const Tensor grad_ = dense(single ? grad : as_dtype(grad, ScalarType::Double));
         std::vector<double> scale(static_cast<size_t>(in.clients));
-        for (int64_t c = 0; c < in.clients; ++c) {
-          const int64_t n = in.count(c);
-          scale[size_t(c)] = n == 0 ? 0 : g[c] / double(loss == Loss::bpr ? n : 2 * n);
+        const auto read_scale = [&](const auto* g) {
+          for (int64_t c = 0; c < in.clients; ++c) {
+            const int64_t n = in.count(c);
+            scale[size_t(c)] = n == 0 ? 0 : double(g[c]) / double(loss == Loss::bpr ? n : 2 * n);
+          }
+        };
+        if (single) {
+          read_scale(static_cast<const float*>(grad_.const_data_ptr()));
+        } else {
+          read_scale(static_cast<const double*>(grad_.const_data_ptr()));
         }
         in.args.scale = scale.data();
         in.run((loss == Loss::bpr ? kernels.bpr_backward : kernels.bce_backward)[in.kernel], 20);

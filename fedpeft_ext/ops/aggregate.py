@@ -96,6 +96,8 @@ def _check_accumulate(
         raise TypeError(
             f"total: expected float64 or the dtype of updates ({updates.dtype}), got {total.dtype}"
         )
+    if grid != 0.0 and total.dtype != torch.float64:
+        raise ValueError(f"grid: expected 0 unless total is float64, got {grid} with a {total.dtype} total")
     check_dtype(weights, torch.float64, "weights")
     if rows is None:
         if updates.dim() == 0:
@@ -121,9 +123,11 @@ def accumulate_updates_(
     Args:
         total: [...] or, with rows, [I, W]; float64 or the dtype of updates. Updated in place.
         updates: [C, ...] or, with rows, [C, R, W]; float32, float64, float16 or bfloat16.
-        weights: float64 [C].
+        weights: float64 [C]; each product and sum is taken in the dtype of total, or in float32 where that
+            has 16 bits. The latter are rounded once or more a call, so a sum over several calls wants a
+            float32 or float64 total.
         rows: None, or int32 or int64 [C, R]: the row of total that each update lands on; -1 is skipped.
-        grid: 0, or a power of two: every weights[c] * updates[c] is rounded to a multiple of it. A float64
+        grid: 0, or a power of two: every weights[c] * updates[c] is rounded to a multiple of it. The float64
             total that holds multiples of it and stays below 2^53 grid is then exact, so that it is the same
             bits in whatever order clients are added, in one process or in several whose totals are summed.
 

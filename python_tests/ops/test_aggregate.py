@@ -267,6 +267,9 @@ def test_on_a_grid_sums_have_no_order(target: Any, dtype: torch.dtype, with_rows
     torch.testing.assert_close(totals[0], twin, rtol=0, atol=0 if dtype == torch.float32 else grid * clients)
     with pytest.raises(ValueError, match="grid: expected 0 or a power of two"):
         target.ops.accumulate_updates_(totals[0], updates, weights, rows if with_rows else None, 0.3)
+    single = totals[0].float()
+    with pytest.raises(ValueError, match="grid: expected 0 unless total is float64"):
+        target.ops.accumulate_updates_(single, updates.float(), weights, rows if with_rows else None, grid)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
