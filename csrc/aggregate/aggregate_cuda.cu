@@ -2,7 +2,7 @@
 // thread an element, clients in order; with rows a group of lanes a row, over entries sorted by
 // row).
 #include "aggregate/aggregate_cuda.h"
-#include "common/device.cuh"
+#include "common/block.cuh"
 
 namespace fedpeft::gpu {
 namespace {
@@ -14,7 +14,6 @@ __global__ void __launch_bounds__(kThreads, 4)
     touched(TouchedRowsArgs a, const Item* sorted, const int64_t* order, int64_t clients,
             unsigned long long* largest) {
   FEDPEFT_SHARED(int, starts, kWarps);
-  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   for (int64_t c = blockIdx.x; c < clients; c += gridDim.x) {
     const Item* items = sorted + c * a.N;
     Item* rows = static_cast<Item*>(a.rows) + c * a.N;
@@ -25,20 +24,12 @@ __global__ void __launch_bounds__(kThreads, 4)
       const Item item = i < a.N ? items[i] : Item(-1);
       if (item < -1) FEDPEFT_BAD_INDEX("items", item, c * a.N + order[c * a.N + i], INT64_MAX);
       const bool begins = item >= 0 && (i == 0 || items[i - 1] != item);
-      const unsigned votes = __ballot_sync(kFullMask, begins);
-      if (lane == 0) starts[warp] = __popc(votes);
-      __syncthreads();
-      int before = __popc(votes & ((1u << lane) - 1)), all = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        if (w < warp) before += starts[w];
-        all += starts[w];
-      }
+      int all = 0;
+      const int before = block_rank(begins, starts, &all);
       const int64_t row = found + before + begins - 1;
       if (begins) rows[row] = item;
       if (i < a.N) positions[order[c * a.N + i]] = item >= 0 ? Item(row) : Item(-1);
       found += all;
-      __syncthreads();
     }
     for (int64_t r = found + threadIdx.x; r < a.N; r += kThreads) rows[r] = -1;
     if (threadIdx.x == 0) atomicMax(largest, static_cast<unsigned long long>(found));

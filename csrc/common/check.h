@@ -158,23 +158,28 @@ inline void raise_bad_index(const FirstError& error, const IndexArray& indices, 
   }
 }
 
+[[noreturn]] inline void throw_bad_client(int64_t client, int64_t c, int64_t users) {
+  throw std::out_of_range(text("clients: id ", client, " at position ", c,
+                               " is out of range: expected 0 to ", users - 1));
+}
+
 // Client ids in [0, users); on the CPU, where values can be read.
 inline void check_clients(const IndexArray& clients, int64_t count, int64_t users) {
   for (int64_t c = 0; c < count; ++c) {
-    if (clients[c] < 0 || clients[c] >= users) [[unlikely]] {
-      throw std::out_of_range(text("clients: id ", clients[c], " at position ", c,
-                                   " is out of range: expected 0 to ", users - 1));
-    }
+    if (clients[c] < 0 || clients[c] >= users) [[unlikely]]
+      throw_bad_client(clients[c], c, users);
   }
 }
 
-// A code of codes [I, L] that is not in [0, K).
+// Code `code` at flat position `at` of codes [I, L] is not in [0, K).
+[[noreturn]] inline void throw_bad_code(int64_t code, int64_t at, int64_t L, int64_t K) {
+  throw std::out_of_range(text("codes: code ", code, " of item ", at / L, " at level ", at % L,
+                               " is out of range: expected 0 to ", K - 1));
+}
+
 inline void raise_bad_code(const FirstError& error, const IndexArray& codes, int64_t L, int64_t K) {
-  if (error.any()) [[unlikely]] {
-    const int64_t at = error.position;
-    throw std::out_of_range(text("codes: code ", codes[at], " of item ", at / L, " at level ",
-                                 at % L, " is out of range: expected 0 to ", K - 1));
-  }
+  if (error.any()) [[unlikely]]
+    throw_bad_code(codes[error.position], error.position, L, K);
 }
 
 // How positions map to parameters: with per-client parameters `items` is [C, P], without them any

@@ -152,3 +152,8 @@ T atomicMax(T* p, T value) {
   }
   return seen;
 }
+template <typename T>
+T atomicCAS(T* p, T compare, T value) {
+  __atomic_compare_exchange_n(p, &compare, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return compare;
+}

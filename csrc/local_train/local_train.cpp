@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <functional>
 #include <numeric>
 #include <tuple>
 
@@ -9,6 +10,7 @@
 #include "common/dispatch.h"
 #include "common/parallel.h"
 #include "local_train/local_train_cpu.h"
+#include "local_train/local_train_cuda.h"
 
 namespace fedpeft {
 namespace {
@@ -86,32 +88,98 @@ template <typename KeptAt>
   });
 }
 
-void check_ranges(const LocalTrainArgs& a, int64_t C) {
-  for (int64_t c = 0; c < C; ++c) {
-    const int64_t client = a.clients[c];
-    const int64_t first = a.indptr[client], last = a.indptr[client + 1];
-    check_value(0 <= first && first <= last && last <= a.nnz,
-                "indptr: expected ascending offsets of 0 to ", a.nnz, ", got ", first, " and ",
-                last, " for client ", client);
-    check_value(last - first < int64_t{1} << 28,
-                "indptr: expected fewer than 2^28 items a client, got ", last - first,
-                " for client ", client);
-  }
+void check_range(const LocalTrainArgs& a, int64_t client, int64_t first, int64_t last) {
+  check_value(0 <= first && first <= last && last <= a.nnz,
+              "indptr: expected ascending offsets of 0 to ", a.nnz, ", got ", first, " and ", last,
+              " for client ", client);
+  check_value(last - first < int64_t{1} << 28,
+              "indptr: expected fewer than 2^28 items a client, got ", last - first, " for client ",
+              client);
 }
 
-[[maybe_unused]] void raise_errors(const LocalTrainArgs& a) {
+// Items of each client of the call.
+[[maybe_unused]] std::vector<int64_t> sizes_on_cpu(const LocalTrainArgs& a, int64_t C) {
+  check_clients(a.clients, C, a.users);
+  std::vector<int64_t> sizes(static_cast<size_t>(C));
+  for (int64_t c = 0; c < C; ++c) {
+    const int64_t client = a.clients[c];
+    check_range(a, client, a.indptr[client], a.indptr[client + 1]);
+    sizes[size_t(c)] = items_of(a, c);
+  }
+  return sizes;
+}
+
+// The same where the arrays are on the device, which is waited for: sizes of outputs are known from
+// them.
+[[maybe_unused]] std::vector<int64_t> sizes_on_gpu(const LocalTrainArgs& a, int64_t C,
+                                                   const Tensor& like, gpu::Stream stream) {
+  Tensor ranges = torch::stable::new_empty(like, {C, 3}, ScalarType::Long);
+  const auto found = gpu::local_train_ranges(
+      a, C, static_cast<gpu::ClientRange*>(ranges.mutable_data_ptr()), stream);
+  std::vector<int64_t> sizes(static_cast<size_t>(C));
+  for (int64_t c = 0; c < C; ++c) {
+    const auto [client, first, last] = found[size_t(c)];
+    if (client < 0 || client >= a.users) throw_bad_client(client, c, a.users);
+    check_range(a, client, first, last);
+    check_value(last - first < a.num_items || last == first, "clients: client ", client,
+                " has met all ", a.num_items, " items: there is no negative to draw");
+    const int64_t reads = std::max({int64_t{1}, a.L, a.H}), most = int64_t{1} << 30;
+    check_value((last - first) * (1 + a.epochs) <= most / reads,
+                "indptr: expected at most 2^30 rows read by a client's draws, got ", last - first,
+                " items of ", reads, " rows and ", a.epochs, " epochs for client ", client);
+    sizes[size_t(c)] = last - first;
+  }
+  return sizes;
+}
+
+// `read(indices, at)`: an element of an index array, wherever it is.
+template <typename Read>
+void raise_errors(const LocalTrainArgs& a, const Read& read) {
   if (a.bad_item->any()) {
     const int64_t at = a.bad_item->position;
-    throw std::out_of_range(text("items: item ", a.items[at], " at position ", at,
+    throw std::out_of_range(text("items: item ", read(a.items, at), " at position ", at,
                                  " is out of range: expected 0 to ", a.num_items - 1));
   }
   check_value(!a.bad_order->any(),
               "positives: expected each client's items, distinct and ascending, got ",
-              a.bad_order->any() ? a.positives[a.bad_order->position] : 0, " at position ",
+              a.bad_order->any() ? read(a.positives, a.bad_order->position) : 0, " at position ",
               a.bad_order->position);
   check_value(!a.no_negative->any(), "clients: client ", a.no_negative->position, " has met all ",
               a.num_items, " items: there is no negative to draw");
-  raise_bad_code(*a.bad_code, a.codes, a.L, a.K);
+  if (a.bad_code->any())
+    throw_bad_code(read(a.codes, a.bad_code->position), a.bad_code->position, a.L, a.K);
+}
+[[maybe_unused]] void raise_errors(const LocalTrainArgs& a) {
+  raise_errors(a, [](const IndexArray& indices, int64_t at) { return indices[at]; });
+}
+
+// Trains all clients of the call, the largest first, each as a block taken by whichever
+// multiprocessor is free.
+[[maybe_unused]] void train_on_gpu(const LocalTrainArgs& a, std::vector<int64_t> sizes, DType dtype,
+                                   const Tensor& like, gpu::Stream stream) {
+  const int64_t C = int64_t(sizes.size());
+  std::vector<int64_t> order(sizes.size());
+  std::iota(order.begin(), order.end(), int64_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t x, int64_t y) { return sizes[size_t(x)] > sizes[size_t(y)]; });
+  std::sort(sizes.begin(), sizes.end(), std::greater<>());
+  const gpu::LocalTrainPlan plan = gpu::plan_local_train(a, dtype, sizes);
+  const auto bytes = [&](int64_t count) {
+    return torch::stable::new_empty(like, {count}, ScalarType::Byte);
+  };
+  Tensor scratch = bytes(plan.blocks * plan.scratch_bytes), places = bytes(8 * C),
+         state = bytes(sizeof(gpu::LocalTrainState));
+  gpu::copy_to_device(places.mutable_data_ptr(), order.data(), 8 * C, stream);
+  const gpu::LocalTrainErrors errors =
+      gpu::local_train(a, dtype, C, plan, static_cast<const int64_t*>(places.const_data_ptr()),
+                       scratch.mutable_data_ptr(),
+                       static_cast<gpu::LocalTrainState*>(state.mutable_data_ptr()), stream);
+  a.bad_item->report(errors.item);
+  a.bad_order->report(errors.order);
+  a.bad_code->report(errors.code);
+  raise_errors(a, [&](const IndexArray& indices, int64_t at) {
+    return gpu::read_index(indices, at, stream);
+  });
 }
 
 // A checked call: contiguous arguments, and views of them for the kernels.
@@ -121,6 +189,7 @@ struct Call {
   DType dtype;
   LocalTrainArgs args{};
   FirstError bad_item, bad_order, no_negative, bad_code;
+  std::vector<int64_t> sizes;  // items of each client
 };
 
 // Trained parts, in the order of the results.
@@ -218,6 +287,7 @@ void prepare(Call& call, const Tensor& clients, const Tensor& indptr, const Tens
           {},
           {},
           {},
+          {},
           {}};
   LocalTrainArgs& a = call.args;
   a.clients = indices_of(call.clients, "clients");
@@ -265,10 +335,9 @@ void prepare(Call& call, const Tensor& clients, const Tensor& indptr, const Tens
   a.bad_order = &call.bad_order;
   a.no_negative = &call.no_negative;
   a.bad_code = &call.bad_code;
-  if (host_readable(clients)) {
-    check_clients(a.clients, clients.size(0), a.users);
-    check_ranges(a, clients.size(0));
-  }
+  run_on(
+      user, [&](auto) { call.sizes = sizes_on_cpu(a, clients.size(0)); },
+      [&](auto stream) { call.sizes = sizes_on_gpu(a, clients.size(0), user, stream); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
@@ -287,9 +356,9 @@ local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
           beta1, beta2, eps, l2_user, l2_items, prox, seed, round);
   LocalTrainArgs& a = call.args;
   const int64_t C = clients.size(0), D = a.D, S = a.S, H = a.H;
-  if (host_readable(clients) && (table || A)) {
-    for (int64_t c = 0; c < C; ++c)
-      a.R = std::max(a.R, std::min(num_items, items_of(a, c) * (1 + epochs)));
+  if (table || A) {
+    for (const int64_t size : call.sizes)
+      a.R = std::max(a.R, std::min(num_items, size * (1 + epochs)));
   }
   const auto result = [&](bool there, std::vector<int64_t> shape) {
     if (!there) return torch::stable::new_empty(user, {0});
@@ -317,11 +386,18 @@ local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
   a.d_b1 = d_b1.mutable_data_ptr();
   a.d_w2 = d_w2.mutable_data_ptr();
   a.d_b2 = d_b2.mutable_data_ptr();
-  train_on_cpu(a, 0, C, int(call.dtype), user, [](int64_t) -> char* { return nullptr; });
-  raise_errors(a);
+  run_on(
+      user,
+      [&](auto) {
+        train_on_cpu(a, 0, C, int(call.dtype), user, [](int64_t) -> char* { return nullptr; });
+        raise_errors(a);
+      },
+      [&](auto stream) { train_on_gpu(a, call.sizes, call.dtype, user, stream); });
   return {new_user,    losses,    rows, d_table, d_A,  d_B,
           d_codebooks, d_buckets, d_w1, d_b1,    d_w2, d_b2};
 }
+
+#if !defined(FEDPEFT_EMULATOR)  // on the CPU alone
 
 // A sum over clients: float64 in the shape of the parameter, written in place.
 double* sum_of(const Optional& total, const Optional& parameter, const char* name, const char* of) {
@@ -442,11 +518,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(
   return {new_user, losses, rows, bad};
 }
 
+#endif
+
 }  // namespace
 
+FEDPEFT_IMPL(m) { m.impl("local_train", TORCH_BOX(&local_train)); }
+
+#if !defined(FEDPEFT_EMULATOR)
 STABLE_TORCH_LIBRARY_IMPL(FEDPEFT_LIBRARY, CPU, m) {
-  m.impl("local_train", TORCH_BOX(&local_train));
   m.impl("local_train_sum_", TORCH_BOX(&local_train_sum_));
 }
+#endif
 
 }  // namespace fedpeft

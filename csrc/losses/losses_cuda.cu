@@ -1,6 +1,6 @@
 // CUDA kernels of bpr_loss and bce_loss: a block a client and 4096 positions; a client of one block
 // needs one launch.
-#include "common/device.cuh"
+#include "common/block.cuh"
 #include "common/logistic.cuh"
 #include "losses/losses_cuda.h"
 
@@ -8,19 +8,6 @@ namespace fedpeft::gpu {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-
-// Sum over the threads of the block, in every thread. `shared` has kWarps values.
-template <typename X>
-FEDPEFT_DEVICE X block_sum(X x, X* shared) {
-  for (int bits = kWarp / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(kFullMask, x, bits);
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  X sum = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += shared[w];
-  __syncthreads();
-  return sum;
-}
 
 struct Range {
   int64_t client, begin, end;  // flat positions

@@ -1,7 +1,6 @@
 // CUDA kernels of sample_negatives (a thread a draw) and client_dropout (a thread a Philox block,
 // four elements).
-#include "common/device.cuh"
-#include "common/philox.h"
+#include "common/negatives.cuh"
 #include "sampling/sampling_cuda.h"
 
 namespace fedpeft::gpu {
@@ -46,21 +45,8 @@ __global__ void __launch_bounds__(kThreads, 4) negatives(SampleNegativesArgs a, 
     if (kind == Position::item) {
       const int64_t user = a.clients[c], first = a.indptr[user],
                     positives = a.indptr[user + 1] - first;
-      const PhiloxBlock block =
-          philox(uint32_t(p), uint32_t(user), a.round,
-                 philox_stream(Purpose::negatives, 0, uint32_t(epoch)), a.seed);
-      const int64_t k = int64_t(multiply_high(block.low64(), uint64_t(a.num_items - positives)));
-      // The number of positives below the k-th item that is none of them.
-      int64_t low = 0, high = positives;
-      while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        if (a.indices[first + middle] - middle <= k) {
-          low = middle + 1;
-        } else {
-          high = middle;
-        }
-      }
-      negative = k + low;
+      negative = draw_negative(a.indices, first, positives, a.num_items, uint32_t(p),
+                               uint32_t(user), a.round, uint32_t(epoch), a.seed);
     }
     static_cast<Item*>(a.out)[e] = Item(negative);
   }

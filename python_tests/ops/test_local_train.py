@@ -73,8 +73,26 @@ def named(updates: LocalUpdates, num_items: int) -> dict[str, Tensor]:
     return values
 
 
-def compare(tolerance: float, num_items: int, *args: Any, **options: Any) -> LocalUpdates:
-    mine = ops.local_train(*args, **options)
+def moved(value: Any, device: torch.device) -> Any:
+    """Tensors, also those in named tuples, on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return type(value)(*(moved(v, device) for v in value))
+    return value
+
+
+def train(device: torch.device, *args: Any, **options: Any) -> LocalUpdates:
+    values: dict[str, Any] = {name: moved(value, device) for name, value in options.items()}
+    updates = ops.local_train(*(moved(a, device) for a in args), **values)
+    result: LocalUpdates = moved(updates, torch.device("cpu"))
+    return result
+
+
+def compare(
+    device: torch.device, tolerance: float, num_items: int, *args: Any, **options: Any
+) -> LocalUpdates:
+    mine = train(device, *args, **options)
     theirs = reference.local_train(*args, **options)
     ours, plain = named(mine, num_items), named(theirs, num_items)
     assert ours.keys() == plain.keys()
@@ -92,7 +110,7 @@ def compare(tolerance: float, num_items: int, *args: Any, **options: Any) -> Loc
     [[], *([kind] for kind in PARTS), ["rq", "lora"], ["table", "senet"], ["lora", "hash", "rq", "table"]],
     ids=str,
 )
-def test_equals_the_reference(kinds: list[str], loss: str, optimizer: str) -> None:
+def test_equals_the_reference(device: torch.device, kinds: list[str], loss: str, optimizer: str) -> None:
     indptr, items, positives = federation([5, 0, 1, 12], 30, seed=1)
     user = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     parts = make_parts(kinds, 30, 9, 3, torch.float64)
@@ -106,7 +124,8 @@ def test_equals_the_reference(kinds: list[str], loss: str, optimizer: str) -> No
         "seed": 4,
         "round": 5,
     }
-    updates = compare(1e-9, 30, torch.tensor([3, 0, 1]), indptr, items, positives, 30, user, parts, **options)
+    clients = torch.tensor([3, 0, 1])
+    updates = compare(device, 1e-9, 30, clients, indptr, items, positives, 30, user, parts, **options)
     assert float(updates.losses[2]) == 0.0  # a client without items
     assert torch.equal(updates.user[2], user[1])
     single = parts._replace(
@@ -118,7 +137,7 @@ def test_equals_the_reference(kinds: list[str], loss: str, optimizer: str) -> No
     )
     if parts.senet is not None:
         single = single._replace(senet=SENetWeights(*(w.float() for w in parts.senet)))
-    compare(1e-4, 30, torch.tensor([3, 0, 1]), indptr, items, positives, 30, user.float(), single, **options)
+    compare(device, 1e-4, 30, clients, indptr, items, positives, 30, user.float(), single, **options)
 
 
 @settings(deadline=None, max_examples=25)
@@ -133,6 +152,7 @@ def test_equals_the_reference(kinds: list[str], loss: str, optimizer: str) -> No
     index=st.sampled_from([torch.int32, torch.int64]),
 )
 def test_any_shape(
+    device: torch.device,
     data: st.DataObject,
     kinds: list[str],
     dim: int,
@@ -152,6 +172,7 @@ def test_any_shape(
     # and L2 asks which of the two it is.
     shared = not {"rq", "hash", "senet"}.isdisjoint(kinds)
     compare(
+        device,
         1e-9,
         num_items,
         torch.arange(len(sizes), dtype=index),
@@ -208,17 +229,18 @@ def change_parts(**changes: Any) -> dict[str, Any]:
         ({"lr": -1.0}, ValueError, "lr: expected at least 0"),
     ],
 )
-def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments(
+    device: torch.device, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
-        ops.local_train(**{**arguments(), **changes})
+        train(device, **{**arguments(), **changes})
 
 
-def test_a_client_that_met_every_item_has_no_negative() -> None:
+def test_a_client_that_met_every_item_has_no_negative(device: torch.device) -> None:
     indptr, items, positives = federation([4], 4, seed=0)
+    clients, user = torch.tensor([0]), torch.ones(1, 2)
     with pytest.raises(ValueError, match="client 0 has met all 4 items"):
-        ops.local_train(
-            torch.tensor([0]), indptr, items, positives, 4, torch.ones(1, 2), ItemParts(), seed=0, round=0
-        )
+        train(device, clients, indptr, items, positives, 4, user, ItemParts(), seed=0, round=0)
 
 
 def test_gradients_through_training_are_refused() -> None:
@@ -228,8 +250,8 @@ def test_gradients_through_training_are_refused() -> None:
         ops.local_train(**{**arguments(), "user": torch.ones(2, 4, requires_grad=True)})
 
 
-def test_no_clients() -> None:
-    changed = ops.local_train(**{**arguments(), "clients": torch.empty(0, dtype=torch.int64)})
+def test_no_clients(device: torch.device) -> None:
+    changed = train(device, **{**arguments(), "clients": torch.empty(0, dtype=torch.int64)})
     assert changed.user.shape == (0, 4)
     assert changed.codebooks is not None
     assert changed.codebooks.shape == (0, 2, 7, 4)

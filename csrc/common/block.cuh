@@ -1,0 +1,76 @@
+// What the threads of a whole block do together. All of them call, and get the same answer; sums
+// are in an order that depends on the block's size alone.
+#pragma once
+
+#include "common/device.cuh"
+
+namespace fedpeft::gpu {
+
+// Sum over the threads. `shared` has a value a warp.
+template <typename X>
+FEDPEFT_DEVICE X block_sum(X x, X* shared) {
+  for (int bits = kWarp / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(kFullMask, x, bits);
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  X sum = 0;
+  for (int w = 0; w < int(blockDim.x) / kWarp; ++w) sum += shared[w];
+  __syncthreads();
+  return sum;
+}
+
+// Whether any thread says so. `shared` has a value a warp.
+FEDPEFT_DEVICE bool block_any(bool mine, int* shared) {
+  const unsigned votes = __ballot_sync(kFullMask, mine);
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = votes != 0;
+  __syncthreads();
+  bool any = false;
+  for (int w = 0; w < int(blockDim.x) / kWarp; ++w) any |= shared[w] != 0;
+  __syncthreads();
+  return any;
+}
+
+// How many threads before the calling one say so, and in `all` how many altogether. `shared` has a
+// value a warp.
+FEDPEFT_DEVICE int block_rank(bool mine, int* shared, int* all) {
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  const unsigned votes = __ballot_sync(kFullMask, mine);
+  if (lane == 0) shared[warp] = __popc(votes);
+  __syncthreads();
+  int before = __popc(votes & ((1u << lane) - 1)), sum = 0;
+  for (int w = 0; w < int(blockDim.x) / kWarp; ++w) {
+    if (w < warp) before += shared[w];
+    sum += shared[w];
+  }
+  __syncthreads();
+  *all = sum;
+  return before;
+}
+
+// store(column, sum over i in [0, count) of term(i, column)) for each column in [0, width), a
+// thread a column. A group of lanes takes every so many-th i, and the groups' sums, in `partial`
+// (column_sums_scratch values), are added in order. Starts after a barrier of the caller, ends with
+// one.
+__host__ __device__ inline int64_t column_sums_scratch(int64_t width, int threads) {
+  return width * (threads / lanes_for(width));
+}
+template <typename A, typename Term, typename Store>
+FEDPEFT_DEVICE void column_sums(int width, int count, A* partial, const Term& term,
+                                const Store& store) {
+  const int lanes = lanes_for(width), groups = int(blockDim.x) / lanes;
+  const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
+  for (int column = lane; column < width; column += lanes) {
+    A sum = 0;
+    for (int i = group; i < count; i += groups) sum += term(i, column);
+    partial[group * width + column] = sum;
+  }
+  __syncthreads();
+  const int used = count < groups ? count : groups;
+  for (int column = int(threadIdx.x); column < width; column += int(blockDim.x)) {
+    A sum = 0;
+    for (int g = 0; g < used; ++g) sum += partial[g * width + column];
+    store(column, sum);
+  }
+  __syncthreads();
+}
+
+}  // namespace fedpeft::gpu
