@@ -343,6 +343,64 @@ def _encode(s: Sizes, draw: Draw) -> Case:
     )
 
 
+def _train(s: Sizes, draw: Draw, kind: str) -> Case:
+    from fedpeft_ext import reference
+
+    count, steps = max(s.C // 4, 2), 2  # clients, each of met items; epochs
+    met = min(s.P, s.I // 4)
+    stretch = s.I // met
+    positives = (
+        draw.integers(stretch, count, met) + stretch * torch.arange(met, device=draw.device)
+    ).flatten()
+    indptr, clients = (
+        torch.arange(count + 1, device=draw.device) * met,
+        torch.arange(count, device=draw.device),
+    )
+    half = draw.dtype in (torch.float16, torch.bfloat16)  # which it does not train in
+    numbers = Draw(draw.device, torch.float32) if half else draw
+    user, base = numbers.floats(count, s.D), numbers.floats(s.I, s.D)
+    trained: dict[str, Tensor] = {}
+    codes = hashes = None
+    if kind == "LoRA":
+        trained = {"A": numbers.floats(s.I, s.r), "B": numbers.floats(s.D, s.r)}
+    elif kind == "RQ":
+        trained = {"codebooks": numbers.floats(s.L, s.K, s.D)}
+        codes = numbers.integers(s.K, s.I, s.L).to(torch.uint8)
+    else:
+        trained = {"buckets": numbers.floats(s.M, s.D)}
+        hashes = reference.make_hashes(s.H, seed=0).to(draw.device)
+
+    def call(o: Any) -> tuple[Tensor, ...]:
+        parts = o.ItemParts(base=base, codes=codes, hashes=hashes, **trained)
+        updates = o.local_train(
+            *(clients, indptr, positives, positives, s.I, user, parts),
+            epochs=steps,
+            optimizer="sgd",
+            lr=0.1,
+            seed=1,
+            round=2,
+        )
+        # Without the rows of A, whose order is the op's own.
+        return tuple(getattr(updates, name) for name in ("user", "losses", *trained) if name != "A")
+
+    def read(table: Tensor) -> int:
+        # Positives and negatives, nearly all of them different rows.
+        return min(count * met * (1 + steps), s.I) * table.size(1) * table.element_size()
+
+    whole = [t for name, t in trained.items() if name != "A"]
+    moved = 2 * size(positives, user) + read(base) + sum(size(t) * (1 + count) for t in whole)
+    if "A" in trained:
+        moved += read(trained["A"]) + count * met * (1 + steps) * (8 + s.r * user.element_size())
+    return Case(
+        call,
+        (user, base, *trained.values()),
+        moved + (0 if codes is None else read(codes)),
+        compiles=False,  # its twin loops over the clients
+        capturable="it waits for the device to know its clients' sizes, and for errors",
+        tolerance=1e-3,
+    )
+
+
 CASES: dict[str, Callable[[Sizes, Draw], Case]] = {
     "rq_lookup": lambda s, d: _rq(s, d, False),
     "rq_lookup, shared": lambda s, d: _rq(s, d, True),
@@ -364,4 +422,7 @@ CASES: dict[str, Callable[[Sizes, Draw], Case]] = {
     "accumulate_updates_": lambda s, d: _accumulate(s, d, False),
     "accumulate_updates_, rows": lambda s, d: _accumulate(s, d, True),
     "rq_encode": _encode,
+    "local_train, LoRA": lambda s, d: _train(s, d, "LoRA"),
+    "local_train, RQ": lambda s, d: _train(s, d, "RQ"),
+    "local_train, hash": lambda s, d: _train(s, d, "hash"),
 }

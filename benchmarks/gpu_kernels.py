@@ -212,6 +212,24 @@ def large(device: torch.device, names: list[str], emulated: bool) -> dict[str, A
     items[last] = torch.arange(100, dtype=torch.int32, device=device)
     small = torch.randn(100, D, device=device).half()
     require(torch.equal(ops.client_embedding(items, small)[last], small), "client_embedding, output")
+    del items
+    # A step of SGD on items whose vectors lie there; nearly all negatives have vectors of zero.
+    base = torch.zeros(rows, D, device=device)
+    base[last] = torch.randn(100, D, device=device)
+    client, indptr = last.new_zeros(1), torch.tensor([0, 100], device=device)
+    user = torch.randn(1, D, device=device)
+    trained = ops.local_train(
+        *(client, indptr, last, last, rows, user, ops.ItemParts(base=base)),
+        epochs=1,
+        optimizer="sgd",
+        lr=1.0,
+        seed=1,
+        round=2,
+    )
+    negatives = ops.sample_negatives(last[None], client, indptr, last, rows, 1, seed=1, round=2)[0, 0]
+    difference = base[last] - base[negatives]
+    expected = user[0] + (torch.sigmoid(-(difference @ user[0]))[:, None] * difference).mean(0)
+    require(torch.allclose(trained.user[0], expected, atol=1e-4), "local_train, base")
     return {"elements": rows * D}
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+import fedpeft_ext.ops  # noqa: F401  (registers the ops whose names are asked for below)
+
 try:
     from fedpeft_ext import _emulator  # type: ignore[attr-defined]
 except ImportError:
@@ -80,6 +82,19 @@ def emulated_kernels() -> Iterator[None]:
         yield
     finally:
         library._destroy()
+
+
+class Launches:
+    """Kernels launched in a block; a call's, which runs in two orders, count once."""
+
+    count: float = 0
+
+
+@contextlib.contextmanager
+def kernel_launches() -> Iterator[Launches]:
+    launched, before = Launches(), _emulator.launches()
+    yield launched
+    launched.count = (_emulator.launches() - before) / 2
 
 
 @contextlib.contextmanager

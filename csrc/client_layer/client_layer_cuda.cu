@@ -51,40 +51,46 @@ FEDPEFT_DEVICE acc_t<T> before(const ClientLayerArgs& a, int64_t n, int64_t o) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 4) backward_x(ClientLayerArgs a, int64_t total) {
+FEDPEFT_DEVICE void backward_x(const ClientLayerArgs& a, int64_t e) {
   using A = acc_t<T>;
-  for (int64_t e = int64_t(blockIdx.x) * kThreads + threadIdx.x; e < total;
-       e += int64_t(gridDim.x) * kThreads) {
-    const int64_t n = divide(e, a.in), i = e - n * a.in, c = divide(n, a.positions);
-    const T* weight = static_cast<const T*>(a.weight) + c * a.out_width * a.in + i;
-    A sum = 0;
-    if (a.items[n] >= 0) {
-      for (int64_t o = 0; o < a.out_width; ++o)
-        sum += before<T>(a, n, o) * to_acc(weight[o * a.in]);
-    }
-    static_cast<T*>(a.grad_x)[e] = from_acc<T>(sum);
+  const int64_t n = divide(e, a.in), i = e - n * a.in, c = divide(n, a.positions);
+  const T* weight = static_cast<const T*>(a.weight) + c * a.out_width * a.in + i;
+  A sum = 0;
+  if (a.items[n] >= 0) {
+    for (int64_t o = 0; o < a.out_width; ++o) sum += before<T>(a, n, o) * to_acc(weight[o * a.in]);
   }
+  static_cast<T*>(a.grad_x)[e] = from_acc<T>(sum);
 }
 
 // Weights and, as one more column, the bias.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 4) backward_weight(ClientLayerArgs a, int64_t total) {
+FEDPEFT_DEVICE void backward_weight(const ClientLayerArgs& a, int64_t e) {
   using A = acc_t<T>;
-  const int64_t columns = a.in + 1;
-  for (int64_t e = int64_t(blockIdx.x) * kThreads + threadIdx.x; e < total;
+  const int64_t columns = a.in + 1, row = divide(e, columns), i = e - row * columns;
+  const int64_t c = divide(row, a.out_width), o = row - c * a.out_width;
+  A sum = 0;
+  for (int64_t n = c * a.positions; n < (c + 1) * a.positions; ++n) {
+    if (a.items[n] < 0) continue;
+    const A g = before<T>(a, n, o);
+    sum += i < a.in ? g * to_acc(static_cast<const T*>(a.x)[n * a.in + i]) : g;
+  }
+  if (i < a.in) {
+    static_cast<T*>(a.grad_weight)[row * a.in + i] = from_acc<T>(sum);
+  } else {
+    static_cast<T*>(a.grad_bias)[row] = from_acc<T>(sum);
+  }
+}
+
+// `weights` elements of the weights' gradients, which are the longest sums, then `inputs` of x's.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 4)
+    backward(ClientLayerArgs a, int64_t weights, int64_t inputs) {
+  for (int64_t e = int64_t(blockIdx.x) * kThreads + threadIdx.x; e < weights + inputs;
        e += int64_t(gridDim.x) * kThreads) {
-    const int64_t row = divide(e, columns), i = e - row * columns;
-    const int64_t c = divide(row, a.out_width), o = row - c * a.out_width;
-    A sum = 0;
-    for (int64_t n = c * a.positions; n < (c + 1) * a.positions; ++n) {
-      if (a.items[n] < 0) continue;
-      const A g = before<T>(a, n, o);
-      sum += i < a.in ? g * to_acc(static_cast<const T*>(a.x)[n * a.in + i]) : g;
-    }
-    if (i < a.in) {
-      static_cast<T*>(a.grad_weight)[row * a.in + i] = from_acc<T>(sum);
+    if (e < weights) {
+      backward_weight<T>(a, e);
     } else {
-      static_cast<T*>(a.grad_bias)[row] = from_acc<T>(sum);
+      backward_x<T>(a, e - weights);
     }
   }
 }
@@ -105,8 +111,7 @@ void client_layer_backward(const ClientLayerArgs& a, DType dtype, int64_t client
   const int64_t weights = clients * a.out_width * (a.in + 1);
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch(backward_x<T>, grid_of(inputs), kThreads, 0, stream, a, inputs);
-    launch(backward_weight<T>, grid_of(weights), kThreads, 0, stream, a, weights);
+    launch(backward<T>, grid_of(weights + inputs), kThreads, 0, stream, a, weights, inputs);
   });
 }
 

@@ -40,6 +40,8 @@ constexpr int64_t kMaxGrid = 0x7fffffff;  // grid.x; kernels loop where there is
 constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 
+// Blocks for one of two kinds of work that share a launch.
+inline int64_t grid_half(int64_t work) { return work < kMaxGrid / 2 ? work : kMaxGrid / 2; }
 inline unsigned grid_for(int64_t work) { return unsigned(work < kMaxGrid ? work : kMaxGrid); }
 
 #if defined(__CUDACC__)

@@ -95,21 +95,26 @@ FEDPEFT_DEVICE void scatter_lists_team(const Source& source, T* out, const Scatt
   }
 }
 
-// A task is a client and a range of its rows.
-template <typename Source, typename T, int V>
-__global__ void __launch_bounds__(256, 2) scatter_lists(Source source, T* out, ScatterPlan plan) {
-  FEDPEFT_DYNAMIC_SHARED(shared);
+// A task is a client and a range of its rows; block `block` of `blocks` takes its share of them.
+template <typename T, int V, typename Source>
+FEDPEFT_DEVICE void scatter_lists_tasks(const Source& source, T* out, const ScatterPlan& plan,
+                                        unsigned char* shared, int64_t block, int64_t blocks) {
   const int teams = int(blockDim.x) / plan.team, team = int(threadIdx.x) / plan.team;
   int* head = reinterpret_cast<int*>(shared + plan.shared_bytes / teams * team);
   const int64_t tasks = plan.clients * plan.splits;
-  for (int64_t first = int64_t(blockIdx.x) * teams; first < tasks;
-       first += int64_t(gridDim.x) * teams) {
+  for (int64_t first = block * teams; first < tasks; first += blocks * teams) {
     if (first + team < tasks) {
       scatter_lists_team<Source, T, V>(source, out, plan, first + team,
                                        int(threadIdx.x) % plan.team, head);
     }
     team_sync(plan.team);
   }
+}
+
+template <typename Source, typename T, int V>
+__global__ void __launch_bounds__(256, 2) scatter_lists(Source source, T* out, ScatterPlan plan) {
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  scatter_lists_tasks<T, V>(source, out, plan, shared, blockIdx.x, gridDim.x);
 }
 
 template <typename Source>
@@ -208,10 +213,8 @@ void launch_scatter(const Source& source, const ScatterPlan& plan, const SortedE
   if (plan.width == 0) return;
   T* to = static_cast<T*>(out);
   if (!plan.sorted) {
-    const int teams = plan.block / plan.team;
-    const int64_t grid = (plan.clients * plan.splits + teams - 1) / teams;
-    launch(scatter_lists<Source, T, V>, grid, unsigned(plan.block), plan.shared_bytes, stream,
-           source, to, plan);
+    launch(scatter_lists<Source, T, V>, plan.list_blocks(), unsigned(plan.block), plan.shared_bytes,
+           stream, source, to, plan);
     return;
   }
   const int groups = 256 / lanes_for(plan.width / V);

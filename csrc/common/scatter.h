@@ -33,6 +33,7 @@ struct ScatterPlan : ScatterShape {
   int team;  // threads that share the lists of a client: a warp or the block
   int block;
   int64_t shared_bytes;  // of a block
+  int64_t list_blocks() const { return (clients * splits * team + block - 1) / block; }
   // sorted
   bool wide_keys;  // int64, else int32
   FEDPEFT_HD int64_t entries() const { return clients * positions * slots; }

@@ -25,6 +25,7 @@ constexpr unsigned kWarp = 32;
 
 std::atomic<bool> backwards{false};
 std::atomic<size_t> limit{99 << 10};
+std::atomic<uint64_t> launched{0};
 
 enum class State { runnable, at_barrier, in_warp, done };
 
@@ -332,6 +333,7 @@ class Workers {
 void set_backwards(bool on) { backwards = on; }
 void set_shared_limit(size_t bytes) { limit = bytes; }
 size_t shared_limit() { return limit; }
+uint64_t launches() { return launched; }
 
 void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
@@ -342,6 +344,7 @@ void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body
   }
   if (shared > limit)
     throw Fault("launch asks for " + std::to_string(shared) + " bytes of shared memory");
+  ++launched;
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   std::atomic<uint64_t> next{0};
   std::mutex mutex;

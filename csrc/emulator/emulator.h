@@ -38,6 +38,7 @@ struct Fault : std::runtime_error {
 void set_backwards(bool backwards);   // run the lanes and warps of a block from last to first
 void set_shared_limit(size_t bytes);  // of a block, as a device would have it
 size_t shared_limit();
+uint64_t launches();  // of kernels, since the start of the process
 
 // Runs body once for every thread of every block; throws what the first failing thread threw, or a
 // Fault.

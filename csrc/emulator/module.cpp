@@ -24,6 +24,7 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("set_shared_limit", &set_shared_limit, pybind11::arg("bytes"),
         "Shared memory that a block may have, in bytes.");
   m.def("shared_limit", &shared_limit, "Shared memory that a block may have, in bytes.");
+  m.def("launches", &launches, "Kernels launched since the start of the process.");
   m.def("fault_names", &fault_names, "Kernels with a planted fault.");
   m.def("run_fault", &run_fault, pybind11::arg("name"), pybind11::arg("planted"),
         "Runs such a kernel with its fault or without and returns its output.");

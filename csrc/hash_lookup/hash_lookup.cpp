@@ -151,14 +151,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
 
   std::vector<int64_t> shape{a.M, a.D};
   if (per_client) shape.insert(shape.begin(), clients);
-  Tensor grad_table, grad_senet;
+  const auto none = [&] { return torch::stable::new_empty(table, {0}); };
+  Tensor grad_table, grad_w1 = none(), grad_b1 = none(), grad_w2 = none(), grad_b2 = none();
   run_on(
       table,
       [&](auto) {
         const HashLookupKernels& kernels = select_hash_lookup_kernels();
         grad_table = per_client ? torch::stable::new_empty(table, shape, accumulator)
                                 : torch::stable::new_zeros(table, shape, accumulator);
-        grad_senet =
+        Tensor grad_senet =
             torch::stable::new_zeros(table, {senet ? clients : 0, a.senet_size()}, accumulator);
         a.grad_table = grad_table.mutable_data_ptr();
         a.grad_senet = grad_senet.mutable_data_ptr();
@@ -204,26 +205,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
         }
         raise_bad_index(in.bad_item, a.items, a.num_items, "items");
         grad_table = as_dtype(grad_table, wanted);
+
+        // The packed gradient of the SENet, cut into its four tensors, which share no storage.
+        int64_t offset = 0;
+        const auto cut = [&](const Tensor& like) {
+          const int64_t size = like.numel() / std::max<int64_t>(clients, 1);
+          Tensor part = torch::stable::clone(torch::stable::narrow(grad_senet, 1, offset, size));
+          offset += size;
+          std::vector<int64_t> sizes;
+          for (int64_t d = 0; d < like.dim(); ++d) sizes.push_back(like.size(d));
+          return as_dtype(torch::stable::reshape(part, sizes), wanted);
+        };
+        if (senet) {
+          grad_w1 = cut(*in.w1);
+          grad_b1 = cut(*in.b1);
+          grad_w2 = cut(*in.w2);
+          grad_b2 = cut(*in.b2);
+        }
       },
       [&](auto stream) {
+        grad_table = torch::stable::new_empty(table, shape);
         Tensor coefficients =
             torch::stable::new_empty(table, {senet ? clients * positions : 0, a.H, 2}, accumulator);
-        grad_senet = torch::stable::new_empty(table, {senet ? clients : 0, a.senet_size()});
         if (senet) {
           a.coefficients = coefficients.mutable_data_ptr();
           Tensor activations = torch::stable::new_empty(
               table, {clients * positions, gpu::hash_activations(a)}, accumulator);
+          const gpu::PositionSum sum = gpu::hash_lookup_shape_senet(a, clients);
+          grad_w1 = torch::stable::empty_like(*in.w1);
+          grad_b1 = torch::stable::empty_like(*in.b1);
+          grad_w2 = torch::stable::empty_like(*in.w2);
+          grad_b2 = torch::stable::empty_like(*in.b2);
+          const gpu::SENetGradients weights{grad_w1.mutable_data_ptr(), grad_b1.mutable_data_ptr(),
+                                            grad_w2.mutable_data_ptr(), grad_b2.mutable_data_ptr()};
+          if (gpu::hash_lookup_backward_whole(a, dtype, sum, activations.mutable_data_ptr(),
+                                              grad_table.mutable_data_ptr(), weights, stream))
+            return;
           Tensor scratch = torch::stable::new_empty(table, {gpu::hash_lookup_scratch(a, dtype)},
                                                     ScalarType::Byte);
           gpu::hash_lookup_activations(a, dtype, clients, scratch.mutable_data_ptr(),
                                        activations.mutable_data_ptr(), stream);
-          const gpu::PositionSum sum = gpu::hash_lookup_shape_senet(a, clients);
           Tensor partial = torch::stable::new_empty(table, {sum.partial_size()}, accumulator);
           gpu::hash_lookup_backward_senet(a, dtype, sum, activations.const_data_ptr(),
-                                          partial.mutable_data_ptr(), grad_senet.mutable_data_ptr(),
-                                          stream);
+                                          partial.mutable_data_ptr(), weights, stream);
         }
-        grad_table = torch::stable::new_empty(table, shape);
         scatter(
             gpu::plan_scatter(gpu::hash_lookup_shape(a, clients)), grad_table, accumulator,
             [&](const gpu::ScatterPlan& plan, void* keys) {
@@ -234,21 +259,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
                                         stream);
             });
       });
-
-  // The packed gradient of the SENet, cut into its four tensors.
-  int64_t offset = 0;
-  const auto cut = [&](const std::optional<Tensor>& like) {
-    if (!like.has_value()) return torch::stable::new_empty(table, {0});
-    const int64_t size = like->numel() / std::max<int64_t>(clients, 1);
-    Tensor part = grad_senet;
-    part = torch::stable::clone(
-        torch::stable::narrow(part, 1, offset, size));  // outputs share no storage
-    offset += size;
-    std::vector<int64_t> sizes;
-    for (int64_t d = 0; d < like->dim(); ++d) sizes.push_back(like->size(d));
-    return as_dtype(torch::stable::reshape(part, sizes), wanted);
-  };
-  Tensor grad_w1 = cut(in.w1), grad_b1 = cut(in.b1), grad_w2 = cut(in.w2), grad_b2 = cut(in.b2);
   return {grad_table, grad_w1, grad_b1, grad_w2, grad_b2};
 }
 

@@ -258,68 +258,73 @@ __global__ void __launch_bounds__(kThreads, Gated ? 2 : 4)
   }
 }
 
-// Activations of a position: squeezed [H], gradient before the sigmoid [H], hidden [S], gradient
-// before the ReLU [S].
+// Activations of position n for its gradients: squeezed [H], gradient before the sigmoid [H],
+// hidden [S], gradient before the ReLU [S]. The lanes of a warp call together.
+template <typename T, int V>
+FEDPEFT_DEVICE void activate_position(const HashLookupArgs& a, SENet<T>& net,
+                                      const Modulus& modulus, const T* rows, int64_t n, bool active,
+                                      int lane, int lanes, acc_t<T>* activations) {
+  using A = acc_t<T>;
+  const int64_t H = a.H, S = a.S, item = active ? item_at(a, n) : -1;
+  net.template gates<V>(a, modulus, rows, item, item >= 0, lane, lanes);
+  A* to = activations + n * (2 * H + 2 * S);
+  A* coefficients = static_cast<A*>(a.coefficients) + n * 2 * H;
+  const T* grad = static_cast<const T*>(a.grad) + n * a.D;
+  for (int64_t h = 0; h < H; ++h) {
+    A product = 0;
+    if (item >= 0) {
+      for (int64_t column = lane * V; column < a.D; column += lanes * V) {
+        Sum<A, V> row, g;
+        row.set(rows + net.bucket[h] * a.D + column);
+        g.set(grad + column);
+#pragma unroll
+        for (int i = 0; i < V; ++i) product += row.at[i] * g.at[i];
+      }
+    }
+    product = group_sum(product, lanes);
+    if (item >= 0 && lane == 0) {
+      coefficients[2 * h] = net.gate[h];
+      to[h] = net.squeezed[h];
+      to[H + h] = product * net.gate[h] * (A(1) - net.gate[h]);
+    }
+  }
+  __syncwarp();
+  if (item >= 0) {
+    for (int64_t s = lane; s < S; s += lanes) {
+      A g = 0;
+      if (net.hidden[s] > A(0)) {
+        for (int64_t h = 0; h < H; ++h) g += to[H + h] * to_acc(net.w2[h * S + s]);
+      }
+      to[2 * H + s] = net.hidden[s];
+      to[2 * H + S + s] = g;
+    }
+  }
+  __syncwarp();
+  if (item >= 0) {
+    for (int64_t h = lane; h < H; h += lanes) {
+      A g = 0;
+      for (int64_t s = 0; s < S; ++s) g += to[2 * H + S + s] * to_acc(net.w1[s * H + h]);
+      coefficients[2 * h + 1] = g / A(a.D);
+    }
+  }
+  __syncwarp();
+}
+
 template <typename T, int V, Scratch Where>
 __global__ void __launch_bounds__(kThreads, 2)
     activate(HashLookupArgs a, int64_t total, Modulus modulus, int lanes, unsigned char* memory,
              acc_t<T>* activations) {
-  using A = acc_t<T>;
   FEDPEFT_DYNAMIC_SHARED(shared);
   const int groups = int(blockDim.x) / lanes;
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
-  const int64_t H = a.H, S = a.S, table = a.per_client ? a.M * a.D : 0;
+  const int64_t table = a.per_client ? a.M * a.D : 0;
   for (int64_t first = int64_t(blockIdx.x) * groups; first < total;
        first += int64_t(gridDim.x) * groups) {
-    const int64_t n = first + group;
-    const bool active = n < total;
-    const int64_t client = active ? divide(n, a.positions) : 0;
-    const int64_t item = active ? item_at(a, n) : -1;
-    const T* rows = static_cast<const T*>(a.table) + client * table;
-    SENet<T> net(a, scratch_of<Where>(shared, memory, group, groups, SENet<T>::bytes(H, S)));
+    const int64_t n = first + group, client = n < total ? divide(n, a.positions) : 0;
+    SENet<T> net(a, scratch_of<Where>(shared, memory, group, groups, SENet<T>::bytes(a.H, a.S)));
     net.select(a, client);
-    net.template gates<V>(a, modulus, rows, item, item >= 0, lane, lanes);
-    A* to = activations + n * (2 * H + 2 * S);
-    A* coefficients = static_cast<A*>(a.coefficients) + n * 2 * H;
-    const T* grad = static_cast<const T*>(a.grad) + n * a.D;
-    for (int64_t h = 0; h < H; ++h) {
-      A product = 0;
-      if (item >= 0) {
-        for (int64_t column = lane * V; column < a.D; column += lanes * V) {
-          Sum<A, V> row, g;
-          row.set(rows + net.bucket[h] * a.D + column);
-          g.set(grad + column);
-#pragma unroll
-          for (int i = 0; i < V; ++i) product += row.at[i] * g.at[i];
-        }
-      }
-      product = group_sum(product, lanes);
-      if (item >= 0 && lane == 0) {
-        coefficients[2 * h] = net.gate[h];
-        to[h] = net.squeezed[h];
-        to[H + h] = product * net.gate[h] * (A(1) - net.gate[h]);
-      }
-    }
-    __syncwarp();
-    if (item >= 0) {
-      for (int64_t s = lane; s < S; s += lanes) {
-        A g = 0;
-        if (net.hidden[s] > A(0)) {
-          for (int64_t h = 0; h < H; ++h) g += to[H + h] * to_acc(net.w2[h * S + s]);
-        }
-        to[2 * H + s] = net.hidden[s];
-        to[2 * H + S + s] = g;
-      }
-    }
-    __syncwarp();
-    if (item >= 0) {
-      for (int64_t h = lane; h < H; h += lanes) {
-        A g = 0;
-        for (int64_t s = 0; s < S; ++s) g += to[2 * H + S + s] * to_acc(net.w1[s * H + h]);
-        coefficients[2 * h + 1] = g / A(a.D);
-      }
-    }
-    __syncwarp();
+    activate_position<T, V>(a, net, modulus, static_cast<const T*>(a.table) + client * table, n,
+                            n < total, lane, lanes, activations);
   }
 }
 
@@ -374,6 +379,56 @@ struct SourceSENet {
     }
   }
 };
+
+template <typename T>
+struct SENetOutputs {
+  T *w1, *b1, *w2, *b2;
+  int64_t S, H;
+
+  SENetOutputs(const HashLookupArgs& a, const SENetGradients& out)
+      : w1(static_cast<T*>(out.w1)),
+        b1(static_cast<T*>(out.b1)),
+        w2(static_cast<T*>(out.w2)),
+        b2(static_cast<T*>(out.b2)),
+        S(a.S),
+        H(a.H) {}
+  FEDPEFT_DEVICE T* operator()(int64_t client, int64_t output) const {
+    int64_t i = output;
+    if (i < S * H) return w1 + client * S * H + i;
+    if ((i -= S * H) < S) return b1 + client * S + i;
+    if ((i -= S) < H * S) return w2 + client * H * S + i;
+    return b2 + client * H + (i - H * S);
+  }
+};
+
+// All gradients of a client by one block: its positions' activations, then the table's rows and the
+// weights of the SENet.
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads, 2)
+    backward_gated(HashLookupArgs a, int64_t clients, Modulus modulus, int lanes,
+                   acc_t<T>* activations, ScatterPlan plan, T* out, PositionSum shape,
+                   SENetOutputs<T> weights) {
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  const int groups = kThreads / lanes;
+  const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
+  for (int64_t client = blockIdx.x; client < clients; client += gridDim.x) {
+    SENet<T> net(a, shared + group * SENet<T>::bytes(a.H, a.S));
+    net.select(a, client);
+    const T* rows = static_cast<const T*>(a.table) + client * a.M * a.D;
+    for (int64_t first = 0; first < a.positions; first += groups) {
+      activate_position<T, V>(a, net, modulus, rows, client * a.positions + first + group,
+                              first + group < a.positions, lane, lanes, activations);
+    }
+    __syncthreads();
+    scatter_lists_team<Source<T, true>, T, V>(Source<T, true>{a, modulus}, out, plan, client,
+                                              int(threadIdx.x), reinterpret_cast<int*>(shared));
+    for (int64_t chunk = 0; chunk < position_sum_chunks<1>(shape, kThreads); ++chunk) {
+      sum_positions_task<T, 1>(SourceSENet<T>{a, activations}, weights, shape,
+                               static_cast<acc_t<T>*>(nullptr), client, 0, chunk);
+    }
+    __syncthreads();
+  }
+}
 
 // How the groups of a gated kernel are cut and where their scratch is.
 struct GatedPlan {
@@ -530,12 +585,48 @@ PositionSum hash_lookup_shape_senet(const HashLookupArgs& a, int64_t clients) {
 }
 
 void hash_lookup_backward_senet(const HashLookupArgs& a, DType dtype, const PositionSum& shape,
-                                const void* activations, void* partial, void* out, Stream stream) {
+                                const void* activations, void* partial, const SENetGradients& out,
+                                Stream stream) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     launch_position_sum<T, 1>(SourceSENet<T>{a, static_cast<const acc_t<T>*>(activations)}, shape,
-                              static_cast<T*>(out), partial, stream);
+                              SENetOutputs<T>(a, out), partial, stream);
   });
+}
+
+bool hash_lookup_backward_whole(const HashLookupArgs& a, DType dtype, const PositionSum& shape,
+                                void* activations, void* out, const SENetGradients& weights,
+                                Stream stream) {
+  // More rows and entries than these are done faster by several blocks, and sooner where few
+  // clients leave most of the device idle.
+  const int64_t most = shape.clients < limits().multiprocessors ? 512 : 4096;
+  if (shape.blocks() > 1 || a.positions * a.H > most || a.M > most) return false;
+  // One range of rows, which the whole block takes.
+  ScatterPlan plan{};
+  static_cast<ScatterShape&>(plan) = hash_lookup_shape(a, shape.clients);
+  plan.rows_per_split = a.M;
+  plan.splits = 1;
+  plan.team = plan.block = kThreads;
+  bool done = false;
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    with_width<T>(
+        a.D,
+        [&](auto width) {
+          constexpr int V = decltype(width)::value;
+          const int lanes = lanes_for(a.D / V);
+          const int64_t scratch = kThreads / lanes * SENet<T>::bytes(a.H, a.S);
+          const int64_t lists = (a.M + a.positions * a.H) * int64_t(sizeof(int));
+          plan.shared_bytes = scratch > lists ? scratch : lists;
+          if (plan.shared_bytes > limits().shared_bytes) return;
+          launch(backward_gated<T, V>, shape.clients, kThreads, plan.shared_bytes, stream, a,
+                 shape.clients, Modulus(a.M), lanes, static_cast<acc_t<T>*>(activations), plan,
+                 static_cast<T*>(out), shape, SENetOutputs<T>(a, weights));
+          done = true;
+        },
+        a.table, a.grad, out);
+  });
+  return done;
 }
 
 }  // namespace fedpeft::gpu

@@ -22,14 +22,27 @@ inline int64_t hash_activations(const HashLookupArgs& a) { return 2 * a.H + 2 * 
 void hash_lookup_activations(const HashLookupArgs& a, DType dtype, int64_t clients, void* scratch,
                              void* activations, Stream stream);
 
-// Gradient of the table: a scatter of H slots. Gradient of the SENet, [C, senet_size] in the order
-// w1, b1, w2, b2: a sum over positions. Outputs have the dtype of the table.
+// Where the gradients of the SENet go, of the dtype of the table.
+struct SENetGradients {
+  void *w1, *b1, *w2, *b2;
+};
+
+// With SENet, everything in one launch, a block a client, for tables of clients' own (or a shared
+// one as that of one client) whose lists are short. False where that does not fit: nothing was
+// launched.
+bool hash_lookup_backward_whole(const HashLookupArgs& a, DType dtype, const PositionSum& shape,
+                                void* activations, void* out, const SENetGradients& weights,
+                                Stream stream);
+
+// Gradient of the table: a scatter of H slots. Gradient of the SENet: a sum over positions. Outputs
+// have the dtype of the table.
 ScatterShape hash_lookup_shape(const HashLookupArgs& a, int64_t clients);
 void hash_lookup_keys(const HashLookupArgs& a, const ScatterPlan& plan, void* keys, Stream stream);
 void hash_lookup_backward(const HashLookupArgs& a, DType dtype, const ScatterPlan& plan,
                           const SortedEntries& sorted, void* out, Stream stream);
 PositionSum hash_lookup_shape_senet(const HashLookupArgs& a, int64_t clients);
 void hash_lookup_backward_senet(const HashLookupArgs& a, DType dtype, const PositionSum& shape,
-                                const void* activations, void* partial, void* out, Stream stream);
+                                const void* activations, void* partial, const SENetGradients& out,
+                                Stream stream);
 
 }  // namespace fedpeft::gpu

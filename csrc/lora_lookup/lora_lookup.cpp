@@ -162,8 +162,17 @@ std::tuple<Tensor, Tensor> lora_lookup_backward(const Tensor& grad, const Tensor
       },
       [&](auto stream) {
         grad_A = torch::stable::new_empty(A, shape_A);
+        grad_B = torch::stable::new_empty(B, shape_B);
+        const gpu::ScatterPlan lists =
+            gpu::plan_scatter(gpu::lora_lookup_shape_A(a, layout.clients));
+        const gpu::PositionSum sum = gpu::lora_lookup_shape_B(a, layout.clients);
+        if (!lists.sorted && sum.blocks() == 1) {
+          gpu::lora_lookup_backward(a, dtype, lists, sum, grad_A.mutable_data_ptr(),
+                                    grad_B.mutable_data_ptr(), stream);
+          return;
+        }
         scatter(
-            gpu::plan_scatter(gpu::lora_lookup_shape_A(a, layout.clients)), grad_A, accumulator,
+            lists, grad_A, accumulator,
             [&](const gpu::ScatterPlan& plan, void* keys) {
               gpu::lora_lookup_keys(a, plan, keys, stream);
             },
@@ -171,8 +180,6 @@ std::tuple<Tensor, Tensor> lora_lookup_backward(const Tensor& grad, const Tensor
               gpu::lora_lookup_backward_A(a, dtype, plan, sorted, grad_A.mutable_data_ptr(),
                                           stream);
             });
-        grad_B = torch::stable::new_empty(B, shape_B);
-        const gpu::PositionSum sum = gpu::lora_lookup_shape_B(a, layout.clients);
         Tensor partial = torch::stable::new_empty(B, {sum.partial_size()}, accumulator);
         gpu::lora_lookup_backward_B(a, dtype, sum, partial.mutable_data_ptr(),
                                     grad_B.mutable_data_ptr(), stream);

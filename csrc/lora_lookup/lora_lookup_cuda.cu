@@ -105,6 +105,21 @@ struct SourceB {
   }
 };
 
+// Both gradients in one launch: the first `lists` blocks take A's, the others B's.
+template <typename T, int V>
+__global__ void __launch_bounds__(256, 2)
+    backward(LoraLookupArgs a, ScatterPlan plan, PositionSum shape, T* out_A, T* out_B,
+             int64_t lists) {
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  if (blockIdx.x < lists) {
+    scatter_lists_tasks<T, V>(SourceA<T>{a}, out_A, plan, shared, blockIdx.x, lists);
+  } else {
+    sum_positions_tasks<T, V>(SourceB<T>{a}, OneArray<T>{out_B, shape.outputs}, shape,
+                              static_cast<acc_t<T>*>(nullptr), blockIdx.x - lists,
+                              gridDim.x - lists);
+  }
+}
+
 }  // namespace
 
 void lora_lookup(const LoraLookupArgs& a, DType dtype, int64_t clients, Stream stream) {
@@ -156,6 +171,23 @@ void lora_lookup_backward_A(const LoraLookupArgs& a, DType dtype, const ScatterP
   });
 }
 
+void lora_lookup_backward(const LoraLookupArgs& a, DType dtype, const ScatterPlan& plan,
+                          const PositionSum& shape, void* out_A, void* out_B, Stream stream) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    with_width<T>(
+        a.rank,
+        [&](auto width) {
+          constexpr int V = decltype(width)::value;
+          const int64_t lists = grid_half(plan.list_blocks());
+          const int64_t sums = grid_half(position_sum_tasks<V>(shape, plan.block));
+          launch(backward<T, V>, lists + sums, unsigned(plan.block), plan.shared_bytes, stream, a,
+                 plan, shape, static_cast<T*>(out_A), static_cast<T*>(out_B), lists);
+        },
+        a.A, a.B, out_A, out_B);
+  });
+}
+
 PositionSum lora_lookup_shape_B(const LoraLookupArgs& a, int64_t clients) {
   return {clients, a.positions, a.D * a.rank};
 }
@@ -167,8 +199,9 @@ void lora_lookup_backward_B(const LoraLookupArgs& a, DType dtype, const Position
     with_width<T>(
         a.rank,
         [&](auto width) {
-          launch_position_sum<T, decltype(width)::value>(SourceB<T>{a}, shape, static_cast<T*>(out),
-                                                         partial, stream);
+          launch_position_sum<T, decltype(width)::value>(
+              SourceB<T>{a}, shape, OneArray<T>{static_cast<T*>(out), shape.outputs}, partial,
+              stream);
         },
         a.A, out, partial);
   });

@@ -85,10 +85,9 @@ std::tuple<Tensor, Tensor> dot_scores_backward(const Tensor& grad, const Tensor&
         });
       },
       [&](auto stream) {
-        gpu::dot_scores_backward_vectors(a, dtype, clients, stream);
         const gpu::PositionSum sum = gpu::dot_scores_shape_user(a, clients);
         Tensor partial = torch::stable::new_empty(vectors, {sum.partial_size()}, accumulator);
-        gpu::dot_scores_backward_user(a, dtype, sum, partial.mutable_data_ptr(), stream);
+        gpu::dot_scores_backward(a, dtype, sum, partial.mutable_data_ptr(), stream);
       });
   return {grad_vectors, grad_user};
 }

@@ -1,4 +1,4 @@
-// CUDA kernels of dot_scores: a group of lanes a position.
+// CUDA kernels of dot_scores: a group of lanes a position, and a sum over positions for the user.
 #include "common/position_sum.cuh"
 #include "losses/dot_scores_cuda.h"
 
@@ -31,23 +31,6 @@ __global__ void __launch_bounds__(kThreads, 3) forward(DotScoresArgs a, int64_t 
   }
 }
 
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 4) backward(DotScoresArgs a, int64_t total) {
-  using A = acc_t<T>;
-  for_rows(total, a.D / V, [&](int64_t n, int lane, int lanes) {
-    const A grad = to_acc(static_cast<const T*>(a.grad)[n]);
-    const T* user = static_cast<const T*>(a.user) + divide(n, a.positions) * a.D;
-    T* out = static_cast<T*>(a.grad_vectors) + n * a.D;
-    for (int64_t column = lane * V; column < a.D; column += lanes * V) {
-      Sum<A, V> v;
-      v.set(user + column);
-#pragma unroll
-      for (int i = 0; i < V; ++i) v.at[i] *= grad;
-      v.store(out + column);
-    }
-  });
-}
-
 template <typename T>
 struct Source {
   DotScoresArgs a;
@@ -59,6 +42,33 @@ struct Source {
                    static_cast<const T*>(a.vectors) + n * a.D + output);
   }
 };
+
+// Gradient of the vectors by the first `rows` blocks, a group of lanes a position; of the user by
+// the others.
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads, 4)
+    backward(DotScoresArgs a, int64_t total, PositionSum shape, acc_t<T>* partial, int64_t rows) {
+  using A = acc_t<T>;
+  if (blockIdx.x >= rows) {
+    sum_positions_tasks<T, V>(Source<T>{a}, OneArray<T>{static_cast<T*>(a.grad_user), a.D}, shape,
+                              partial, blockIdx.x - rows, gridDim.x - rows);
+    return;
+  }
+  const int lanes = lanes_for(a.D / V), groups = kThreads / lanes, lane = int(threadIdx.x) % lanes;
+  for (int64_t n = int64_t(blockIdx.x) * groups + threadIdx.x / lanes; n < total;
+       n += rows * groups) {
+    const A grad = to_acc(static_cast<const T*>(a.grad)[n]);
+    const T* user = static_cast<const T*>(a.user) + divide(n, a.positions) * a.D;
+    T* out = static_cast<T*>(a.grad_vectors) + n * a.D;
+    for (int64_t column = lane * V; column < a.D; column += lanes * V) {
+      Sum<A, V> v;
+      v.set(user + column);
+#pragma unroll
+      for (int i = 0; i < V; ++i) v.at[i] *= grad;
+      v.store(out + column);
+    }
+  }
+}
 
 }  // namespace
 
@@ -76,36 +86,30 @@ void dot_scores(const DotScoresArgs& a, DType dtype, int64_t clients, Stream str
   });
 }
 
-void dot_scores_backward_vectors(const DotScoresArgs& a, DType dtype, int64_t clients,
-                                 Stream stream) {
-  const int64_t total = clients * a.positions;
+PositionSum dot_scores_shape_user(const DotScoresArgs& a, int64_t clients) {
+  return {clients, a.positions, a.D};
+}
+
+void dot_scores_backward(const DotScoresArgs& a, DType dtype, const PositionSum& shape,
+                         void* partial, Stream stream) {
+  const int64_t total = shape.clients * shape.positions;
+  if (a.D == 0) return;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     with_width<T>(
         a.D,
         [&](auto width) {
           constexpr int V = decltype(width)::value;
-          launch_rows(backward<T, V>, total, a.D / V, stream, a, total);
+          const int64_t groups = kThreads / lanes_for(a.D / V);
+          const int64_t rows = grid_half((total + groups - 1) / groups);
+          const int64_t sums = grid_half(position_sum_tasks<V>(shape, kThreads));
+          launch(backward<T, V>, rows + sums, kThreads, 0, stream, a, total, shape,
+                 static_cast<acc_t<T>*>(partial), rows);
+          if (shape.blocks() > 1)
+            launch_join_blocks<T>(shape, OneArray<T>{static_cast<T*>(a.grad_user), a.D}, partial,
+                                  stream);
         },
-        a.user, a.grad_vectors);
-  });
-}
-
-PositionSum dot_scores_shape_user(const DotScoresArgs& a, int64_t clients) {
-  return {clients, a.positions, a.D};
-}
-
-void dot_scores_backward_user(const DotScoresArgs& a, DType dtype, const PositionSum& shape,
-                              void* partial, Stream stream) {
-  with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    with_width<T>(
-        a.D,
-        [&](auto width) {
-          launch_position_sum<T, decltype(width)::value>(
-              Source<T>{a}, shape, static_cast<T*>(a.grad_user), partial, stream);
-        },
-        a.vectors, a.grad_user, partial);
+        a.vectors, a.user, a.grad_vectors, a.grad_user, partial);
   });
 }
 

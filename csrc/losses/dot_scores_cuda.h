@@ -9,11 +9,10 @@
 namespace fedpeft::gpu {
 
 void dot_scores(const DotScoresArgs& a, DType dtype, int64_t clients, Stream stream);
-void dot_scores_backward_vectors(const DotScoresArgs& a, DType dtype, int64_t clients,
-                                 Stream stream);
-// Gradient of the user: a sum over positions.
+// Gradients of the vectors and of the user, the latter a sum over positions: one launch, and one
+// more where there are several blocks of positions.
 PositionSum dot_scores_shape_user(const DotScoresArgs& a, int64_t clients);
-void dot_scores_backward_user(const DotScoresArgs& a, DType dtype, const PositionSum& shape,
-                              void* partial, Stream stream);
+void dot_scores_backward(const DotScoresArgs& a, DType dtype, const PositionSum& shape,
+                         void* partial, Stream stream);
 
 }  // namespace fedpeft::gpu

@@ -8,34 +8,45 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// The client's positives: checked to lie in memory, to be ascending, and to leave an item to draw.
-__global__ void __launch_bounds__(kThreads, 4)
-    check_positives(SampleNegativesArgs a, int64_t clients, int64_t users, int64_t nnz) {
-  for (int64_t c = blockIdx.x; c < clients; c += gridDim.x) {
-    const int64_t user = a.clients[c];
-    if (uint64_t(user) >= uint64_t(users)) FEDPEFT_BAD_INDEX("clients", user, c, users);
-    const int64_t first = a.indptr[user], last = a.indptr[user + 1];
-    if (first < 0 || last < first || last > nnz)
-      FEDPEFT_BAD_VALUE("indptr: expected ascending offsets");
-    if (last - first >= a.num_items)
-      FEDPEFT_BAD_VALUE("clients: a client has met all items: there is no negative to draw",
-                        "clients: client " + std::to_string(user) + " has met all " +
-                            std::to_string(a.num_items) + " items: there is no negative to draw");
-    for (int64_t i = first + threadIdx.x; i < last; i += kThreads) {
-      const int64_t item = a.indices[i];
-      if (uint64_t(item) >= uint64_t(a.num_items))
-        FEDPEFT_BAD_INDEX("indices", item, i, a.num_items);
-      if (i > first && item <= a.indices[i - 1])
-        FEDPEFT_BAD_VALUE("indices: expected distinct items in ascending order within a client");
-    }
-  }
+struct Positives {
+  int64_t user, first, count;
+};
+
+// The positives of a client, which lie in memory and leave an item to draw.
+FEDPEFT_DEVICE Positives positives_of(const SampleNegativesArgs& a, int64_t c, int64_t users,
+                                      int64_t nnz) {
+  const int64_t user = a.clients[c];
+  if (uint64_t(user) >= uint64_t(users)) FEDPEFT_BAD_INDEX("clients", user, c, users);
+  const int64_t first = a.indptr[user], last = a.indptr[user + 1];
+  if (first < 0 || last < first || last > nnz)
+    FEDPEFT_BAD_VALUE("indptr: expected ascending offsets");
+  if (last - first >= a.num_items)
+    FEDPEFT_BAD_VALUE("clients: a client has met all items: there is no negative to draw",
+                      "clients: client " + std::to_string(user) + " has met all " +
+                          std::to_string(a.num_items) + " items: there is no negative to draw");
+  return {user, first, last - first};
 }
 
+// The first `checks` blocks see that the positives of each client ascend; the others draw.
 template <typename Item>
-__global__ void __launch_bounds__(kThreads, 4) negatives(SampleNegativesArgs a, int64_t clients) {
+__global__ void __launch_bounds__(kThreads, 4)
+    negatives(SampleNegativesArgs a, int64_t clients, int64_t users, int64_t nnz, int64_t checks) {
+  if (blockIdx.x < checks) {
+    for (int64_t c = blockIdx.x; c < clients; c += checks) {
+      const Positives met = positives_of(a, c, users, nnz);
+      for (int64_t i = met.first + threadIdx.x; i < met.first + met.count; i += kThreads) {
+        const int64_t item = a.indices[i];
+        if (uint64_t(item) >= uint64_t(a.num_items))
+          FEDPEFT_BAD_INDEX("indices", item, i, a.num_items);
+        if (i > met.first && item <= a.indices[i - 1])
+          FEDPEFT_BAD_VALUE("indices: expected distinct items in ascending order within a client");
+      }
+    }
+    return;
+  }
   const int64_t draws = a.epochs * a.positions, total = clients * draws;
-  for (int64_t e = int64_t(blockIdx.x) * kThreads + threadIdx.x; e < total;
-       e += int64_t(gridDim.x) * kThreads) {
+  for (int64_t e = (blockIdx.x - checks) * kThreads + threadIdx.x; e < total;
+       e += (gridDim.x - checks) * kThreads) {
     const int64_t c = divide(e, draws), epoch = divide(e - c * draws, a.positions);
     const int64_t p = e - c * draws - epoch * a.positions, n = c * a.positions + p;
     const int64_t item = a.items[n];
@@ -43,10 +54,9 @@ __global__ void __launch_bounds__(kThreads, 4) negatives(SampleNegativesArgs a, 
     if (kind == Position::bad) FEDPEFT_BAD_INDEX("items", item, n, a.num_items);
     int64_t negative = -1;
     if (kind == Position::item) {
-      const int64_t user = a.clients[c], first = a.indptr[user],
-                    positives = a.indptr[user + 1] - first;
-      negative = draw_negative(a.indices, first, positives, a.num_items, uint32_t(p),
-                               uint32_t(user), a.round, uint32_t(epoch), a.seed);
+      const Positives met = positives_of(a, c, users, nnz);
+      negative = draw_negative(a.indices, met.first, met.count, a.num_items, uint32_t(p),
+                               uint32_t(met.user), a.round, uint32_t(epoch), a.seed);
     }
     static_cast<Item*>(a.out)[e] = Item(negative);
   }
@@ -87,13 +97,11 @@ __global__ void __launch_bounds__(kThreads, 4) dropout(ClientDropoutArgs a, int6
 
 void sample_negatives(const SampleNegativesArgs& a, int64_t clients, int64_t users, int64_t nnz,
                       Stream stream) {
-  launch(check_positives, clients, kThreads, 0, stream, a, clients, users, nnz);
-  const int64_t grid = (clients * a.epochs * a.positions + kThreads - 1) / kThreads;
-  if (a.items.bytes == 8) {
-    launch(negatives<int64_t>, grid, kThreads, 0, stream, a, clients);
-  } else {
-    launch(negatives<int32_t>, grid, kThreads, 0, stream, a, clients);
-  }
+  const int64_t checks = grid_half(clients);
+  const int64_t grid =
+      checks + grid_half((clients * a.epochs * a.positions + kThreads - 1) / kThreads);
+  launch(a.items.bytes == 8 ? negatives<int64_t> : negatives<int32_t>, grid, kThreads, 0, stream, a,
+         clients, users, nnz, checks);
 }
 
 void client_dropout(const ClientDropoutArgs& a, DType dtype, int64_t clients, Stream stream) {

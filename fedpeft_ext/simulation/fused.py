@@ -65,7 +65,7 @@ class FusedEngine:
         interactions, settings = self._federation.interactions, self._federation.settings
         sizes = interactions.sizes[clients]
         weights = settings.weights(sizes)
-        sums = aggregator.sums()
+        sums = aggregator.sums() if _adds_up(interactions.device) else None
         if sums is not None:
             return train_in_chunks(
                 clients,
@@ -153,6 +153,11 @@ class FusedEngine:
         return updates.losses.cpu().numpy()
 
 
+def _adds_up(device: torch.device) -> bool:
+    """Whether updates can be added up where they are made, by `ops.local_train_sum_`."""
+    return device.type == "cpu"
+
+
 def why_not(federation: Federation) -> str | None:
     """What keeps the fused engine from training a federation, or None."""
     if federation.variates is not None:
@@ -162,9 +167,6 @@ def why_not(federation: Federation) -> str | None:
     model = federation.model
     if type(model) is not FedMF:
         return f"it trains backbone 'fedmf' alone, not {model.name!r}"
-    device = model.user.device.type
-    if device != "cpu":
-        return f"it runs on the CPU, not on {device!r}"
     embedding = model.item_embedding
     if embedding.padding_idx is not None:
         return "the item embedding has a padding_idx"

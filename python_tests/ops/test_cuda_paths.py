@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import EMULATED, in_both_orders, shared_limit
+from emulated import EMULATED, emulated_kernels, in_both_orders, kernel_launches, shared_limit
+from op_cases import CASES, IDS, Case
+
+from fedpeft_ext import ops
+from fedpeft_ext.ops import ItemParts
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="fedpeft_ext._emulator is not built")
 
@@ -166,3 +170,74 @@ def test_index_errors_name_the_argument() -> None:
     _, gpu = both("client_embedding")
     with pytest.raises(IndexError, match="rows: index 5 at position 1 is out of range: expected -1"):
         gpu(torch.tensor([[0, 5]]), torch.zeros(1, 5, 4))
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_small_cases_take_one_launch_a_direction(case: Case) -> None:
+    inputs = case.floats(torch.float32, requires_grad=True)
+    with emulated_kernels():
+        with kernel_launches() as forward:
+            out = case.function(ops)(*inputs)
+        with kernel_launches() as backward:
+            torch.autograd.grad(out.sum(), inputs)
+    assert forward.count == 1
+    has_base = case.name.endswith("base") or case.name == "lora_client_rows"
+    assert backward.count == 1 + has_base  # a base's gradient is a scatter of its own
+
+
+def test_other_ops_take_one_launch() -> None:
+    g = torch.Generator().manual_seed(8)
+    rows = torch.tensor([[0, 1, 2], [3, 4, 4]])
+    clients, indptr, steps = torch.tensor([0, 1]), torch.tensor([0, 3, 5]), torch.ones(2, dtype=torch.int64)
+    items = torch.tensor([0, 1, 2, 3, 4])
+    param, grad, first, second = torch.rand(4, 2, 3, 4, generator=g)
+    calls: dict[str, Callable[[], Any]] = {
+        "sample_negatives": lambda: ops.sample_negatives(rows, clients, indptr, items, 9, 2, seed=1, round=0),
+        "hash_buckets": lambda: ops.hash_buckets(rows, ops.make_hashes(2, seed=0), 7),
+        "rq_encode": lambda: ops.rq_encode(param[0], grad),
+        "client_adam_": lambda: ops.client_adam_(param, grad, first, second, steps, l2=0.1),
+        "client_sgd_": lambda: ops.client_sgd_(param, grad, first, momentum=0.9),
+        "touched_rows": lambda: ops.touched_rows(rows),  # besides torch's sort
+        "accumulate_updates_": lambda: ops.accumulate_updates_(
+            param[0].double(), grad, torch.ones(2).double()
+        ),
+    }
+    counts = {}
+    with emulated_kernels():
+        for name, call in calls.items():
+            with kernel_launches() as launched:
+                call()
+            counts[name] = launched.count
+    assert counts == dict.fromkeys(calls, 1)
+
+
+# Everything of a client in shared memory; a part; nothing.
+@pytest.mark.parametrize("limit", [99 << 10, 16 << 10, 4 << 10])
+@pytest.mark.parametrize("batch_size", [None, 33])
+def test_training_wherever_memory_lies(limit: int, batch_size: int | None) -> None:
+    g = torch.Generator().manual_seed(9)
+    sizes = torch.tensor([0, 70, 3, 1])  # the longest walks several chunks of draws and rows
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    items = torch.cat([torch.randperm(3000, generator=g)[:n] for n in sizes])
+    positives = torch.cat([part.sort().values for part in items.split(sizes.tolist())])
+    codes = torch.randint(0, 9, (3000, 2), generator=g)
+    parts = ItemParts(
+        table=torch.randn(3000, 40, generator=g),
+        A=torch.randn(3000, 4, generator=g),
+        B=torch.randn(40, 4, generator=g),
+        codes=codes,
+        codebooks=torch.randn(2, 9, 40, generator=g),
+    )
+    arguments = (torch.tensor([1, 3, 0, 2]), indptr, items, positives, 3000)
+    user = torch.randn(4, 40, generator=g)
+
+    def train() -> Any:
+        return ops.local_train(*arguments, user, parts, batch_size=batch_size, l2_items=0.1, seed=1, round=2)
+
+    expected = train()
+    with emulated_kernels():
+        whole = train()
+        with limited(limit):
+            assert all(map(torch.equal, train()[:-2], whole[:-2]))
+    assert torch.equal(whole.rows, expected.rows)
+    torch.testing.assert_close(whole[:-2], expected[:-2], rtol=1e-4, atol=1e-4)
