@@ -3,6 +3,7 @@
 #   make demo     build, train five embeddings on ML-100K, print and draw the comparison
 #   make test     the default test suite             make lint     ruff, mypy, clang-format
 #   make build    the extension alone                make format   rewrite the sources in the project's style
+#   make test-flower  the Flower app's tests and a federation on the loopback, in .venv-flower
 #   make cuda-check   compile the CUDA kernels and bindings, without a GPU
 #   make gpu-check    on a machine with a GPU, in PYTHON's own environment (a CUDA torch, no network needed):
 #                     build, tests, sanitizers and benchmarks (STEPS=...: some; DRY=1: what needs no GPU, here)
@@ -22,6 +23,8 @@ OUT ?= runs/demo
 EMBEDDINGS := full,c-rq,p-lora,p-hash,p-rq
 
 VENV := .venv
+FLOWER := .venv-flower
+PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile
 READY := $(VENV)/.ready
@@ -34,7 +37,7 @@ say = @printf '\033[1m==>\033[0m %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format build bench bench-sim clean cuda-check gpu-check
+.PHONY: help demo test test-all test-flower lint format build bench bench-sim clean cuda-check gpu-check
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -50,6 +53,15 @@ test: $(BUILT)
 test-all: $(BUILT)
 	$(call say,Running all tests including the slow ones)
 	@$(BIN)/python -m pytest -q -m ''
+
+test-flower: $(BUILT)
+	$(call say,Running the tests of the Flower app in $(FLOWER) (Flower pins other versions of typer and rich))
+	@test -x $(FLOWER)/bin/flwr || { $(BIN)/python -m venv $(FLOWER) && \
+	  echo "import site; site.addsitedir('$$($(BIN)/python -c '$(PURELIB)')')" > \
+	    "$$($(FLOWER)/bin/python -c '$(PURELIB)')/project.pth" && \
+	  $(FLOWER)/bin/python -m pip --disable-pip-version-check install -qq "flwr[simulation]==1.42.0"; }
+	@FLWR_TELEMETRY_ENABLED=0 PYTHONPATH=$(CURDIR) $(FLOWER)/bin/python -m pytest -q python_tests/flower
+	@FLWR_TELEMETRY_ENABLED=0 PYTHONPATH=$(CURDIR) $(FLOWER)/bin/python examples/flower_loopback.py
 
 lint: $(READY)
 	$(call say,Checking style and types)

@@ -1,0 +1,1 @@
+"""A Flower app: both ends come from `fedpeft_ext.flower`."""
