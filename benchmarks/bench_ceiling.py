@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.machine import machine, slug
+from benchmarks.machine import keep_freed_memory, machine, slug
 from fedpeft_ext import ops
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", action="store_true", help=f"also write to {RESULTS}")
     options = parser.parse_args()
+    keep_freed_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     lines = [line for shape in SHAPES for line in measure(*shape)]
