@@ -201,7 +201,7 @@ def real_data(name: str, options: argparse.Namespace) -> dict[str, Any]:
     except FileNotFoundError as error:
         return {"skipped": str(error)}
     large = dataset.num_users > 2000
-    rounds = 3 if options.quick else 4 if large else 60
+    rounds = 3 if options.quick else 4 if large else 40
     contests = {}
     for embedding in ("p-lora", "p-rq"):
         config = Config().updated([f"embedding.name={embedding}"])
