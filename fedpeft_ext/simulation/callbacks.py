@@ -87,5 +87,8 @@ class Callback:
     def on_evaluate(self, metrics: Metrics) -> None:
         """After every evaluation; the first is before any training (round 0)."""
 
+    def on_save(self) -> None:
+        """Before a checkpoint is written. A resumed run does not repeat what was told before it."""
+
     def on_end(self, summary: Summary) -> None:
         """After the last round."""

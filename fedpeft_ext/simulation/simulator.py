@@ -564,6 +564,8 @@ class Simulator:
                 return
             state = self._saved_state()  # from all ranks
             with self._ranks.together("saving"):
+                for callback in self._callbacks:
+                    callback.on_save()
                 if folder is not None and saves is not None:
                     header = self._header(mark or folder.mark(), time.perf_counter() - began)
                     saves.save(Checkpoint(self.rounds_done, header, state, self._saved_constants()))
