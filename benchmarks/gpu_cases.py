@@ -372,14 +372,15 @@ def _train(s: Sizes, draw: Draw, kind: str) -> Case:
 
     def call(o: Any) -> tuple[Tensor, ...]:
         parts = o.ItemParts(base=base, codes=codes, hashes=hashes, **trained)
-        updates = o.local_train(
-            *(clients, indptr, positives, positives, s.I, user, parts),
-            epochs=steps,
-            optimizer="sgd",
-            lr=0.1,
-            seed=1,
-            round=2,
-        )
+        with torch.enable_grad():  # which the twin uses, whoever calls it
+            updates = o.local_train(
+                *(clients, indptr, positives, positives, s.I, user, parts),
+                epochs=steps,
+                optimizer="sgd",
+                lr=0.1,
+                seed=1,
+                round=2,
+            )
         # Without the rows of A, whose order is the op's own.
         return tuple(getattr(updates, name) for name in ("user", "losses", *trained) if name != "A")
 
