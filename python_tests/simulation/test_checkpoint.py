@@ -356,8 +356,9 @@ def killed_at_random(tmp_path: Path, kills: int, rounds: int) -> None:
     assert len(saved) > kills // 4  # they were moments of all kinds
 
 
-def test_kill_9_at_random_moments(tmp_path: Path) -> None:
-    killed_at_random(tmp_path, kills=20, rounds=12)
+@pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments(tmp_path: Path, kills: int) -> None:
+    killed_at_random(tmp_path, kills, rounds=12)
 
 
 def test_any_number_of_processes_goes_on_with_the_run_of_another(tmp_path: Path) -> None:
