@@ -274,6 +274,8 @@ def flat(values: Any) -> dict[str, Tensor]:
     return {name: t for name, t in named.items() if t is not None}
 
 
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("target", ["cpu"], indirect=True)  # sums are made on the CPU alone
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "kinds", [[], *([kind] for kind in PARTS), ["table", "senet"], ["lora", "hash", "rq", "table"]], ids=str
