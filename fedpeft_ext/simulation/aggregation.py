@@ -84,7 +84,10 @@ class Server:
             else:
                 on_cpu = parameter.device.type == "cpu" and parameter.is_contiguous()
                 step = ops.apply_updates_ if on_cpu else reference.apply_updates_
-                step(parameter.detach(), total, at, scale=self._lr / weight)
+                values = parameter.detach()
+                if values.dim() == 0:
+                    values, total = values.view(1), total.view(1)
+                step(values, total, at, scale=self._lr / weight)
 
     def state_dict(self, ranks: Ranks | None = None) -> State:
         """See `state.Stateful`: the optimizer's moments."""

@@ -88,3 +88,11 @@ def test_a_round_without_uploads_changes_nothing() -> None:
     aggregator = Aggregator({"p": parameter}, frozenset())
     aggregator.apply()
     assert torch.equal(parameter, torch.ones(3))
+
+
+def test_a_parameter_of_one_number() -> None:
+    parameter = torch.tensor(1.0)
+    aggregator = Aggregator({"p": parameter}, frozenset())
+    aggregator.add({"p": torch.tensor([1.0, 3.0])}, torch.ones(2, dtype=torch.float64))
+    aggregator.apply()
+    assert float(parameter) == 3.0
