@@ -7,6 +7,7 @@
 #   make cuda-check   compile the CUDA kernels and bindings, without a GPU
 #   make gpu-check    on a machine with a GPU, in PYTHON's own environment (a CUDA torch, no network needed):
 #                     build, tests, sanitizers and benchmarks (STEPS=...: some; DRY=1: what needs no GPU, here)
+#   make docs     the documentation as a site, in build/site
 #   make bench    kernel and training benchmarks     make clean    remove what was built (not .venv, not runs)
 #   make bench-sim    the engines against PyTorch by hand, pfl-research and Flower (ARGS=--quick: few rounds)
 #
@@ -37,7 +38,7 @@ say = @printf '\033[1m==>\033[0m %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-flower lint format build bench bench-sim clean cuda-check gpu-check
+.PHONY: help demo docs test test-all test-flower lint format build bench bench-sim clean cuda-check gpu-check
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -76,6 +77,11 @@ format: $(READY)
 	@$(BIN)/clang-format -i $(FORMATTED)
 
 build: $(BUILT)
+
+docs: $(READY)
+	$(call say,Building the documentation in build/site)
+	@$(PIP) -r requirements-docs.txt
+	@$(BIN)/mkdocs build --quiet --strict
 
 bench: $(BUILT)
 	$(call say,Running the benchmarks)

@@ -1,17 +1,22 @@
-"""README and docs say what is so: their Python runs as written, settings and links are complete."""
+"""README and docs say what is so: their Python runs as written, commands, settings and links are right."""
 
 from __future__ import annotations
 
 import re
+import runpy
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
 from pydantic import BaseModel
 
+from fedpeft_ext.cli import app
 from fedpeft_ext.config import Config
+from fedpeft_ext.data import load_dataset
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
     pytest.param(block, id=f"{page.stem}-{number}")
     for page in PAGES
@@ -23,6 +28,41 @@ BLOCKS = [
 def test_python_runs_as_written(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "<documentation>", "exec"), {"__name__": "__main__"})
+
+
+COMMANDS = [
+    pytest.param(line, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, line in enumerate(
+        line.strip()
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.startswith("fedpeft ")
+    )
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_are_valid(line: str) -> None:
+    """Names of commands and options, and types of values; nothing is run."""
+    commands = typer.main.get_command(app).commands
+    _, name, *arguments = shlex.split(line, comments=True)
+    commands[name].make_context(name, arguments)
+
+
+def test_central_training_example_saves_parameters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    example = runpy.run_path(str(ROOT / "examples" / "central_training.py"))
+    dataset = load_dataset("synthetic", num_users=80, num_items=400, interactions_per_user=12)
+    rows = example["main"](dataset, start=1, epochs=1, lr=0.01, l2=1e-5, dim=16, seeds=1)
+    assert [row["name"] for row in rows] == list(example["STRATEGIES"])
+    assert rows[0]["trained"] == 400 * 16
+    assert rows[1]["trained"] == 0
+    assert rows[2]["trained"] == 8 * (400 + 16)
+    assert all(0 <= row["hit_rate"] <= 1 for row in rows)
+    assert "HR@10" in capsys.readouterr().out
 
 
 def test_readme_has_an_example() -> None:
