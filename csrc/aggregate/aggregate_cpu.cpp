@@ -202,13 +202,11 @@ FEDPEFT_INLINE void dense_on(const AccumulateArgs& a, int64_t begin, int64_t end
   }
 }
 
-// A grid comes with float64 totals only.
+// A grid comes with float64 totals only, whose products are rounded before they are added with or
+// without one, as in local_train's sums.
 template <typename Total, typename T>
 void dense(const AccumulateArgs& a, int64_t begin, int64_t end) {
-  if constexpr (sizeof(Total) == sizeof(double)) {
-    if (a.shift != 0) return dense_on<true, Total, T>(a, begin, end);
-  }
-  dense_on<false, Total, T>(a, begin, end);
+  dense_on<sizeof(Total) == sizeof(double), Total, T>(a, begin, end);
 }
 
 template <typename Total, typename T>
