@@ -149,11 +149,21 @@ class FlowerServer:
     # ---- nodes
 
     def join(self, poll_seconds: float = 1.0) -> None:
-        """Wait for the first nodes and set them up."""
+        """Wait for the first nodes and set them up.
+
+        Raises:
+            TimeoutError: fewer than `min_nodes` could be set up within `timeout`.
+        """
+        deadline = time.monotonic() + self._timeout
         while True:
             self._meet()
             if len(self._users) >= self._min_nodes:
                 return
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"min_nodes: expected {self._min_nodes} nodes that can be set up within "
+                    f"{self._timeout:g} s, got {len(self._users)}"
+                )
             time.sleep(poll_seconds)
 
     def _meet(self) -> None:

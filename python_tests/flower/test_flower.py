@@ -272,8 +272,15 @@ def test_in_flowers_own_simulation(tmp_path: Path) -> None:
     def at_home(handler: Callable[[Message, Context], Message]) -> Callable[[Message, Context], Message]:
         # `flwr run` would put the folder into the run's configuration; run_simulation has none.
         def handle(message: Message, context: Context) -> Message:
-            context.run_config["prepared"] = folder
-            return handler(message, context)
+            # Flower refuses a changed one, so the handler gets a context of its own over the same state.
+            home = Context(
+                run_id=context.run_id,
+                node_id=context.node_id,
+                node_config=context.node_config,
+                state=context.state,
+                run_config={**context.run_config, "prepared": folder},
+            )
+            return handler(message, home)
 
         return handle
 
