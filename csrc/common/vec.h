@@ -338,8 +338,6 @@ FEDPEFT_INLINE void with_fixed_width(int64_t D, const F& f) {
     if (D == 32) return f(Fixed<32>{});
     if (D == 64) return f(Fixed<64>{});
     if (D == 128) return f(Fixed<128>{});
-  } else {
-    if (D == 64) return f(Fixed<64>{});
   }
   f(Fixed<0>{});
 }
