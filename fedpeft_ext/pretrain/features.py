@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +35,9 @@ _NO_TEXT = (
     "the data set has no item text to make features from; give a features file instead (.npy, .safetensors), "
     "features='random' for a random base, or an embedding that needs no item features (c-lora, c-hash)"
 )
+
+_DAMAGED = (ValueError, EOFError, SyntaxError, TokenError, OverflowError, MemoryError)
+"""What np.load raises on a damaged header, which it parses as Python, or on one of an impossible size."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ def load_features(path: str | Path, num_items: int | None = None) -> Features:
     if path.suffix == ".npy":
         try:
             array = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
+        except _DAMAGED as error:
             raise ValueError(f"features: {path} is not a readable .npy file of numbers ({error})") from error
     elif path.suffix == ".safetensors":
         array = _load_safetensors(path)
