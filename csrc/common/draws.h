@@ -99,4 +99,23 @@ FEDPEFT_INLINE int64_t kth_negative(const Index* positives, int64_t n, int64_t k
   return k + j;
 }
 
+// The same for each of `ranks` [kDrawBatch], in step, so that their chains of loads overlap.
+template <typename Index, typename Item>
+FEDPEFT_INLINE void kth_negatives(const Index* positives, int64_t n, const int64_t* ranks,
+                                  Item* items) {
+  int64_t j[kDrawBatch] = {};
+  while (n > 1) {
+    const int64_t half = n / 2;
+    for (int64_t i = 0; i < kDrawBatch; ++i) {
+      const int64_t last = j[i] + half - 1;
+      j[i] += half & -int64_t(int64_t(positives[last]) - last <= ranks[i]);
+    }
+    n -= half;
+  }
+  for (int64_t i = 0; i < kDrawBatch; ++i) {
+    if (n == 1) j[i] += int64_t(positives[j[i]]) - j[i] <= ranks[i];
+    items[i] = Item(ranks[i] + j[i]);
+  }
+}
+
 }  // namespace fedpeft::FEDPEFT_ISA

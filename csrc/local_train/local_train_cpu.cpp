@@ -168,13 +168,12 @@ class Trainer {
       uint64_t random[kDrawBatch], unused[kDrawBatch];
       philox_batch(uint64_t(p), uint32_t(client), a.round, stream, a.seed, random, unused);
       const int64_t count = size - p < kDrawBatch ? size - p : kDrawBatch;
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t k = int64_t(multiply_high(random[i], choices));
-        items[begin + p + i] =
-            a.positives.bytes == 8
-                ? kth_negative(static_cast<const int64_t*>(a.positives.data) + first, size, k)
-                : kth_negative(static_cast<const int32_t*>(a.positives.data) + first, size, k);
-      }
+      int64_t rank[kDrawBatch], drawn[kDrawBatch];
+      for (int64_t i = 0; i < kDrawBatch; ++i) rank[i] = int64_t(multiply_high(random[i], choices));
+      a.positives.bytes == 8
+          ? kth_negatives(static_cast<const int64_t*>(a.positives.data) + first, size, rank, drawn)
+          : kth_negatives(static_cast<const int32_t*>(a.positives.data) + first, size, rank, drawn);
+      for (int64_t i = 0; i < count; ++i) items[begin + p + i] = drawn[i];
     }
     prefetch(begin, begin + size);
     int64_t settled[5] = {}, i = 0;

@@ -29,11 +29,37 @@ struct BasePart {
 
   FEDPEFT_INLINE const T* row(int32_t draw) const { return rows + items[draw] * D; }
   void add_scores(const Batch& batch, const T* user, T* scores) const {
-    for (int64_t k = 0; k < batch.size; ++k) scores[k] += dot(row(batch.draws[k]), user, D);
+    constexpr int64_t kAhead = 6;
+    for (int64_t k = 0; k < batch.size; ++k) {
+      if (k + kAhead < batch.size) prefetch_row(row(batch.draws[k + kAhead]), D);
+      scores[k] += dot(row(batch.draws[k]), user, D);
+    }
   }
+
   void step(const Batch& batch, const T* coefficients, T* user_grad) const {
-    for (int64_t k = 0; k < batch.size; ++k)
-      add_scaled(user_grad, coefficients[k], row(batch.draws[k]), D);
+    constexpr int64_t N = kLanes<T>;
+    int64_t d = 0;
+    for (; d + 4 * N <= D; d += 4 * N) add_columns<4>(batch, coefficients, d, user_grad);
+    for (; d + N <= D; d += N) add_columns<1>(batch, coefficients, d, user_grad);
+    for (; d < D; ++d) {
+      for (int64_t k = 0; k < batch.size; ++k)
+        user_grad[d] += coefficients[k] * row(batch.draws[k])[d];
+    }
+  }
+
+ private:
+  // W vectors of columns, whose sums stay in registers.
+  template <int W>
+  FEDPEFT_INLINE void add_columns(const Batch& batch, const T* coefficients, int64_t d,
+                                  T* user_grad) const {
+    constexpr int64_t N = kLanes<T>;
+    vec_t<T> sum[W];
+    for (int w = 0; w < W; ++w) sum[w] = load(user_grad + d + w * N);
+    for (int64_t k = 0; k < batch.size; ++k) {
+      const T* r = row(batch.draws[k]) + d;
+      for (int w = 0; w < W; ++w) sum[w] += coefficients[k] * load(r + w * N);
+    }
+    for (int w = 0; w < W; ++w) store(user_grad + d + w * N, sum[w]);
   }
 };
 
