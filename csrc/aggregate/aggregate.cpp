@@ -1,5 +1,4 @@
 // Binding of touched_rows, accumulate_updates_ and apply_updates_: checks, allocation, dispatch.
-#include <cmath>
 #include <cstring>
 #include <memory>
 #include <tuple>
@@ -78,17 +77,11 @@ void accumulate_updates_(const Tensor& total, const Tensor& updates, const Tenso
              torch::headeronly::toString(updates.scalar_type()), "), got ",
              torch::headeronly::toString(total.scalar_type()));
   check_same_device(updates, total, "updates", "total");
-  check_dim(weights, 1, "weights", "[C]");
-  check_size(weights, 0, C, "weights", "C, the clients of updates");
-  check_type(weights.scalar_type() == ScalarType::Double, "weights: expected float64, got ",
-             torch::headeronly::toString(weights.scalar_type()));
-  check_same_device(weights, total, "weights", "total");
-
-  check_value(grid >= 0.0 && std::isfinite(grid), "grid: expected 0 or a power of two, got ", grid);
+  check_weights(weights, C, total, "total");
   check_value(grid == 0.0 || in_double, "grid: expected 0 unless total is float64, got ", grid);
 
   AccumulateArgs a{};
-  a.shift = 0x1.8p52 * grid;
+  a.shift = shift_of(grid);
   a.clients = C;
   if (rows.has_value()) {
     check_dim(total, 2, "total", "[I, W]");
@@ -160,12 +153,8 @@ void apply_updates_(Tensor parameter, Tensor total, const std::optional<Tensor>&
                     double scale) {
   const DType dtype = dtype_of(parameter, "parameter");
   check_value(parameter.dim() >= 1, "parameter: expected shape [I, ...], got []");
-  bool same = total.dim() == parameter.dim();
-  for (int64_t d = 0; same && d < total.dim(); ++d) same = total.size(d) == parameter.size(d);
-  check_value(same, "total: expected the shape of parameter, ", shape_text(parameter), ", got ",
-              shape_text(total));
-  check_type(total.scalar_type() == ScalarType::Double, "total: expected float64, got ",
-             torch::headeronly::toString(total.scalar_type()));
+  check_same_shape(total, parameter, "total", "parameter");
+  check_float64(total, "total");
   check_same_device(total, parameter, "total", "parameter");
   check_value(parameter.is_contiguous() && total.is_contiguous(),
               "parameter, total: expected contiguous tensors");

@@ -147,9 +147,10 @@ void touched_any(const TouchedRowsArgs& a, int64_t begin, int64_t end, void* scr
 // rounds to its type, so that a sum over chunks of clients equals one call. 16-bit totals sum a
 // call's clients in float32 and round once.
 
-// total[i] += weight * update[i] for the updates of `K` clients in turn, which lie `stride` apart;
-// rounded to the grid of `shift` unless that is 0.
-template <int K, bool Grid, typename Total, typename T>
+// total[i] += weight * update[i] for the updates of `K` clients in turn, which lie `stride` apart.
+// A grid comes with float64 totals only, whose products are rounded before they are added with or
+// without one, as in local_train's sums.
+template <int K, typename Total, typename T>
 FEDPEFT_INLINE void add_weighted(Total* __restrict total, const T* __restrict update,
                                  int64_t stride, int64_t n, const acc_t<Total>* weight,
                                  acc_t<Total> shift) {
@@ -157,7 +158,7 @@ FEDPEFT_INLINE void add_weighted(Total* __restrict total, const T* __restrict up
     acc_t<Total> sum = to_acc(total[i]);
     for (int k = 0; k < K; ++k) {
       const acc_t<Total> x = acc_t<Total>(to_acc(update[k * stride + i]));
-      if constexpr (Grid) {
+      if constexpr (sizeof(Total) == sizeof(double)) {
         sum += (weight[k] * x + shift) - shift;
       } else {
         sum += weight[k] * x;
@@ -167,7 +168,7 @@ FEDPEFT_INLINE void add_weighted(Total* __restrict total, const T* __restrict up
   }
 }
 
-template <bool Grid, typename Sum, typename T>
+template <typename Sum, typename T>
 FEDPEFT_INLINE void add_clients(Sum* into, const T* updates, int64_t stride, int64_t n,
                                 const double* weights, int64_t clients, Sum shift) {
   constexpr int kTogether = 4;
@@ -175,16 +176,16 @@ FEDPEFT_INLINE void add_clients(Sum* into, const T* updates, int64_t stride, int
   for (; c + kTogether <= clients; c += kTogether) {
     const Sum weight[kTogether] = {Sum(weights[c]), Sum(weights[c + 1]), Sum(weights[c + 2]),
                                    Sum(weights[c + 3])};
-    add_weighted<kTogether, Grid>(into, updates + c * stride, stride, n, weight, shift);
+    add_weighted<kTogether>(into, updates + c * stride, stride, n, weight, shift);
   }
   for (; c < clients; ++c) {
     const Sum weight = Sum(weights[c]);
-    add_weighted<1, Grid>(into, updates + c * stride, stride, n, &weight, shift);
+    add_weighted<1>(into, updates + c * stride, stride, n, &weight, shift);
   }
 }
 
-template <bool Grid, typename Total, typename T>
-FEDPEFT_INLINE void dense_on(const AccumulateArgs& a, int64_t begin, int64_t end) {
+template <typename Total, typename T>
+void dense(const AccumulateArgs& a, int64_t begin, int64_t end) {
   using Sum = acc_t<Total>;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kAccumulateBlock;
@@ -192,21 +193,14 @@ FEDPEFT_INLINE void dense_on(const AccumulateArgs& a, int64_t begin, int64_t end
     Total* total = static_cast<Total*>(a.total) + first;
     const T* updates = static_cast<const T*>(a.updates) + first;
     if constexpr (sizeof(Sum) == sizeof(Total)) {
-      add_clients<Grid>(total, updates, a.size, n, a.weights, a.clients, Sum(a.shift));
+      add_clients(total, updates, a.size, n, a.weights, a.clients, Sum(a.shift));
     } else {
       Sum sums[kAccumulateBlock];
       for (int64_t i = 0; i < n; ++i) sums[i] = to_acc(total[i]);
-      add_clients<Grid>(sums, updates, a.size, n, a.weights, a.clients, Sum(0));
+      add_clients(sums, updates, a.size, n, a.weights, a.clients, Sum(0));
       for (int64_t i = 0; i < n; ++i) from_acc(sums[i], total + i);
     }
   }
-}
-
-// A grid comes with float64 totals only, whose products are rounded before they are added with or
-// without one, as in local_train's sums.
-template <typename Total, typename T>
-void dense(const AccumulateArgs& a, int64_t begin, int64_t end) {
-  dense_on<sizeof(Total) == sizeof(double), Total, T>(a, begin, end);
 }
 
 template <typename Total, typename T>
@@ -222,9 +216,8 @@ void rows(const AccumulateArgs& a, const int64_t* entries, int64_t count) {
     const int64_t row = a.rows[entry];
     if (row < 0) continue;
     const acc_t<Total> weight = acc_t<Total>(a.weights[entry / a.R]);
-    add_weighted<1, sizeof(Total) == sizeof(double)>(
-        total + row * a.width, static_cast<const T*>(a.updates) + entry * a.width, 0, a.width,
-        &weight, acc_t<Total>(a.shift));
+    add_weighted<1>(total + row * a.width, static_cast<const T*>(a.updates) + entry * a.width, 0,
+                    a.width, &weight, acc_t<Total>(a.shift));
   }
 }
 

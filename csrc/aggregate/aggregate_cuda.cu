@@ -110,17 +110,10 @@ void touched_rows(const TouchedRowsArgs& a, const void* sorted, const int64_t* o
   }
 }
 
-unsigned long long read_back(const unsigned long long* value, [[maybe_unused]] Stream stream) {
-#if defined(__CUDACC__)
+unsigned long long read_back(const unsigned long long* value, Stream stream) {
   unsigned long long result = 0;
-  const auto on = static_cast<cudaStream_t>(stream.handle);
-  check(cudaMemcpyAsync(&result, value, sizeof(result), cudaMemcpyDeviceToHost, on),
-        "cudaMemcpyAsync");
-  check(cudaStreamSynchronize(on), "cudaStreamSynchronize");
+  copy_to_host(&result, value, sizeof(result), stream);
   return result;
-#else
-  return *value;
-#endif
 }
 
 void accumulate_dense(const AccumulateArgs& a, DType dtype, bool in_double, Stream stream) {

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -96,10 +97,30 @@ inline void check_same_dtype(const Tensor& t, const Tensor& like, const char* na
              torch::headeronly::toString(t.scalar_type()));
 }
 
+inline void check_float64(const Tensor& t, const char* name) {
+  check_type(t.scalar_type() == ScalarType::Double, name, ": expected float64, got ",
+             torch::headeronly::toString(t.scalar_type()));
+}
+
+// x + shift - shift rounds x to the grid: 1.5 * 2^52 * grid, 0 for no grid.
+inline double shift_of(double grid) {
+  check_value(grid >= 0.0 && std::isfinite(grid), "grid: expected 0 or a power of two, got ", grid);
+  return 0x1.8p52 * grid;
+}
+
 inline void check_same_device(const Tensor& t, const Tensor& like, const char* name,
                               const char* like_name) {
   check_value(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(),
               name, ": expected the device of ", like_name);
+}
+
+// float64 [C], one weight a client.
+inline void check_weights(const Tensor& weights, int64_t C, const Tensor& like,
+                          const char* like_name) {
+  check_dim(weights, 1, "weights", "[C]");
+  check_size(weights, 0, C, "weights", "C, the clients");
+  check_float64(weights, "weights");
+  check_same_device(weights, like, "weights", like_name);
 }
 
 // Views; the tensor must be contiguous and outlive them.

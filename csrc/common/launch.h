@@ -14,6 +14,7 @@
 #include <cuda_runtime.h>
 #else
 #include <bit>
+#include <cstring>
 
 #include "emulator/emulator.h"
 #endif
@@ -79,12 +80,23 @@ void launch(void (*kernel)(Params...), int64_t grid, unsigned block, int64_t sha
   check(cudaGetLastError(), "launch");
 }
 
+// Waits for what is under way on the stream.
+inline void copy_to_host(void* to, const void* from, int64_t bytes, Stream stream) {
+  const auto on = static_cast<cudaStream_t>(stream.handle);
+  check(cudaMemcpyAsync(to, from, size_t(bytes), cudaMemcpyDeviceToHost, on), "cudaMemcpyAsync");
+  check(cudaStreamSynchronize(on), "cudaStreamSynchronize");
+}
+
 #else
 
 struct Limits {
   int64_t shared_bytes;
   int64_t multiprocessors;
 };
+
+inline void copy_to_host(void* to, const void* from, int64_t bytes, Stream) {
+  std::memcpy(to, from, size_t(bytes));
+}
 
 inline Limits limits() { return {int64_t(emulator::shared_limit()), 4}; }
 

@@ -1,7 +1,6 @@
 // Binding of local_train: checks, allocation, dispatch.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <functional>
 #include <numeric>
 #include <tuple>
@@ -51,6 +50,15 @@ void parallel_tasks(int64_t n, const F& f) {
   }
 }
 
+// Places of `sizes` from the largest to the smallest, equal ones in order.
+std::vector<int64_t> largest_first(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> order(sizes.size());
+  std::iota(order.begin(), order.end(), int64_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t x, int64_t y) { return sizes[size_t(x)] > sizes[size_t(y)]; });
+  return order;
+}
+
 const void* data_of(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
 
 // Trains clients [begin, end), the largest first, each as one task taken by whichever thread is
@@ -60,11 +68,9 @@ template <typename KeptAt>
                                    const Tensor& like, const KeptAt& kept_at) {
   const LocalTrainKernels& kernels = select_local_train_kernels();
   const int64_t C = end - begin;
-  std::vector<int64_t> sizes(static_cast<size_t>(C)), order(static_cast<size_t>(C));
+  std::vector<int64_t> sizes(static_cast<size_t>(C));
   for (int64_t c = 0; c < C; ++c) sizes[size_t(c)] = items_of(a, begin + c);
-  std::iota(order.begin(), order.end(), int64_t{0});
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t x, int64_t y) { return sizes[size_t(x)] > sizes[size_t(y)]; });
+  const std::vector<int64_t> order = largest_first(sizes);
   // Not always the most for the most items: the maps of rows change their kind.
   int64_t scratch_bytes = 0, kept_bytes = 0;
   for (int64_t i = 0; i < C; ++i) {
@@ -158,10 +164,7 @@ void raise_errors(const LocalTrainArgs& a, const Read& read) {
 [[maybe_unused]] void train_on_gpu(const LocalTrainArgs& a, std::vector<int64_t> sizes, DType dtype,
                                    const Tensor& like, gpu::Stream stream) {
   const int64_t C = int64_t(sizes.size());
-  std::vector<int64_t> order(sizes.size());
-  std::iota(order.begin(), order.end(), int64_t{0});
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t x, int64_t y) { return sizes[size_t(x)] > sizes[size_t(y)]; });
+  const std::vector<int64_t> order = largest_first(sizes);
   std::sort(sizes.begin(), sizes.end(), std::greater<>());
   const gpu::LocalTrainPlan plan = gpu::plan_local_train(a, dtype, sizes);
   const auto bytes = [&](int64_t count) {
@@ -404,12 +407,8 @@ double* sum_of(const Optional& total, const Optional& parameter, const char* nam
   check_value(total.has_value() == parameter.has_value(), name, ": expected one where there is ",
               of, ", and only there");
   if (!total) return nullptr;
-  bool same = total->dim() == parameter->dim();
-  for (int64_t d = 0; same && d < total->dim(); ++d) same = total->size(d) == parameter->size(d);
-  check_value(same, name, ": expected the shape of ", of, ", ", shape_text(*parameter), ", got ",
-              shape_text(*total));
-  check_type(total->scalar_type() == ScalarType::Double, name, ": expected float64, got ",
-             torch::headeronly::toString(total->scalar_type()));
+  check_same_shape(*total, *parameter, name, of);
+  check_float64(*total, name);
   check_same_device(*total, *parameter, name, of);
   check_value(total->is_contiguous(), name, ": expected a contiguous tensor");
   return static_cast<double*>(Tensor(*total).mutable_data_ptr());
@@ -433,12 +432,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(
           beta1, beta2, eps, l2_user, l2_items, prox, seed, round);
   LocalTrainArgs& a = call.args;
   const int64_t C = clients.size(0);
-  check_dim(weights, 1, "weights", "[C]");
-  check_size(weights, 0, C, "weights", "C, as clients");
-  check_type(weights.scalar_type() == ScalarType::Double, "weights: expected float64, got ",
-             torch::headeronly::toString(weights.scalar_type()));
-  check_same_device(weights, user, "weights", "user");
-  check_value(grid >= 0.0 && std::isfinite(grid), "grid: expected 0 or a power of two, got ", grid);
+  check_weights(weights, C, user, "user");
   const Tensor weights_ = dense(weights);
   a.weights = static_cast<const double*>(weights_.const_data_ptr());
   a.sum_table = sum_of(sum_table, table, "sum_table", "table");
@@ -460,7 +454,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(
     check_value(touched->is_contiguous(), "touched: expected a contiguous tensor");
     a.touched = static_cast<uint8_t*>(Tensor(*touched).mutable_data_ptr());
   }
-  a.shift = 0x1.8p52 * grid;
+  a.shift = shift_of(grid);
   Tensor new_user = torch::stable::new_empty(user, {C, a.D});
   a.new_user = new_user.mutable_data_ptr();
   Tensor losses = torch::stable::new_empty(user, {C}, ScalarType::Double);

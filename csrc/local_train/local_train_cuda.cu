@@ -851,16 +851,6 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-void copy_back(void* to, const void* from, int64_t bytes, [[maybe_unused]] Stream stream) {
-#if defined(__CUDACC__)
-  const auto on = static_cast<cudaStream_t>(stream.handle);
-  check(cudaMemcpyAsync(to, from, size_t(bytes), cudaMemcpyDeviceToHost, on), "cudaMemcpyAsync");
-  check(cudaStreamSynchronize(on), "cudaStreamSynchronize");
-#else
-  std::memcpy(to, from, size_t(bytes));
-#endif
-}
-
 template <typename T>
 Arena measured(const LocalTrainArgs& a, int64_t n, int64_t shared) {
   Arena arena{nullptr, nullptr, shared, 0, 0};
@@ -876,7 +866,7 @@ std::vector<ClientRange> local_train_ranges(const LocalTrainArgs& a, int64_t cli
   std::vector<ClientRange> found(static_cast<size_t>(clients));
   if (clients == 0) return found;
   launch(find_ranges, (clients + kThreads - 1) / kThreads, kThreads, 0, stream, a, clients, ranges);
-  copy_back(found.data(), ranges, clients * int64_t(sizeof(ClientRange)), stream);
+  copy_to_host(found.data(), ranges, clients * int64_t(sizeof(ClientRange)), stream);
   return found;
 }
 
@@ -916,14 +906,14 @@ LocalTrainErrors local_train(const LocalTrainArgs& a, DType dtype, int64_t clien
   copy_to_device(state, &host, sizeof(host), stream);
   launch(dtype == DType::f64 ? train<double> : train<float>, plan.blocks, kThreads,
          plan.shared_bytes, stream, a, clients, plan, order, static_cast<char*>(scratch), state);
-  copy_back(&host, state, sizeof(host), stream);
+  copy_to_host(&host, state, sizeof(host), stream);
   return host.errors;
 }
 
 int64_t read_index(const IndexArray& indices, int64_t at, Stream stream) {
   int64_t value = 0;
-  copy_back(&value, static_cast<const char*>(indices.data) + at * indices.bytes, indices.bytes,
-            stream);
+  copy_to_host(&value, static_cast<const char*>(indices.data) + at * indices.bytes, indices.bytes,
+               stream);
   return IndexArray{&value, indices.bytes}[0];
 }
 
