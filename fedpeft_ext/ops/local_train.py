@@ -183,9 +183,21 @@ def _check_pairs(parts: ItemParts) -> None:
         raise ValueError(f"reduce: expected 'mean' or 'sum', got {parts.reduce!r}")
 
 
-def _check_settings(
-    epochs: int, batch_size: int | None, loss: str, optimizer: str, seed: int, round: int, **numbers: float
-) -> None:
+def _settings(
+    epochs: int,
+    batch_size: int | None,
+    loss: str,
+    optimizer: str,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    l2_user: float,
+    l2_items: float,
+    prox: float,
+    seed: int,
+    round: int,
+) -> tuple[float, ...]:
+    """Check the settings of a training, and put them as the ops take them."""
     check_range(epochs, 0, 2**16, "epochs")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, or None for all positives, got {batch_size}")
@@ -193,9 +205,17 @@ def _check_settings(
         raise ValueError(f"loss: expected 'bpr' or 'bce', got {loss!r}")
     if optimizer not in ("adam", "sgd"):
         raise ValueError(f"optimizer: expected 'adam' or 'sgd', got {optimizer!r}")
+    numbers = {"lr": lr, "eps": eps, "l2_user": l2_user, "l2_items": l2_items, "prox": prox}
     for name, value in numbers.items():
         check_not_negative(value, name)
     check_draw(seed, round)
+    choices = (epochs, batch_size or 0, loss == "bpr", optimizer == "adam")
+    return (*choices, lr, *betas, eps, l2_user, l2_items, prox, seed, round)
+
+
+def _tensors(parts: ItemParts) -> tuple[Tensor | None, ...]:
+    """The tensors of the parts, as the ops take them."""
+    return (*parts[:8], *(parts.senet or (None,) * 4))
 
 
 def local_train(
@@ -265,50 +285,11 @@ def local_train(
         (torch.Size([1, 4]), torch.Size([1, 3]))
     """
     _check(clients, indptr, items, positives, num_items, user, parts)
-    _check_settings(
-        epochs,
-        batch_size,
-        loss,
-        optimizer,
-        seed,
-        round,
-        lr=lr,
-        eps=eps,
-        l2_user=l2_user,
-        l2_items=l2_items,
-        prox=prox,
+    settings = _settings(
+        epochs, batch_size, loss, optimizer, lr, betas, eps, l2_user, l2_items, prox, seed, round
     )
-    senet = parts.senet or (None,) * 4
-    out = _LOCAL_TRAIN(
-        clients,
-        indptr,
-        items,
-        positives,
-        num_items,
-        user,
-        parts.base,
-        parts.table,
-        parts.A,
-        parts.B,
-        parts.codes,
-        parts.codebooks,
-        parts.buckets,
-        parts.hashes,
-        *senet,
-        parts.reduce == "mean",
-        epochs,
-        batch_size or 0,
-        loss == "bpr",
-        optimizer == "adam",
-        lr,
-        *betas,
-        eps,
-        l2_user,
-        l2_items,
-        prox,
-        seed,
-        round,
-    )
+    data = (clients, indptr, items, positives, num_items, user)
+    out = _LOCAL_TRAIN(*data, *_tensors(parts), parts.reduce == "mean", *settings)
     new_user, losses, rows, d_table, d_a, d_b, d_codebooks, d_buckets, *d_senet = out
     return LocalUpdates(
         user=new_user,
@@ -375,56 +356,14 @@ def local_train_sum_(
         (torch.Size([2]), True, False)
     """
     _check(clients, indptr, items, positives, num_items, user, parts)
-    _check_settings(
-        epochs,
-        batch_size,
-        loss,
-        optimizer,
-        seed,
-        round,
-        lr=lr,
-        eps=eps,
-        l2_user=l2_user,
-        l2_items=l2_items,
-        prox=prox,
+    settings = _settings(
+        epochs, batch_size, loss, optimizer, lr, betas, eps, l2_user, l2_items, prox, seed, round
     )
     _check_sums(clients, weights, num_items, user, parts, sums, touched, grid)
-    out = _LOCAL_TRAIN_SUM(
-        clients,
-        weights,
-        indptr,
-        items,
-        positives,
-        num_items,
-        user,
-        parts.base,
-        parts.table,
-        parts.A,
-        parts.B,
-        parts.codes,
-        parts.codebooks,
-        parts.buckets,
-        parts.hashes,
-        *(parts.senet or (None,) * 4),
-        *sums[:5],
-        *(sums.senet or (None,) * 4),
-        touched,
-        parts.reduce == "mean",
-        epochs,
-        batch_size or 0,
-        loss == "bpr",
-        optimizer == "adam",
-        lr,
-        *betas,
-        eps,
-        l2_user,
-        l2_items,
-        prox,
-        seed,
-        round,
-        grid,
-        memory_bytes,
-    )
+    data = (clients, weights, indptr, items, positives, num_items, user)
+    totals = (*sums[:5], *(sums.senet or (None,) * 4), touched)
+    mean = parts.reduce == "mean"
+    out = _LOCAL_TRAIN_SUM(*data, *_tensors(parts), *totals, mean, *settings, grid, memory_bytes)
     return SumResult(*out)
 
 
@@ -559,19 +498,7 @@ def local_train_reference(
 ) -> LocalUpdates:
     """`local_train` in plain PyTorch, a client at a time: whole tables, dense optimizers, autograd."""
     _check(clients, indptr, items, positives, num_items, user, parts)
-    _check_settings(
-        epochs,
-        batch_size,
-        loss,
-        optimizer,
-        seed,
-        round,
-        lr=lr,
-        eps=eps,
-        l2_user=l2_user,
-        l2_items=l2_items,
-        prox=prox,
-    )
+    _settings(epochs, batch_size, loss, optimizer, lr, betas, eps, l2_user, l2_items, prox, seed, round)
     check_index_values(clients, user.size(0), "clients", padding=False)
     check_index_values(items, num_items, "items", padding=False)
     trained = {name: t for name, t in _trained(parts).items() if t is not None}
