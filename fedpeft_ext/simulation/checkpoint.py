@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedpeft_ext import __version__
 from fedpeft_ext.config import CheckpointConfig
-from fedpeft_ext.simulation.files import replace_file, sync_folder
+from fedpeft_ext.simulation.files import remove_parts, replace_file, sync_folder
 from fedpeft_ext.simulation.state import State
 
 FORMAT = 1
@@ -129,8 +129,7 @@ class CheckpointFolder:
         stale = set(self._folder.glob("round-*.safetensors")) - set(kept)
         for path in stale:
             path.unlink()
-        for path in self._folder.glob(".*.part"):  # left by a process that was killed
-            path.unlink()
+        remove_parts(self._folder)  # left by a process that was killed
         used = {_read_header(path)["constants"]["file"] for path in kept}
         for path in self._folder.glob("constants-*.safetensors"):
             if path.name not in used:
@@ -146,9 +145,10 @@ def has_checkpoint(folder: Path) -> int | None:
 def delete_checkpoints(folder: Path) -> None:
     """Delete the checkpoints of the run in `folder`, parts of unfinished ones included."""
     place = folder / FOLDER
-    for pattern in ("round-*.safetensors", "constants-*.safetensors", ".*.safetensors.part"):
+    for pattern in ("round-*.safetensors", "constants-*.safetensors"):
         for path in place.glob(pattern):
             path.unlink()
+        remove_parts(place, pattern)
     if place.is_dir() and not any(place.iterdir()):
         place.rmdir()
 

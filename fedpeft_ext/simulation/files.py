@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,23 +15,43 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Put the file that `write(place)` makes at `path`; until that is complete and on disk, what was there
     stays.
 
+    `place` is in a folder of its own beside `path`: libraries write through temporary files of any name
+    (safetensors does), which a killed process leaves. `remove_parts` finds them all.
+
     Raises:
         OSError: it cannot be written; names the file, and leaves what was there.
     """
-    part = path.with_name(f".{path.name}.part")
+    scratch = path.with_name(f".{path.name}.part")
+    part = scratch / path.name
     try:
+        remove_part(path)
+        scratch.mkdir()
         write(part)
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
         sync_folder(path.parent)
+        remove_part(path)
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
+        remove_part(path)
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"cannot write {path}: {reason}") from error
     except BaseException:
-        part.unlink(missing_ok=True)
+        remove_part(path)
         raise
+
+
+def remove_part(path: Path) -> None:
+    """Remove what a `replace_file` of `path` left that was killed."""
+    scratch = path.with_name(f".{path.name}.part")
+    if scratch.exists():
+        shutil.rmtree(scratch)
+
+
+def remove_parts(folder: Path, names: str = "*") -> None:
+    """`remove_part` of every file in `folder` whose name matches."""
+    for scratch in folder.glob(f".{names}.part"):
+        shutil.rmtree(scratch)
 
 
 def replace_text(path: Path, text: str) -> None:

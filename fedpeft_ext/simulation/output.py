@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedpeft_ext.config import Config
 from fedpeft_ext.simulation.checkpoint import delete_checkpoints, has_checkpoint
-from fedpeft_ext.simulation.files import append, replace_bytes, replace_file, replace_text
+from fedpeft_ext.simulation.files import append, remove_part, replace_bytes, replace_file, replace_text
 
 CONFIG, METRICS, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "summary.json", "model.safetensors"
 CSV, TENSORBOARD = "metrics.csv", "tensorboard"
@@ -56,7 +56,7 @@ def prepare_folder(folder: str | Path, overwrite: bool = False) -> Path:
         raise type(error)(f"out: cannot write to {folder} ({error.strerror or error})") from error
     for name in (CONFIG, METRICS, SUMMARY, MODEL, CSV):
         (folder / name).unlink(missing_ok=True)
-        (folder / f".{name}.part").unlink(missing_ok=True)
+        remove_part(folder / name)
     for events in (folder / TENSORBOARD).glob("events.out.tfevents.*"):
         events.unlink()
     delete_checkpoints(folder)
@@ -101,6 +101,8 @@ class RunFolder:
             kept = b"" if resumed is None else saved_metrics(folder, resumed)
             for name in (SUMMARY, MODEL):  # of the run before it was given more rounds
                 (folder / name).unlink(missing_ok=True)
+            for name in (CONFIG, METRICS, SUMMARY, MODEL, CSV):
+                remove_part(folder / name)
             replace_text(folder / CONFIG, config.to_yaml())
             self._log_csv = config.log.csv
             self._begin(kept)

@@ -12,6 +12,7 @@ import signal
 import time
 import tracemalloc
 from collections.abc import Callable
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ class Kills:
     def __init__(self, at: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         self._at = at
-        for module, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "mkdir")):
+        for module, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "mkdir"), (os, "rmdir")):
             monkeypatch.setattr(module, name, self._before(getattr(module, name)))
         monkeypatch.setattr(files, "_write", self._half(files._write))
         monkeypatch.setattr(output, "append", self._half(files.append))
@@ -215,6 +216,7 @@ class Kills:
             real(tensors, path, metadata)
             if dies:
                 os.truncate(path, path.stat().st_size // 2)
+                path.with_name(".tmpAbCdEf").touch()  # as the library's own temporary file
                 raise Killed
 
         return operation
@@ -281,27 +283,28 @@ def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch:
         kind, name = line.split()
         if kind == "rename":
             folder = "checkpoints" if name.startswith(("round", "constants")) else "run"
-            assert told[index - 1] == f"fsync .{name}.part"
+            assert told[index - 1] == f"fsync {name}"
             assert told[index + 1] == f"fsync {folder}"
     for index in (i for i, line in enumerate(told) if line.startswith("rename round")):
         assert "fsync metrics.jsonl" in told[index - 6 : index]
 
 
 def test_memory_stays_flat(tmp_path: Path) -> None:
-    """200 rounds that train and save keep nothing that the first 100 did not."""
-    traced: dict[int, int] = {}
+    """100 rounds that train and save keep nothing. The first time for anything (an import, a cache) may take
+    memory once; a number kept for each client and round would take 9.6 kB in every 100."""
+    traced: list[int] = []
 
     class Watch(Callback):
         def on_round(self, info: RoundInfo) -> None:
-            if info.round in (100, 300):
+            if info.round % 100 == 0:
                 gc.collect()
-                traced[info.round] = tracemalloc.get_traced_memory()[0]
+                traced.append(tracemalloc.get_traced_memory()[0])
 
     settings = {
-        "training.rounds": 300,
+        "training.rounds": 500,
         "training.clients_per_round": 3,
         "checkpoint.every": 25,
-        "evaluation.every": 300,
+        "evaluation.every": 500,
         "compression.method": "top-k",
         "faults.dropout_rate": 0.1,
     }
@@ -311,8 +314,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
         simulator.run()
     finally:
         tracemalloc.stop()
-    # A number kept for each client and round would be 19 kB.
-    assert traced[300] - traced[100] < 10_000
+    assert min(after - before for before, after in pairwise(traced)) < 4_000, traced
 
 
 def killed_at_random(tmp_path: Path, kills: int, rounds: int) -> None:
