@@ -16,8 +16,8 @@ from typing import Any
 
 from jinja2 import Environment
 
+from fedpeft_ext.experiments.compare import CURVES, SCATTER
 from fedpeft_ext.experiments.compare import JSON as COMPARE
-from fedpeft_ext.experiments.compare import SCATTER
 from fedpeft_ext.experiments.plots import plot_learning_curves
 from fedpeft_ext.experiments.results import KB, RunResult, headline_k
 from fedpeft_ext.experiments.studies.output import STUDY
@@ -136,7 +136,7 @@ def _comparison(file: Path) -> _Section:
     title = f"{first['backbone']} on {first['dataset']}, {first['rounds']:,} rounds"
     pictures = [
         _picture(file.parent / name, caption)
-        for name, caption in ((SCATTER, "Accuracy against bytes"), ("curves.png", "Learning curves"))
+        for name, caption in ((SCATTER, "Accuracy against bytes"), (CURVES, "Learning curves"))
         if (file.parent / name).is_file()
     ]
     table = _Table("Comparison", headings, rows, [True] + [False] * (len(headings) - 1))

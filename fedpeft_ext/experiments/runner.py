@@ -9,17 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fedpeft_ext.backbones import build_backbone
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.experiments.results import RunResult
-from fedpeft_ext.nn import build_embedding, parse_spec
-from fedpeft_ext.pretrain import Pretrained, pretrain
+from fedpeft_ext.nn import parse_spec
+from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation import Callback, Simulator, traffic
 from fedpeft_ext.simulation.checkpoint import has_checkpoint
 from fedpeft_ext.simulation.output import CONFIG, SUMMARY
+from fedpeft_ext.simulation.setup import build_model, needs_pretrained, prepare_items
 
 DIVERGED = "diverged.json"
 """Beside config.yaml in the folder of a run whose training ended in NaN or infinity."""
@@ -44,27 +42,19 @@ class Server:
 
     def pretrained(self, config: Config) -> Pretrained | None:
         """What the embedding of `config` needs, or None where that is nothing."""
-        spec = parse_spec(config.embedding.name)
-        coded = "rq" in spec.parts
-        if not coded and not (spec.plug or "full" in spec.parts):
+        if not needs_pretrained(config.embedding.name):
             return None
+        embedding = config.embedding
+        coded = "rq" in parse_spec(embedding.name).parts
         if not coded:  # codes change no full embedding: let those be prepared that a run with codes needs
             others = (other for other in self.configs if "rq" in parse_spec(other.embedding.name).parts)
             shared = next((other for other in others if _same_items(other, config)), None)
             if shared is not None:
                 return self.pretrained(shared)
-        embedding = config.embedding
-        levels = embedding.levels if coded else None
-        key = json.dumps([_items_of(config), levels, embedding.codebook_size if coded else None])
+        shape = [embedding.levels, embedding.codebook_size] if coded else None
+        key = json.dumps([_items_of(config), shape])
         if key not in self._prepared:
-            self._prepared[key] = pretrain(
-                config.pretrain,
-                self.dataset,
-                config.backbone.dim,
-                levels=levels,
-                codebook_size=embedding.codebook_size,
-                seed=config.seed,
-            )
+            self._prepared[key] = prepare_items(config, self.dataset)
         return self._prepared[key]
 
 
@@ -132,13 +122,7 @@ def run_all(
 
 def bytes_of_full(config: Config, dataset: Dataset) -> int:
     """Down and up together of one client and round that trains and sends the full embedding."""
-    dtype = getattr(torch, config.dtype)
-    table = build_embedding("full", dataset.num_items, config.backbone.dim, dtype=dtype)
-    backbone = config.backbone
-    model = build_backbone(
-        backbone.name, table, backbone.dim, hidden=backbone.hidden, dropout=backbone.dropout
-    )
-    each_way = traffic(model.to(dtype))
+    each_way = traffic(build_model(config.updated(["embedding.name=full"]), dataset.num_items))
     return each_way.down + each_way.up
 
 

@@ -20,7 +20,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedpeft_ext.backbones import Backbone
-from fedpeft_ext.config import Config, FaultsConfig
+from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.flower.files import node_file, read_node
 from fedpeft_ext.flower.protocol import (
@@ -35,15 +35,20 @@ from fedpeft_ext.flower.protocol import (
     to_record,
     to_tensors,
 )
-from fedpeft_ext.nn import parse_spec
 from fedpeft_ext.simulation.aggregation import Aggregator
-from fedpeft_ext.simulation.client_batch import ClientStore, Interactions, lazy_zeros
+from fedpeft_ext.simulation.client_batch import ClientStore, Interactions, initial_states
 from fedpeft_ext.simulation.communication import message as averaged
 from fedpeft_ext.simulation.communication import setup_message
 from fedpeft_ext.simulation.compression import decode, encode, split
-from fedpeft_ext.simulation.faults import Faults
+from fedpeft_ext.simulation.faults import make_faults
 from fedpeft_ext.simulation.local_training import Federation, ParameterRoles
-from fedpeft_ext.simulation.setup import build_model, local_settings, make_engine
+from fedpeft_ext.simulation.setup import (
+    build_model,
+    can_train,
+    local_settings,
+    make_engine,
+    needs_pretrained,
+)
 from fedpeft_ext.simulation.simulator import evaluators
 from fedpeft_ext.simulation.uploads import Uploads, UploadStage
 
@@ -64,8 +69,7 @@ def join(message: Message, context: Context) -> Message:
         raise ValueError(
             f"the node's file has {dataset.num_items} items, the server's catalogue {settings['num_items']}"
         )
-    sizes = np.diff(dataset.indptr)[users]
-    able = users[(sizes > 0) & (sizes < dataset.num_items)]
+    able = users[can_train(np.diff(dataset.indptr)[users], dataset.num_items)]
     return _reply(message, {CLIENTS: to_record({"users": torch.from_numpy(able)})})
 
 
@@ -79,8 +83,7 @@ def train(message: Message, context: Context) -> Message:
     strangers = np.setdiff1d(clients, node.users)
     if len(strangers):
         raise ValueError(f"users: expected users of this node, got {strangers.tolist()}")
-    clients = clients[np.lexsort((clients, node.interactions.sizes[clients]))]
-    sent, losses = node.train(clients, number)
+    sent, losses = node.train(node.interactions.by_size(clients), number)
     return _reply(
         message,
         {
@@ -140,7 +143,7 @@ class _Uplink(UploadStage):
         for c, client in enumerate(uploads.clients.tolist()):
             self._add(
                 client,
-                {name: whole(uploads, name, c, p.shape) for name, p in self._model.items()},
+                {name: uploads.whole(name, c, p.shape) for name, p in self._model.items()},
                 uploads.round,
             )
             self.clients.append(client)
@@ -173,15 +176,6 @@ class _Uplink(UploadStage):
         self._encoded[str(client)] = encoded(data)
 
 
-def whole(uploads: Uploads, name: str, c: int, shape: torch.Size) -> Tensor:
-    """The update `name` of the c-th client, of the parameter's shape: zero in rows that were not touched."""
-    update, rows = uploads.updates[name][c], uploads.rows_of(name)
-    if rows is None:
-        return update
-    held = rows[c] >= 0
-    return update.new_zeros(shape).index_copy_(0, rows[c][held], update[held])
-
-
 class _Node:
     """A node as it is while it answers a message."""
 
@@ -204,10 +198,7 @@ class _Node:
         rows = frozenset(ParameterRoles.of(model).rows)
         residuals = {int(name): tensor for name, tensor in to_tensors(self._context.state, RESIDUAL).items()}
         uplink = _Uplink(self.config, model, residuals)
-        faults = (
-            None if self.config.faults == FaultsConfig() else Faults(self.config.faults, self.config.seed)
-        )
-        aggregator = Aggregator(averaged(model), rows, stages=[uplink], faults=faults)
+        aggregator = Aggregator(averaged(model), rows, stages=[uplink], faults=make_faults(self.config))
         aggregator.begin(number)
         losses = make_engine(self.config, self.federation)[1].train(clients, number, aggregator)
         store.commit(average=False)
@@ -222,12 +213,10 @@ class _Node:
 
     def _store(self, model: Backbone, starts: Mapping[str, Tensor]) -> ClientStore:
         """State of the node's users: kept, or what a new client starts with."""
-        count, users = self.dataset.num_users, torch.from_numpy(self.users)
+        count, config = self.dataset.num_users, self.config
         self._own = to_tensors(self._context.state, CLIENTS)
-        drawn = model.initial_state(users, self.config.seed, self.config.backbone.init_std)
-        state = {name: lazy_zeros(values, count) for name, values in drawn.items()}
-        for name, values in drawn.items():
-            state[name][users] = values
+        users = torch.from_numpy(self.users)
+        state = initial_states(model, users, count, config.seed, config.backbone.init_std)
         store = ClientStore(state, starts, count)
         if self._own:
             ids = self._own["users"]
@@ -240,10 +229,9 @@ class _Node:
 
 def _model(config: Config, num_items: int, frozen: Mapping[str, Tensor]) -> Backbone:
     """The model with the frozen tensors that the server sent."""
-    spec = parse_spec(config.embedding.name)
     dtype, dim = getattr(torch, config.dtype), config.backbone.dim
     # Placeholders of the right shapes; the values come with the frozen tensors, or with each message.
-    base = torch.zeros(num_items, dim, dtype=dtype) if spec.plug or "full" in spec.parts else None
+    base = torch.zeros(num_items, dim, dtype=dtype) if needs_pretrained(config.embedding.name) else None
     codes = next((value for name, value in frozen.items() if name.endswith("codes")), None)
     codebooks = torch.zeros(config.embedding.levels, config.embedding.codebook_size, dim, dtype=dtype)
     model = build_model(config, num_items, base=base, codes=codes, codebooks=codebooks)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fedpeft_ext.config import Config, load_config
 from fedpeft_ext.data import Dataset
-from fedpeft_ext.nn import parse_spec
-from fedpeft_ext.pretrain import Pretrained, pretrain
+from fedpeft_ext.pretrain import Pretrained
+from fedpeft_ext.simulation.setup import needs_pretrained, prepare_items
 
 CONFIG, SERVER = "config.yaml", "server.safetensors"
 
@@ -49,20 +49,11 @@ def prepare(
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    spec = parse_spec(config.embedding.name)
-    if pretrained is None and (spec.plug or {"full", "rq"} & set(spec.parts)):
-        pretrained = pretrain(
-            config.pretrain,
-            dataset,
-            config.backbone.dim,
-            levels=config.embedding.levels if "rq" in spec.parts else None,
-            codebook_size=config.embedding.codebook_size,
-            seed=config.seed,
-        )
+    if pretrained is None and needs_pretrained(config.embedding.name):
+        pretrained = prepare_items(config, dataset)
     tensors: dict[str, Tensor] = {"num_items": torch.tensor([dataset.num_items])}
     if pretrained is not None:
-        given = {"full": pretrained.full, "codes": pretrained.codes, "codebooks": pretrained.codebooks}
-        tensors |= {name: value.contiguous() for name, value in given.items() if value is not None}
+        tensors |= {name: value.contiguous() for name, value in pretrained.tensors().items()}
     save_file(tensors, folder / SERVER)
     (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
     for node in range(num_nodes):
@@ -129,9 +120,7 @@ def read_server(folder: _Folder) -> tuple[Config, int, Pretrained | None]:
     config, tensors = load_config(folder / CONFIG), _read(folder / SERVER)
     if "num_items" not in tensors or tensors["num_items"].shape != (1,):
         raise ValueError(f"{folder / SERVER}: expected a server's file, but it has no 'num_items'")
-    pretrained = None
-    if "full" in tensors:
-        pretrained = Pretrained(tensors["full"], tensors.get("codes"), tensors.get("codebooks"))
+    pretrained = Pretrained.from_tensors(tensors) if "full" in tensors else None
     return config, int(tensors["num_items"]), pretrained
 
 

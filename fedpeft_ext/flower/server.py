@@ -19,7 +19,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
-from fedpeft_ext.config import Config, FaultsConfig
+from fedpeft_ext.config import Config
 from fedpeft_ext.flower.files import read_server
 from fedpeft_ext.flower.protocol import (
     CLIENTS,
@@ -34,7 +34,6 @@ from fedpeft_ext.flower.protocol import (
     to_record,
     to_tensors,
 )
-from fedpeft_ext.nn import parse_spec
 from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.callbacks import Metrics, RoundInfo
@@ -42,11 +41,12 @@ from fedpeft_ext.simulation.client_batch import ClientStore
 from fedpeft_ext.simulation.communication import message as averaged
 from fedpeft_ext.simulation.communication import setup_message, traffic
 from fedpeft_ext.simulation.compression import decode
-from fedpeft_ext.simulation.faults import Faults
+from fedpeft_ext.simulation.faults import make_faults
 from fedpeft_ext.simulation.local_training import ParameterRoles
 from fedpeft_ext.simulation.output import RunFolder, prepare_folder
-from fedpeft_ext.simulation.randomness import sample_clients, sample_clients_independently
-from fedpeft_ext.simulation.setup import build_model, clients_per_round
+from fedpeft_ext.simulation.randomness import choose_clients
+from fedpeft_ext.simulation.setup import build_model, clients_per_round, needs_pretrained
+from fedpeft_ext.simulation.simulator import VALID
 
 log = logging.getLogger("fedpeft_ext.flower")
 app = ServerApp()
@@ -114,8 +114,8 @@ class FlowerServer:
         timeout: float = 3600.0,
     ) -> None:
         check_supported(config)
-        spec, dtype = parse_spec(config.embedding.name), getattr(torch, config.dtype)
-        if pretrained is None and (spec.plug or {"full", "rq"} & set(spec.parts)):
+        dtype = getattr(torch, config.dtype)
+        if pretrained is None and needs_pretrained(config.embedding.name):
             raise ValueError(
                 f"pretrained: expected embeddings, which {config.embedding.name} needs, got None"
             )
@@ -133,8 +133,7 @@ class FlowerServer:
         parameters = dict(self.model.named_parameters())
         # Of clients' state the server holds what newcomers start from, and nobody's own.
         self._starts = ClientStore({}, {name: parameters[name] for name in self.model.averaged_start}, 1)
-        faults = config.faults
-        self._faults = None if faults == FaultsConfig() else Faults(faults, config.seed)
+        self._faults = make_faults(config)
         self._aggregator = Aggregator(
             averaged(self.model),
             frozenset(ParameterRoles.of(self.model).rows),
@@ -230,12 +229,7 @@ class FlowerServer:
         answers = self._ask(MessageType.TRAIN, contents)
         try:
             losses = self._add(answers, number)
-            broken = self._aggregator.first_not_finite()
-            if broken is not None:
-                raise FloatingPointError(
-                    f"training diverged in round {number}: the sum of updates of {broken} is NaN or "
-                    "infinite; a lower training.lr may help, and faults.reject=true leaves such clients out"
-                )
+            self._aggregator.check_finite()
         except BaseException:
             self._aggregator.discard()
             self._starts.discard()
@@ -264,14 +258,12 @@ class FlowerServer:
         )
 
     def _sample(self, number: int) -> np.ndarray:
-        training, seed = self.config.training, self.config.seed
+        training = self.config.training
         eligible = np.sort(np.concatenate([np.empty(0, np.int64), *self._users.values()]))
         if len(eligible) == 0:
             raise RuntimeError("no node has a user who can train")
         count = clients_per_round(training.clients_per_round, len(eligible))
-        if training.client_sampling == "poisson":
-            return sample_clients_independently(eligible, count / len(eligible), seed, number)
-        return sample_clients(eligible, count, seed, number)
+        return choose_clients(eligible, count, training.client_sampling, self.config.seed, number)
 
     def _add(self, answers: Mapping[int, RecordDict], number: int) -> list[float]:
         """Put uploads into the sums; the losses of their clients."""
@@ -350,7 +342,7 @@ def mean_metrics(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     users: dict[str, int] = {}
     for answer in answers:
         for name, value in answer.items():
-            prefix = "valid/" if name.startswith("valid/") else ""
+            prefix = VALID if name.startswith(VALID) else ""
             if name != prefix + count:
                 sums[name] = sums.get(name, 0.0) + float(value) * int(answer[prefix + count])
                 users[name] = users.get(name, 0) + int(answer[prefix + count])

@@ -45,6 +45,16 @@ class Pretrained:
     quantizer: PretrainedCodes | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """`full`, `codes` and `codebooks`, as far as they are there: what a federation needs of it."""
+        given = {"full": self.full, "codes": self.codes, "codebooks": self.codebooks}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Pretrained:
+        """From what `tensors` gave; how it came about is not known any more."""
+        return cls(tensors["full"], tensors.get("codes"), tensors.get("codebooks"))
+
 
 def pretrain(
     config: PretrainConfig,

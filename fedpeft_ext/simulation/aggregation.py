@@ -277,6 +277,15 @@ class Aggregator:
                 return name
         return None
 
+    def check_finite(self) -> None:
+        """Raise FloatingPointError where a sum has NaN or infinite values."""
+        broken = self.first_not_finite()
+        if broken is not None:
+            raise FloatingPointError(
+                f"training diverged in round {self._round}: the sum of updates of {broken} is NaN or "
+                "infinite; a lower training.lr may help, and faults.reject=true leaves such clients out"
+            )
+
     @torch.no_grad()
     def apply(self) -> None:
         """Have the server take its step, and forget the round's sums."""

@@ -134,10 +134,10 @@ class BatchedEngine:
             moved = dict(zip(leaves, gradients, strict=True))
             if settings.prox_mu > 0.0:
                 # Clients that sit the step out stay as they are.
-                active = settings.prox_mu * (step.numbers > 0).to(loss.dtype)
+                active = step.numbers > 0
                 for name in (*self._roles.rows, *self._roles.small):
                     distance = local[name] - start[name]
-                    moved[name] = moved[name] + active.view(-1, *[1] * (distance.dim() - 1)) * distance
+                    moved[name] = moved[name] + settings.prox_mu * _like(active, distance) * distance
             if drift is not None:
                 moved |= drift.corrected(moved, local, step.numbers)
             optimizer.step(moved, step.numbers)

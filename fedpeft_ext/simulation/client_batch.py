@@ -51,6 +51,10 @@ class Interactions:
         self.items = _readable(dataset.indices).to(device)
         self.positives = self.indptr, _readable(dataset.positives()[1]).to(device)
 
+    def by_size(self, users: np.ndarray) -> np.ndarray:
+        """`users` (int64) in the order in which engines take them: by (size, id)."""
+        return users[np.lexsort((users, self.sizes[users]))]
+
     def padded(self, users: Tensor) -> Tensor:
         """Items int64 [C, P] of `users` [C], oldest first, padded with -1 to the longest."""
         start, stop = self.indptr[users], self.indptr[users + 1]
@@ -176,15 +180,15 @@ class ClientStore:
 
 
 def initial_states(
-    model: Backbone, drawn: range, num_clients: int, seed: int, init_std: float
+    model: Backbone, drawn: Tensor, num_clients: int, seed: int, init_std: float
 ) -> dict[str, Tensor]:
-    """Local parameters [U, ...] as `Backbone.initial_state` gives them to clients `drawn`; zero for others.
+    """Local parameters [U, ...] as `Backbone.initial_state` gives them to clients `drawn` (int64 [n]); zero
+    for others.
 
     On the host the rows of others take no memory.
     """
     state: dict[str, Tensor] = {}
-    for start in range(drawn.start, drawn.stop, DRAWN_AT_A_TIME):
-        clients = torch.arange(start, min(start + DRAWN_AT_A_TIME, drawn.stop), device=_device(model))
+    for clients in torch.split(drawn.to(_device(model)), DRAWN_AT_A_TIME):
         for name, values in model.initial_state(clients, seed, init_std).items():
             if name not in state:
                 state[name] = lazy_zeros(values, num_clients)

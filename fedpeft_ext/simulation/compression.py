@@ -136,14 +136,7 @@ class TopK(UploadStage):
         self.residuals = dict(zip(state["clients"].tolist(), rests, strict=True))
 
     def _flat(self, uploads: Uploads, c: int) -> Tensor:
-        parts = []
-        for name, shape in self._shapes.items():
-            update, rows = uploads.updates[name][c], uploads.rows_of(name)
-            if rows is not None:
-                held = rows[c] >= 0
-                update = update.new_zeros(shape).index_copy_(0, rows[c][held], update[held])
-            parts.append(update.flatten())
-        return torch.cat(parts)
+        return torch.cat([uploads.whole(name, c, shape).flatten() for name, shape in self._shapes.items()])
 
 
 def kept_elements(parameters: Mapping[str, Tensor], share: float) -> int:

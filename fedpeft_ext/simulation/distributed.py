@@ -269,11 +269,10 @@ def pretrained_everywhere(ranks: Ranks, make: Callable[[], Pretrained]) -> Pretr
 
     def tensors() -> dict[str, Tensor]:
         made.append(make())
-        parts = {"full": made[0].full, "codes": made[0].codes, "codebooks": made[0].codebooks}
-        return {name: value for name, value in parts.items() if value is not None}
+        return made[0].tensors()
 
     shared = ranks.from_first(tensors)
-    return made[0] if made else Pretrained(shared["full"], shared.get("codes"), shared.get("codebooks"))
+    return made[0] if made else Pretrained.from_tensors(shared)
 
 
 def rank_device(device: torch.device) -> torch.device:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft_ext.config import FaultsConfig
+from fedpeft_ext.config import Config, FaultsConfig
 from fedpeft_ext.ops import philox
 from fedpeft_ext.simulation.distributed import Ranks
 from fedpeft_ext.simulation.randomness import FAULTS
@@ -24,6 +24,13 @@ EXPLODED = 1e6
 """Factor of a simulated exploding update."""
 
 REASONS = ("empty", "not_finite", "exploding")
+
+
+def make_faults(config: Config) -> Faults | None:
+    """The faults that the settings ask for; None where no fault is simulated or rejected."""
+    if config.faults == FaultsConfig():
+        return None
+    return Faults(config.faults, config.seed, keep_as_zero=config.privacy.mode != "none")
 
 
 class Faults:

@@ -36,6 +36,17 @@ def sample_clients_independently(
     return eligible[drawn < probability]
 
 
+def choose_clients(
+    eligible: np.ndarray, count: int, sampling: str, seed: int, round: int, attempt: int = 0
+) -> np.ndarray:
+    """Clients of a round, as `training.client_sampling` says: `count` of the `eligible` ones, or as many on
+    average ("poisson"); ascending.
+    """
+    if sampling == "poisson":
+        return sample_clients_independently(eligible, count / len(eligible), seed, round, attempt)
+    return sample_clients(eligible, count, seed, round, attempt)
+
+
 def shuffled_positions(inside: Tensor, clients: Tensor, seed: int, round: int, epoch: int) -> Tensor:
     """A random order of each client's positions, padding last.
 

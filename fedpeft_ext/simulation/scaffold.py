@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fedpeft_ext import ops
+from fedpeft_ext.simulation.aggregation import zeros_for
 from fedpeft_ext.simulation.distributed import Ranks
 from fedpeft_ext.simulation.state import State, below, copy_into, prefixed
 
@@ -59,20 +60,19 @@ class ControlVariates:
         self._parameters = {name: p.detach() for name, p in parameters.items()}
         self._tables = tables
         self._total_weight = total_weight
-        self.server = {name: _zeros(p) for name, p in self._parameters.items()}
+        self.server = {name: zeros_for(p) for name, p in self._parameters.items()}
         self.clients: dict[int, _Variate] = {}
         self._written: dict[int, _Variate] = {}
-        self._change = {name: _zeros(p) for name, p in self._parameters.items()}
+        self._change = {name: zeros_for(p) for name, p in self._parameters.items()}
         self._left_out = 0.0
 
     def rows(self, clients: Tensor) -> Tensor:
         """Rows [C, R] of the tables where the c_i of `clients` [C] may not be zero, -1 behind."""
-        rows = [own.rows for c in clients.tolist() if (own := self.clients.get(c)) is not None]
-        if not rows:
-            return clients.new_empty(len(clients), 0)
         none = clients.new_empty(0)
-        every = [self.clients[c].rows if c in self.clients else none for c in clients.tolist()]
-        padded: Tensor = pad_sequence(every, batch_first=True, padding_value=-1)
+        rows = [self.clients[c].rows if c in self.clients else none for c in clients.tolist()]
+        if not rows:
+            return clients.new_empty(0, 0)
+        padded: Tensor = pad_sequence(rows, batch_first=True, padding_value=-1)
         return padded
 
     def own(self, clients: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
@@ -245,7 +245,3 @@ def check_memory(parameters: Mapping[str, Tensor], tables: frozenset[str], touch
             f"up to {needed / 1e9:,.1f} GB, more than this machine's memory of {available / 1e9:,.1f} GB; "
             "expected fedavg, or an embedding with fewer parameters"
         )
-
-
-def _zeros(parameter: Tensor) -> Tensor:
-    return torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)

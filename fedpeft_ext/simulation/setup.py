@@ -12,10 +12,30 @@ from fedpeft_ext.backbones import Backbone, build_backbone
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.nn import build_embedding, parse_spec
+from fedpeft_ext.pretrain import Pretrained, pretrain
 from fedpeft_ext.simulation.batched import BatchedEngine
 from fedpeft_ext.simulation.fused import FusedEngine, why_not
 from fedpeft_ext.simulation.local_training import Engine, Federation, LocalSettings
 from fedpeft_ext.simulation.sequential import SequentialEngine
+
+
+def needs_pretrained(embedding: str) -> bool:
+    """Whether an embedding starts from what the server prepares: full embeddings or codes."""
+    spec = parse_spec(embedding)
+    return spec.plug or not {"full", "rq"}.isdisjoint(spec.parts)
+
+
+def prepare_items(config: Config, dataset: Dataset) -> Pretrained:
+    """Full embeddings and, where the embedding of `config` has them, codes; see `pretrain`."""
+    coded = "rq" in parse_spec(config.embedding.name).parts
+    return pretrain(
+        config.pretrain,
+        dataset,
+        config.backbone.dim,
+        levels=config.embedding.levels if coded else None,
+        codebook_size=config.embedding.codebook_size,
+        seed=config.seed,
+    )
 
 
 def build_model(
@@ -101,10 +121,15 @@ def make_engine(config: Config, federation: Federation) -> tuple[str, Engine]:
     return name, SequentialEngine(federation)
 
 
+def can_train(sizes: np.ndarray, num_items: int) -> np.ndarray:
+    """Which clients of `sizes` training items have at least one, and one left to draw as a negative."""
+    able: np.ndarray = (sizes > 0) & (sizes < num_items)
+    return able
+
+
 def eligible_clients(dataset: Dataset) -> np.ndarray:
-    """Clients that can train: with at least one training item, and one left to draw as a negative."""
-    sizes = np.diff(dataset.indptr)
-    clients = np.flatnonzero((sizes > 0) & (sizes < dataset.num_items)).astype(np.int64)
+    """Clients of a data set that `can_train`, int64 ascending. Raises ValueError where there is none."""
+    clients = np.flatnonzero(can_train(np.diff(dataset.indptr), dataset.num_items)).astype(np.int64)
     if len(clients) == 0:
         raise ValueError(
             f"data set {dataset.name!r} has no user with a training item and an item not yet met"

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from fedpeft_ext.backbones import Backbone
-from fedpeft_ext.config import Config, ConfigError, FaultsConfig, load_config
+from fedpeft_ext.config import Config, ConfigError, load_config
 from fedpeft_ext.data import Dataset, load_dataset
 from fedpeft_ext.nn import parse_spec
-from fedpeft_ext.pretrain import Pretrained, pretrain
+from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.callbacks import Callback, Metrics, RoundInfo
 from fedpeft_ext.simulation.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
@@ -31,7 +31,7 @@ from fedpeft_ext.simulation.communication import Traffic, message, num_bytes, se
 from fedpeft_ext.simulation.compression import encode, make_stage
 from fedpeft_ext.simulation.distributed import Ranks, pretrained_everywhere, rank_device, train_round
 from fedpeft_ext.simulation.evaluation import Evaluator
-from fedpeft_ext.simulation.faults import Faults
+from fedpeft_ext.simulation.faults import make_faults
 from fedpeft_ext.simulation.local_training import (
     Federation,
     LocalSettings,
@@ -47,7 +47,7 @@ from fedpeft_ext.simulation.output import (
     saved_metrics,
 )
 from fedpeft_ext.simulation.privacy import Clipping, Ledger, Noise, PrivacyReport
-from fedpeft_ext.simulation.randomness import sample_clients, sample_clients_independently
+from fedpeft_ext.simulation.randomness import choose_clients
 from fedpeft_ext.simulation.scaffold import ControlVariates, check_memory
 from fedpeft_ext.simulation.setup import (
     build_model,
@@ -55,6 +55,8 @@ from fedpeft_ext.simulation.setup import (
     eligible_clients,
     local_settings,
     make_engine,
+    needs_pretrained,
+    prepare_items,
 )
 from fedpeft_ext.simulation.state import State, Stateful, below, copy_into, prefixed
 from fedpeft_ext.simulation.tensorboard import TensorBoard
@@ -172,14 +174,12 @@ class Simulator:
         self._warmup_rounds = training.warmup_rounds if spec.plug or "full" in spec.parts else 0
         self._eligible = eligible_clients(dataset)
         self._per_round = clients_per_round(training.clients_per_round, len(self._eligible))
-        self._faults: Faults | None = None
-        if config.faults != FaultsConfig():
-            if config.faults.min_clients > self._per_round:
-                raise ValueError(
-                    f"faults.min_clients: expected at most the {self._per_round} clients of a round, got "
-                    f"{config.faults.min_clients}"
-                )
-            self._faults = Faults(config.faults, config.seed, keep_as_zero=config.privacy.mode != "none")
+        self._faults = make_faults(config)
+        if self._faults is not None and config.faults.min_clients > self._per_round:
+            raise ValueError(
+                f"faults.min_clients: expected at most the {self._per_round} clients of a round, got "
+                f"{config.faults.min_clients}"
+            )
         self._ledger: Ledger | None = None
         if config.privacy.mode != "none":
             self._ledger = Ledger(
@@ -200,18 +200,8 @@ class Simulator:
         ranks.divide(self._interactions.sizes)
         self._evaluators = evaluators(config, dataset, self._interactions, ranks)
         self._pretrained = pretrained
-        if pretrained is None and (spec.plug or "full" in spec.parts or "rq" in spec.parts):
-            self._pretrained = pretrained_everywhere(
-                ranks,
-                lambda: pretrain(
-                    config.pretrain,
-                    dataset,
-                    config.backbone.dim,
-                    levels=config.embedding.levels if "rq" in spec.parts else None,
-                    codebook_size=config.embedding.codebook_size,
-                    seed=config.seed,
-                ),
-            )
+        if pretrained is None and needs_pretrained(config.embedding.name):
+            self._pretrained = pretrained_everywhere(ranks, lambda: prepare_items(config, dataset))
 
         self.rounds_done = 0
         self._total_bytes = self._trained_clients = 0
@@ -282,8 +272,7 @@ class Simulator:
             )
         given = None
         if "pretrained.full" in saved.constants:
-            held = below("pretrained", saved.constants)
-            given = Pretrained(held["full"], held.get("codes"), held.get("codebooks"))
+            given = Pretrained.from_tensors(below("pretrained", saved.constants))
         simulator = cls(config, dataset, pretrained=given, callbacks=callbacks)
         simulator._restore(saved)
         simulator._open(folder)
@@ -354,8 +343,9 @@ class Simulator:
         if self._store is None:
             users = self.dataset.num_users
             parameters = dict(model.named_parameters())
+            owned = torch.arange(self._ranks.owned.start, self._ranks.owned.stop)
             self._store = ClientStore(
-                initial_states(model, self._ranks.owned, users, config.seed, config.backbone.init_std),
+                initial_states(model, owned, users, config.seed, config.backbone.init_std),
                 {name: parameters[name] for name in model.averaged_start},
                 users,
             )
@@ -429,13 +419,9 @@ class Simulator:
 
     def _sample(self, round: int, attempt: int) -> np.ndarray:
         """Clients chosen for a round, sorted by (size, id)."""
-        seed = self.config.seed
-        if self.config.training.client_sampling == "poisson":
-            share = self._per_round / len(self._eligible)
-            clients = sample_clients_independently(self._eligible, share, seed, round, attempt)
-        else:
-            clients = sample_clients(self._eligible, self._per_round, seed, round, attempt)
-        return clients[np.lexsort((clients, self._interactions.sizes[clients]))]
+        sampling = self.config.training.client_sampling
+        clients = choose_clients(self._eligible, self._per_round, sampling, self.config.seed, round, attempt)
+        return self._interactions.by_size(clients)
 
     # ---- running
     # --------------------------------------------------------------------------------------------------------
@@ -514,12 +500,7 @@ class Simulator:
             accepted = self._faults.accepted(clients)
             losses, clients = losses[accepted], clients[accepted]
         first_not_finite(losses, clients, number)
-        broken = self._aggregator.first_not_finite()
-        if broken is not None:
-            raise FloatingPointError(
-                f"training diverged in round {number}: the sum of updates of {broken} is NaN or "
-                "infinite; a lower training.lr may help, and faults.reject=true leaves such clients out"
-            )
+        self._aggregator.check_finite()
         return losses
 
     def _discard(self) -> None:
@@ -666,9 +647,7 @@ class Simulator:
         if self._constants is None:
             self._constants = prefixed("model", setup_message(self.model))
             if self._pretrained is not None:
-                held = self._pretrained
-                given = {"full": held.full, "codes": held.codes, "codebooks": held.codebooks}
-                self._constants |= prefixed("pretrained", {k: v for k, v in given.items() if v is not None})
+                self._constants |= prefixed("pretrained", self._pretrained.tensors())
         return self._constants
 
     def _header(self, mark: Mapping[str, Any], seconds: float) -> dict[str, Any]:

@@ -45,6 +45,15 @@ class Uploads:
         """Rows [C, R] that the update `name` lands on; None where it is whole."""
         return self.rows if name in self.tables else None
 
+    def whole(self, name: str, client: int, shape: torch.Size) -> Tensor:
+        """The update `name` of one client by its place here, in the parameter's shape: zero in rows that it
+        did not touch."""
+        update, rows = self.updates[name][client], self.rows_of(name)
+        if rows is None:
+            return update
+        held = rows[client] >= 0
+        return update.new_zeros(shape).index_copy_(0, rows[client][held], update[held])
+
     def norms(self, order: Literal[1, 2]) -> Tensor:
         """L1 or L2 norm of each client's whole upload: float64 [C], NaN or infinite where a value is."""
         total = torch.zeros_like(self.weights)

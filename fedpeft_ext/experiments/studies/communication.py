@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import polars as pl
 
-from fedpeft_ext.experiments.results import RunResult
 from fedpeft_ext.experiments.studies.pictures import line_picture
 from fedpeft_ext.experiments.studies.study import (
+    GOALS,
     Context,
     Findings,
     Study,
     Table,
     Trained,
     Variant,
-    first_reaching,
 )
 
 EMBEDDINGS = ("full", "c-lora", "c-hash", "c-rq", "p-lora", "p-hash", "p-hash+senet", "p-rq")
-SHARES = (0.9, 0.95, 1.0)
 MB = 1_000_000
 
 
@@ -31,7 +27,7 @@ def run(context: Context) -> Findings:
     metric = f"HR@{context.k}"
     variants = [Variant({"embedding": name}, (f"embedding.name={name}",)) for name in embeddings]
     trained = context.train(variants)
-    goal = mean_metric(trained.of(variants[embeddings.index("full")]), metric)
+    goal = trained.last(variants[embeddings.index("full")], metric)
     if goal is None:
         raise ValueError("embeddings: every run of 'full' diverged, so there is no accuracy to reach")
     sizes = trained.means([metric], ["bytes_down", "bytes_up", "bytes_setup", "saving"])
@@ -70,16 +66,10 @@ def run(context: Context) -> Findings:
     )
 
 
-def mean_metric(results: Sequence[RunResult], metric: str) -> float | None:
-    """Mean of the last evaluations; None without results."""
-    return sum(r.metrics[metric] for r in results) / len(results) if results else None
-
-
 def _reached(trained: Trained, variant: Variant, metric: str, goal: float) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    results = trained.of(variant)
-    for share in SHARES:
-        hits = [hit for r in results if (hit := first_reaching(r, metric, share * goal)) is not None]
+    for share in GOALS:
+        hits = trained.reaching(variant, metric, share * goal)
         rows.append(
             {
                 **variant.labels,

@@ -23,12 +23,12 @@ from fedpeft_ext.data import Dataset
 from fedpeft_ext.experiments.runner import run_name
 from fedpeft_ext.experiments.studies.pictures import line_picture
 from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table
-from fedpeft_ext.nn import parse_spec
-from fedpeft_ext.pretrain import Pretrained, TfidfEncoder, pretrain, text_features
+from fedpeft_ext.pretrain import Pretrained, TfidfEncoder, text_features
 from fedpeft_ext.simulation import Simulator
 from fedpeft_ext.simulation.client_batch import Interactions
 from fedpeft_ext.simulation.evaluation import Evaluator
 from fedpeft_ext.simulation.output import SUMMARY, prepare_folder
+from fedpeft_ext.simulation.setup import prepare_items
 
 EMBEDDINGS = ("full", "c-hash", "c-rq", "p-lora", "p-hash", "p-rq")
 SHARE = 0.1
@@ -77,7 +77,7 @@ def encode_arrivals(config: Config, before: Dataset, after: Dataset) -> tuple[Pr
         ValueError: `pretrain.features` is neither "tfidf" nor "sentence-transformers", or there is no item
             text, so that the features of later items are unknown.
     """
-    settings, coded = config.pretrain, "rq" in parse_spec(config.embedding.name).parts
+    settings = config.pretrain
     texts, later = before.item_text, after.item_text
     if settings.features not in ("tfidf", "sentence-transformers") or texts is None or later is None:
         raise ValueError(
@@ -85,14 +85,7 @@ def encode_arrivals(config: Config, before: Dataset, after: Dataset) -> tuple[Pr
             f"new items are encoded from theirs, got {settings.features!r}"
             + ("" if later is not None else " and no text")
         )
-    prepared = pretrain(
-        settings,
-        before,
-        config.backbone.dim,
-        levels=config.embedding.levels if coded else None,
-        codebook_size=config.embedding.codebook_size,
-        seed=config.seed,
-    )
+    prepared = prepare_items(config, before)
     new = later[before.num_items :]
     if settings.features == "tfidf":
         features, _ = TfidfEncoder.fit(texts, settings.feature_dim, config.seed).transform(new)

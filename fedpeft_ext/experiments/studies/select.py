@@ -13,14 +13,14 @@ import math
 import polars as pl
 import torch
 
-from fedpeft_ext.backbones import build_backbone
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.experiments.results import KB
 from fedpeft_ext.experiments.studies.pictures import bytes_picture
 from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table, Trained, Variant
-from fedpeft_ext.nn import build_embedding, parse_spec
+from fedpeft_ext.nn import parse_spec
 from fedpeft_ext.simulation import traffic
+from fedpeft_ext.simulation.setup import build_model
 from fedpeft_ext.simulation.simulator import VALID
 
 EMBEDDINGS = ("p-lora", "p-hash", "p-rq")
@@ -42,26 +42,16 @@ BUDGET_KB = 100.0
 
 def bytes_up(config: Config, dataset: Dataset) -> int:
     """What a client sends in a round after warm-up; nothing is trained or prepared for it."""
-    embedding, backbone = config.embedding, config.backbone
-    spec = parse_spec(embedding.name)
-    rows = dataset.num_items
-    table = build_embedding(
-        spec,
+    spec, rows = parse_spec(config.embedding.name), dataset.num_items
+    levels = config.embedding.levels
+    model = build_model(
+        config,
         rows,
-        backbone.dim,
-        base=torch.zeros(rows, backbone.dim) if spec.plug else None,
-        freeze_full=embedding.freeze_full,
-        rank=embedding.rank,
-        table_size=embedding.table_size,
-        num_hashes=embedding.num_hashes,
-        senet_hidden=embedding.senet_hidden,
-        codes=torch.zeros(rows, embedding.levels, dtype=torch.int64) if "rq" in spec.parts else None,
-        codebook_size=embedding.codebook_size,
+        base=torch.zeros(rows, config.backbone.dim) if spec.plug else None,
+        codes=torch.zeros(rows, levels, dtype=torch.int64) if "rq" in spec.parts else None,
+        codebooks=torch.zeros(levels, config.embedding.codebook_size, config.backbone.dim),
     )
-    model = build_backbone(
-        backbone.name, table, backbone.dim, hidden=backbone.hidden, dropout=backbone.dropout
-    )
-    return traffic(model.to(getattr(torch, config.dtype))).up
+    return traffic(model).up
 
 
 def candidates(context: Context, budget: float) -> list[Variant]:

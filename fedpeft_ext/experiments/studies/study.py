@@ -35,6 +35,10 @@ class Variant:
     settings: tuple[str, ...]
 
 
+GOALS = (0.9, 0.95, 1.0)
+"""Shares of an accuracy until which rounds and bytes are counted."""
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of a study.
@@ -170,6 +174,16 @@ class Trained:
             pl.len().alias("seeds"),
             pl.col("diverged").sum(),
         )
+
+    def last(self, variant: Variant, metric: str) -> float | None:
+        """Mean over seeds of the last evaluations; None where all runs diverged."""
+        values = [result.metrics[metric] for result in self.of(variant)]
+        return sum(values) / len(values) if values else None
+
+    def reaching(self, variant: Variant, metric: str, level: float) -> list[tuple[int, int]]:
+        """`first_reaching` of the runs that get there."""
+        hits = [first_reaching(result, metric, level) for result in self.of(variant)]
+        return [hit for hit in hits if hit is not None]
 
     def curve(self, variant: Variant, metric: str) -> list[tuple[int, float]]:
         """(round, mean over seeds) of every evaluation."""

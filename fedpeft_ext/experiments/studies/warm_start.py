@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import polars as pl
 
-from fedpeft_ext.experiments.studies.communication import mean_metric
 from fedpeft_ext.experiments.studies.pictures import line_picture
 from fedpeft_ext.experiments.studies.study import (
+    GOALS,
     Context,
     Findings,
     Study,
     Table,
     Trained,
     Variant,
-    first_reaching,
 )
 
 EMBEDDINGS = ("c-rq", "p-rq")
-SHARES = (0.9, 0.95, 1.0)
 
 
 def run(context: Context) -> Findings:
@@ -40,7 +38,7 @@ def run(context: Context) -> Findings:
     means = trained.means([metric, f"NDCG@{context.k}"])
     rows = []
     for random, warm in zip(variants[::2], variants[1::2], strict=True):
-        goal = mean_metric(trained.of(random), metric)
+        goal = trained.last(random, metric)
         for variant in (random, warm):
             rows.append({**variant.labels, **_rounds(trained, variant, metric, goal)})
     reached = pl.DataFrame(rows, infer_schema_length=None)
@@ -72,13 +70,9 @@ def run(context: Context) -> Findings:
 
 def _rounds(trained: Trained, variant: Variant, metric: str, goal: float | None) -> dict[str, float | None]:
     result: dict[str, float | None] = {}
-    for share in SHARES:
-        hits = [
-            hit[0]
-            for one in trained.of(variant)
-            if goal is not None and (hit := first_reaching(one, metric, share * goal)) is not None
-        ]
-        result[f"to {share:.0%}"] = sum(hits) / len(hits) if hits else None
+    for share in GOALS:
+        hits = [] if goal is None else trained.reaching(variant, metric, share * goal)
+        result[f"to {share:.0%}"] = sum(round for round, _ in hits) / len(hits) if hits else None
     return result
 
 
