@@ -8,7 +8,8 @@ graphs     a captured CUDA graph, replayed on new inputs, gives what a call give
 large      tables, bases and outputs past 2^31 elements
 benchmark  time and bytes/s of every op beside a copy, its eager and compiled twins and PyTorch's own op
 
-With --emulated the CUDA kernels run on the CPU (csrc/emulator), on tiny shapes: the script is tried,
+--rivals names what `benchmark` compares with; twins that loop over clients, and compiling, take most of its
+time. With --emulated the CUDA kernels run on the CPU (csrc/emulator), on tiny shapes: the script is tried,
 nothing is measured.
 """
 
@@ -21,7 +22,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from fedpeft_ext import ops, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = CHECKS[0]
+RIVALS = ("eager", "native", "compiled")
 
 
 def run(case: Case, namespace: Any) -> list[Tensor]:
@@ -268,16 +270,17 @@ def launches(call: Callable[[], Any]) -> int:
     return sum(1 for event in profiled.events() if event.device_type.name == "CUDA")
 
 
-def measure(case: Case, device: torch.device, budget: float, compiled: bool, copy: float) -> dict[str, Any]:
+def measure(
+    case: Case, device: torch.device, budget: float, against: Sequence[str], copy: float
+) -> dict[str, Any]:
     row: dict[str, Any] = {}
-    rivals: dict[str, Callable[[], Any]] = {
-        "ours": lambda: case.call(ops),
-        "eager": lambda: case.call(reference),
-    }
-    if case.native:
+    rivals: dict[str, Callable[[], Any]] = {"ours": lambda: case.call(ops)}
+    if "eager" in against:
+        rivals["eager"] = lambda: case.call(reference)
+    if case.native and "native" in against:
         rivals["native"] = case.native
         row["native_op"] = case.native_name
-    if compiled and case.compiles:
+    if case.compiles and "compiled" in against:
         rivals["compiled"] = torch.compile(lambda: case.call(reference), dynamic=False)
     for name, call in rivals.items():
         try:
@@ -326,7 +329,9 @@ def large_sizes() -> Sizes:
     return LARGE if memory >= 40 << 30 else dataclasses.replace(LARGE, C=LARGE.C // 4)
 
 
-def benchmark(device: torch.device, names: list[str], emulated: bool) -> dict[str, Any]:
+def benchmark(
+    device: torch.device, names: list[str], emulated: bool, against: Sequence[str] = RIVALS
+) -> dict[str, Any]:
     import torch._functorch.config
 
     torch._functorch.config.donated_buffer = False  # compiled gradients are asked for again and again
@@ -339,7 +344,9 @@ def benchmark(device: torch.device, names: list[str], emulated: bool) -> dict[st
             case = make(sizes, Draw(device))
             compare(f"{name} ({label})", case)
             budget = 0.0 if emulated else 0.3
-            row = measure(case, device, budget, not emulated and label == "large", copy)
+            # Compiling is slow, and says nothing about what launches bind.
+            others = [r for r in against if r != "compiled" or (label == "large" and not emulated)]
+            row = measure(case, device, budget, others, copy)
             results[label][name] = row
             print(f"  {label} {name}: {json.dumps(row)}", flush=True)
             del case
@@ -378,11 +385,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--case", action="append", choices=CASES, help="cases (default: all)")
     parser.add_argument("--emulated", action="store_true")
+    parser.add_argument(
+        "--rivals", default=",".join(RIVALS), help=f"of {','.join(RIVALS)} (default: all; empty: none)"
+    )
     options = parser.parse_args()
+    against = [name for name in options.rivals.split(",") if name]
+    if unknown := set(against) - set(RIVALS):
+        parser.error(f"--rivals: expected some of {','.join(RIVALS)}, got {','.join(sorted(unknown))}")
     results = {}
     with kernels(options.emulated) as device:
         for step in options.steps:
-            results[step] = STEPS[step](device, options.case or list(CASES), options.emulated)
+            names = options.case or list(CASES)
+            if step == "benchmark":
+                results[step] = benchmark(device, names, options.emulated, against)
+            else:
+                results[step] = STEPS[step](device, names, options.emulated)
     if options.json:
         options.json.write_text(json.dumps(results))
 
