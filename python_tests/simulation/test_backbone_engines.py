@@ -168,15 +168,22 @@ def test_fedprox_minimises_loss_plus_distance(dataset: Dataset, pretrained: Pret
 
 @pytest.mark.parametrize("backbone", ["fedmf", *BACKBONES])
 def test_a_backbone_learns_planted_preferences(backbone: str) -> None:
-    """Far above ranking by popularity on data with planted preferences."""
-    small = [] if backbone in ("fedmf", "fedpergnn") else ["backbone.hidden=[32,16]", "backbone.dropout=0.1"]
+    """Far above ranking by popularity on data with planted preferences.
+
+    Over seeds HR@10 is 0.55 to 0.67, that of popularity 0.205. FedNCF takes off late, when depends on the seed and
+    on rounding: after 30 rounds with dropout it is anywhere from 0.22 to 0.39.
+    """
+    own = {
+        "fedncf": ["training.rounds=60", "backbone.hidden=[32,16]", "backbone.dropout=0"],
+        "pfedrec": ["backbone.hidden=[32,16]", "backbone.dropout=0.1"],
+    }
     data = synthetic_dataset(200, 200, 20, seed=3, popularity=0.3)
     settings = config(
         **{"backbone.name": backbone, "backbone.dim": 16, "embedding.name": "full", "pretrain.cache": False}
     ).updated(
         [
             *LEARNING,
-            *small,
+            *own.get(backbone, []),
             "evaluation.num_negatives=60",
             "evaluation.every=100",
             "pretrain.epochs=2",
