@@ -170,8 +170,8 @@ def test_fedprox_minimises_loss_plus_distance(dataset: Dataset, pretrained: Pret
 def test_a_backbone_learns_planted_preferences(backbone: str) -> None:
     """Far above ranking by popularity on data with planted preferences.
 
-    Over seeds HR@10 is 0.55 to 0.67, that of popularity 0.205. FedNCF takes off late, when depends on the seed and
-    on rounding: after 30 rounds with dropout it is anywhere from 0.22 to 0.39.
+    Over seeds HR@10 is 0.55 to 0.67, that of popularity 0.205. FedNCF takes off late, when depends on the
+    seed and on rounding: after 30 rounds with dropout it is anywhere from 0.22 to 0.39.
     """
     own = {
         "fedncf": ["training.rounds=60", "backbone.hidden=[32,16]", "backbone.dropout=0"],
