@@ -169,8 +169,9 @@ def plot_lines(
         axes.set_xlim(low / 1.1, high * 1.1)
         _plain_log_ticks(axes, high / low)
     else:
-        axes.set_xlim(min(low, 0), max(high, 1))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        counts = all(float(x).is_integer() for x in drawn)  # rounds, ranks
+        axes.set_xlim(min(low, 0), max(high, 1) if counts else 1.05 * high)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=counts))
     axes.margins(y=0.08)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
