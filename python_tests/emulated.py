@@ -34,13 +34,15 @@ EMULATED = [
 ]
 
 
-def _bytes(t: torch.Tensor) -> torch.Tensor:
-    return t.detach().flatten().contiguous().view(torch.uint8)
+def bits(t: torch.Tensor) -> torch.Tensor:
+    """The bytes of the elements, in order."""
+    # A clone, since a dimension of size 1 may have any stride in what counts as contiguous.
+    return t.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
     if isinstance(a, (tuple, list)):
         return len(a) == len(b) and all(map(_same, a, b))
     return a is None and b is None

@@ -153,6 +153,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
   if (per_client) shape.insert(shape.begin(), clients);
   const auto none = [&] { return torch::stable::new_empty(table, {0}); };
   Tensor grad_table, grad_w1 = none(), grad_b1 = none(), grad_w2 = none(), grad_b2 = none();
+  if (senet && a.D == 0) {  // Rows without an element have no mean; an empty output moves nothing.
+    const auto still = [](const Tensor& t) {
+      return torch::stable::fill_(torch::stable::empty_like(t), 0);
+    };
+    return {still(table), still(*in.w1), still(*in.b1), still(*in.w2), still(*in.b2)};
+  }
   run_on(
       table,
       [&](auto) {

@@ -274,7 +274,8 @@ def _combine(
         return pad_to_zero(rows.mean(-2) if mean else rows.sum(-2), items)
     if w1.dim() == 3:
         b1, b2 = b1.unsqueeze(1), b2.unsqueeze(1)
-    hidden = F.relu(rows.mean(-1) @ w1.mT + b1)
+    squeezed = rows.sum(-1) / max(rows.size(-1), 1)  # the mean, also of no elements
+    hidden = F.relu(squeezed @ w1.mT + b1)
     gates = torch.sigmoid(hidden @ w2.mT + b2)
     return pad_to_zero((gates.unsqueeze(-1) * rows).sum(-2), items)
 

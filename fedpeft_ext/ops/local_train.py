@@ -548,13 +548,13 @@ def local_train_reference(
         if width:
             touched = torch.unique(torch.cat([mine, negatives.flatten()]))
             rows[c, : len(touched)] = touched
-    shape = (len(sizes), user.size(1))
 
     def stacked(name: str) -> Tensor | None:
         if name not in trained:
             return None
         if not changed:
-            return user.new_empty((0, *trained[name].shape))
+            shape = trained[name].shape
+            return user.new_empty((0, width, *shape[1:]) if name in ("table", "A") else (0, *shape))
         if name in ("table", "A"):
             at = [rows[c].where(rows[c] >= 0, num_items) for c in range(len(changed))]
             return torch.stack([F.pad(d[name], (0, 0, 0, 1))[i] for i, d in zip(at, changed, strict=True)])
@@ -562,7 +562,7 @@ def local_train_reference(
 
     weights = [stacked(name) for name in SENetWeights._fields]
     return LocalUpdates(
-        user=torch.stack(new_user) if new_user else user.new_empty(shape),
+        user=torch.stack(new_user) if new_user else user.new_empty((0, user.size(1))),
         losses=torch.tensor(losses, dtype=torch.float64, device=user.device),
         rows=rows,
         table=stacked("table"),

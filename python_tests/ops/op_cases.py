@@ -38,6 +38,23 @@ def padded_items(
     return items.masked_fill(torch.rand(shape, generator=generator) < 0.2, -1)
 
 
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The value with `change` of each tensor, also of those in tuples and named tuples."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        parts = [mapped(part, change) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in a value, depth first."""
+    found: list[Tensor] = []
+    mapped(value, lambda t: found.append(t) or t)
+    return found
+
+
 @dataclass(frozen=True)
 class Case:
     """A call `run(ops, *tensors)` of one op; the floating tensors are differentiable.
