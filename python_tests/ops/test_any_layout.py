@@ -334,8 +334,8 @@ def federation(d: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     ids = torch.randperm(users, generator=d._generator)[: d.size(0, users)]
     clients = d.laid_out(ids.to(d.one_of(*INDEX)), expand=False)
     model = (*d.met(users, items), items, d.reals(users, width), ItemParts(**parts))
-    # No weight decay: it acts on rows whose gradient is not zero, which rounding decides where two items share
-    # their vectors.
+    # No weight decay: it acts on rows whose gradient is not zero, which rounding decides where items share
+    # vectors.
     options = {
         "epochs": d.size(1, 2),
         "batch_size": d.one_of(None, 1, 2),

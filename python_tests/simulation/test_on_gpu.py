@@ -29,7 +29,11 @@ def trained(
     simulator = Simulator(config, dataset, pretrained=pretrained)
     rounds = [simulator.round() for _ in range(config.training.rounds)]
     metrics = simulator.evaluate()
-    return {name: tensor.cpu() for name, tensor in simulator.state_dict().items()}, dict(metrics.values), rounds
+    return (
+        {name: tensor.cpu() for name, tensor in simulator.state_dict().items()},
+        dict(metrics.values),
+        rounds,
+    )
 
 
 def assert_same(dataset: Dataset, pretrained: Pretrained, **changes: Any) -> None:
