@@ -170,7 +170,7 @@ def plot_lines(
         _plain_log_ticks(axes, high / low)
     else:
         counts = all(float(x).is_integer() for x in drawn)  # rounds, ranks
-        axes.set_xlim(min(low, 0), max(high, 1) if counts else 1.05 * high)
+        axes.set_xlim(low if low > high / 4 else min(low, 0), max(high, 1) if counts else 1.05 * high)
         axes.xaxis.set_major_locator(MaxNLocator(integer=counts))
     axes.margins(y=0.08)
     axes.set_xlabel(xlabel)
@@ -182,7 +182,9 @@ def plot_lines(
 
 def _plain_log_ticks(axes: Axes, ratio: float) -> None:
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if ratio < 200 else (1,)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    )
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
 

@@ -110,3 +110,32 @@ def test_spread_keeps_order_and_distance_and_moves_only_what_touches(places: lis
     if all(b - a >= gap for a, b in pairwise(places)):
         assert spread == pytest.approx(places)
     assert sum(spread) == pytest.approx(sum(places), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lines", "log_x", "limits", "ticks"),
+    [
+        ({"a": [(60, 0.1), (120, 0.2)]}, False, (60, 120), None),
+        ({"a": [(5, 0.1), (120, 0.2)]}, False, (0, 120), None),
+        ({"a": [(0.0, 0.1), (0.64, 0.2)]}, False, (0, 0.672), None),
+        ({"a": [(4_000, 0.1), (210_000, 0.2)]}, True, None, {"5,000", "10,000", "200,000"}),
+        ({"a": [(0.01, 0.1), (0.3, 0.2)]}, True, None, {"0.01", "0.2"}),
+    ],
+    ids=["late start", "rounds", "shares", "large", "small"],
+)
+def test_x_axes_fit_what_is_drawn(
+    lines: dict[str, list[tuple[float, float]]],
+    log_x: bool,
+    limits: tuple[float, float] | None,
+    ticks: set[str] | None,
+    tmp_path: Path,
+    figures: list[Figure],
+) -> None:
+    plots.plot_lines(lines, tmp_path / "x.png", xlabel="x", ylabel="y", title="", log_x=log_x)
+    axes = figures[0].axes[0]
+    low, high = axes.get_xlim()
+    if limits is not None:
+        assert (low, high) == pytest.approx(limits)
+    inside = [tick.get_text() for tick in axes.get_xticklabels() if low <= tick.get_position()[0] <= high]
+    assert len(inside) >= 3
+    assert ticks is None or ticks <= set(inside)
