@@ -1,5 +1,6 @@
-// CUDA kernels of client_embedding: a group of lanes copies a row, 16 bytes a lane. A row is read
-// about once, so that shared memory would not pay. Backward: a scatter (common/scatter.cuh).
+// CUDA kernels of client_embedding: a group of lanes copies rows, several at once, 16 bytes a lane.
+// A row is read about once, so that shared memory would not pay. Backward: a scatter
+// (common/scatter.cuh).
 #include "client_embedding/client_embedding_cuda.h"
 #include "common/scatter.cuh"
 
@@ -16,16 +17,31 @@ FEDPEFT_DEVICE int64_t row_at(const ClientEmbeddingArgs& a, int64_t n) {
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 4) forward(ClientEmbeddingArgs a, int64_t total) {
+  constexpr int N = kAtOnce<T, V>;
   const int64_t table = a.per_client ? a.num_rows * a.D : 0;
-  for_rows(total, a.D / V, [&](int64_t n, int lane, int lanes) {
-    const int64_t row = row_at(a, n);
-    const T* from = static_cast<const T*>(a.weight) + divide(n, a.positions) * table + row * a.D;
-    T* to = static_cast<T*>(a.out) + n * a.D;
+  for_row_batches<N>(total, a.D / V, [&](int64_t first, int step, int lane, int lanes) {
+    int64_t at[N], row[N];
+    const T* from[N];
+#pragma unroll
+    for (int u = 0; u < N; ++u) at[u] = first + u * step < total ? first + u * step : -1;
+    gather(a.rows, at, row);
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      if (at[u] >= 0 && classify(row[u], a.num_rows) == Position::bad)
+        FEDPEFT_BAD_INDEX("rows", row[u], at[u], a.num_rows);
+      from[u] = static_cast<const T*>(a.weight);
+      if (row[u] >= 0) from[u] += divide(at[u], a.positions) * table + row[u] * a.D;
+    }
     for (int64_t column = lane * V; column < a.D; column += lanes * V) {
-      if (row >= 0) {
-        store_pack<V>(to + column, load_pack<V>(from + column));
-      } else {
-        store_zeros<V>(to + column);
+      Pack<T, V> pack[N];
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        pack[u] = zero_pack<V, T>();
+        if (row[u] >= 0) pack[u] = load_pack<V>(from[u] + column);
+      }
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        if (at[u] >= 0) store_pack_once<V>(static_cast<T*>(a.out) + at[u] * a.D + column, pack[u]);
       }
     }
   });
@@ -54,7 +70,7 @@ void client_embedding(const ClientEmbeddingArgs& a, DType dtype, int64_t clients
         a.D,
         [&](auto width) {
           constexpr int V = decltype(width)::value;
-          launch_rows(forward<T, V>, total, a.D / V, stream, a, total);
+          launch_row_batches<kAtOnce<T, V>>(forward<T, V>, total, a.D / V, stream, a, total);
         },
         a.weight, a.out);
   });

@@ -116,6 +116,45 @@ FEDPEFT_DEVICE void store_pack(T* p, const Pack<T, V>& pack) {
   }
 }
 
+// For what the kernel does not read again: leaves tables in the caches.
+template <int V, typename T>
+FEDPEFT_DEVICE void store_pack_once(T* p, const Pack<T, V>& pack) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(pack) == 16) {
+    __stcs(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(&pack));
+    return;
+  }
+#endif
+  store_pack<V>(p, pack);
+}
+
+template <int V, typename T>
+FEDPEFT_DEVICE Pack<T, V> zero_pack() {
+  Pack<T, V> pack;
+#pragma unroll
+  for (int v = 0; v < V; ++v) pack.at[v] = from_acc<T>(acc_t<T>(0));
+  return pack;
+}
+
+// Loads from several places that are under way together: a[at[i]], or -1 where at[i] is negative.
+template <int N>
+FEDPEFT_DEVICE void gather(const IndexArray& a, const int64_t (&at)[N], int64_t (&to)[N]) {
+  const auto load = [&](const auto* data) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = at[i] >= 0 ? int64_t(data[at[i]]) : int64_t{-1};
+  };
+  switch (a.bytes) {
+    case 8:
+      return load(static_cast<const int64_t*>(a.data));
+    case 4:
+      return load(static_cast<const int32_t*>(a.data));
+    case 2:
+      return load(static_cast<const int16_t*>(a.data));
+    default:
+      return load(static_cast<const uint8_t*>(a.data));
+  }
+}
+
 // Registers of the accumulator type for V columns.
 template <typename A, int V>
 struct Sum {
@@ -142,6 +181,11 @@ struct Sum {
     for (int v = 0; v < V; ++v) at[v] += to_acc(pack.at[v]);
   }
   template <typename T>
+  FEDPEFT_DEVICE void add(const Pack<T, V>& pack) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) at[v] += to_acc(pack.at[v]);
+  }
+  template <typename T>
   FEDPEFT_DEVICE void add_scaled(A scale, const T* p) {
     const Pack<T, V> pack = load_pack<V>(p);
 #pragma unroll
@@ -157,6 +201,13 @@ struct Sum {
 #pragma unroll
     for (int v = 0; v < V; ++v) pack.at[v] = from_acc<T>(at[v]);
     store_pack<V>(p, pack);
+  }
+  template <typename T>
+  FEDPEFT_DEVICE void store_once(T* p) const {
+    Pack<T, V> pack;
+#pragma unroll
+    for (int v = 0; v < V; ++v) pack.at[v] = from_acc<T>(at[v]);
+    store_pack_once<V>(p, pack);
   }
   // To `first` unless it is null, else to `second`.
   template <typename T>
@@ -213,6 +264,29 @@ void launch_rows(void (*kernel)(Params...), int64_t total, int64_t columns, Stre
   constexpr int kThreads = 256;
   const int groups = kThreads / lanes_for(columns);
   launch(kernel, (total + groups - 1) / groups, kThreads, 0, stream, std::forward<Args>(args)...);
+}
+
+// Rows that a group takes at once, so that their loads are under way together; as many as keep
+// their sums in few registers.
+template <typename T, int V>
+constexpr int kAtOnce = V > 4 || V* int(sizeof(acc_t<T>)) * int(sizeof(acc_t<T>)) > 64 ? 2 : 4;
+
+// As for_rows, N rows at a time: f(first, step, lane, lanes) takes rows first, first + step, ...,
+// of which those at `total` and beyond are not there.
+template <int N, typename F>
+FEDPEFT_DEVICE void for_row_batches(int64_t total, int64_t columns, const F& f) {
+  const int lanes = lanes_for(columns), groups = int(blockDim.x) / lanes;
+  for (int64_t n = int64_t(blockIdx.x) * groups * N + threadIdx.x / lanes; n < total;
+       n += int64_t(gridDim.x) * groups * N)
+    f(n, groups, int(threadIdx.x) % lanes, lanes);
+}
+
+template <int N, typename... Params, typename... Args>
+void launch_row_batches(void (*kernel)(Params...), int64_t total, int64_t columns, Stream stream,
+                        Args&&... args) {
+  constexpr int kThreads = 256;
+  const int64_t rows = int64_t(kThreads / lanes_for(columns)) * N;
+  launch(kernel, (total + rows - 1) / rows, kThreads, 0, stream, std::forward<Args>(args)...);
 }
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

@@ -2,6 +2,7 @@
 //   int64_t row(int64_t n, int64_t slot): row in the client's table that position n (of all
 //   clients) reads, -1: none Sum<acc, V> value<V>(int64_t n, int64_t slot, int64_t column): what
 //   the entry adds to V columns of that row
+//   int kRowsAtOnce: rows that a group sums at a time, where value() is more than a load
 #pragma once
 
 #include "common/device.cuh"
@@ -40,6 +41,15 @@ FEDPEFT_DEVICE void link_entries(int* head, int* next, int count, int first, int
 }
 
 template <typename Source, typename T, int V>
+FEDPEFT_HD constexpr int rows_at_once() {
+  if constexpr (requires { Source::kRowsAtOnce; }) {
+    return Source::kRowsAtOnce;
+  } else {
+    return kAtOnce<T, V>;
+  }
+}
+
+template <typename Source, typename T, int V>
 FEDPEFT_DEVICE void scatter_lists_team(const Source& source, T* out, const ScatterPlan& plan,
                                        int64_t task, int thread, int* head) {
   const int64_t client = divide(task, plan.splits);
@@ -65,32 +75,44 @@ FEDPEFT_DEVICE void scatter_lists_team(const Source& source, T* out, const Scatt
   }
   team_sync(plan.team);
 
-  const int lanes = lanes_for(plan.width / V);
+  // Several rows at a time, so that their loads are under way together.
+  constexpr int N = rows_at_once<Source, T, V>();
+  const int lanes = lanes_for(plan.width / V), groups = plan.team / lanes;
   const int lane = thread % lanes;
-  for (int r = thread / lanes; r < rows; r += plan.team / lanes) {
+  for (int r = thread / lanes; r < rows; r += groups * N) {
     T* to = out + (client * plan.rows + begin + r) * plan.width;
     for (int64_t column = lane * V; column < plan.width; column += lanes * V) {
-      Sum<acc_t<T>, V> sum;
-      sum.clear();
-      for (int e = head[r]; e >= 0;) {
-        // Two entries at a time, so that two loads are under way.
-        const int second = next[e];
-        const int p = e / slots;
-        const auto v = source.template value<V>(client * plan.positions + p, e - p * slots, column);
-        e = -1;
-        if (second >= 0) {
-          const int q = second / slots;
-          const auto w =
-              source.template value<V>(client * plan.positions + q, second - q * slots, column);
-          e = next[second];
-          sum.add(v);
-          sum.add(w);
-        } else {
-          sum.add(v);
-        }
+      Sum<acc_t<T>, V> sum[N];
+      int entry[N];
+      bool more = false;
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        sum[u].clear();
+        entry[u] = r + u * groups < rows ? head[r + u * groups] : -1;
+        more |= entry[u] >= 0;
       }
-      sum.scale(acc_t<T>(plan.scale));
-      sum.store(to + column);
+      while (more) {
+        Sum<acc_t<T>, V> value[N];
+        more = false;
+#pragma unroll
+        for (int u = 0; u < N; ++u) {
+          value[u].clear();
+          if (entry[u] < 0) continue;
+          const int p = entry[u] / slots;
+          value[u] =
+              source.template value<V>(client * plan.positions + p, entry[u] - p * slots, column);
+          entry[u] = next[entry[u]];
+          more |= entry[u] >= 0;
+        }
+#pragma unroll
+        for (int u = 0; u < N; ++u) sum[u].add(value[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        if (r + u * groups >= rows) continue;
+        sum[u].scale(acc_t<T>(plan.scale));
+        sum[u].store_once(to + u * groups * plan.width + column);
+      }
     }
   }
 }

@@ -20,9 +20,10 @@ FEDPEFT_DEVICE int64_t row_at(const LoraLookupArgs& a, int64_t n) {
 
 // Blocks of one client take `span` positions each.
 template <typename T, int V, bool Staged>
-__global__ void __launch_bounds__(kThreads, Staged ? 4 : 2)
+__global__ void __launch_bounds__(kThreads, Staged ? 3 : 2)
     forward(LoraLookupArgs a, int64_t clients, int64_t span) {
   using A = acc_t<T>;
+  constexpr int N = kAtOnce<T, V>;
   FEDPEFT_DYNAMIC_SHARED(shared);
   A* transposed = reinterpret_cast<A*>(shared);  // [rank, D]
   const int lanes = lanes_for(a.D / V), groups = kThreads / lanes, lane = int(threadIdx.x) % lanes;
@@ -40,32 +41,49 @@ __global__ void __launch_bounds__(kThreads, Staged ? 4 : 2)
       }
       __syncthreads();
     }
-    for (int64_t p = begin + threadIdx.x / lanes; p < end; p += groups) {
-      const int64_t n = client * a.positions + p, item = a.items[n];
-      if (classify(item, a.num_items) == Position::bad)
-        FEDPEFT_BAD_INDEX("items", item, n, a.num_items);
-      const int64_t row = a.separate_rows ? row_at(a, n) : item;
-      if ((row < 0) != (item < 0)) FEDPEFT_BAD_INDEX("rows", row, n, a.num_rows);
-      const T* factors = static_cast<const T*>(a.A) + (c * a.num_rows + row) * a.rank;
-      T* out = static_cast<T*>(a.out) + n * a.D;
-      for (int64_t column = lane * V; column < a.D; column += lanes * V) {
-        Sum<A, V> sum;
-        sum.clear();
-        if (item >= 0) {
-          if (a.base) sum.set(static_cast<const T*>(a.base) + item * a.D + column);
-#pragma unroll 4
-          for (int64_t j = 0; j < a.rank; ++j) {
-            const A factor = to_acc(factors[j]);
-            if constexpr (Staged) {
-              sum.add_scaled(factor, transposed + j * a.D + column);
-            } else {
+    for (int64_t p = begin + threadIdx.x / lanes; p < end; p += groups * N) {
+      int64_t at[N], item[N], row[N];
 #pragma unroll
-              for (int v = 0; v < V; ++v)
-                sum.at[v] += factor * to_acc(B[(column + v) * a.rank + j]);
-            }
+      for (int u = 0; u < N; ++u)
+        at[u] = p + u * groups < end ? client * a.positions + p + u * groups : -1;
+      gather(a.items, at, item);
+      if (a.separate_rows) gather(a.rows, at, row);
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        if (at[u] >= 0 && classify(item[u], a.num_items) == Position::bad)
+          FEDPEFT_BAD_INDEX("items", item[u], at[u], a.num_items);
+        if (!a.separate_rows) row[u] = item[u];
+        if ((at[u] >= 0 && classify(row[u], a.num_rows) == Position::bad) ||
+            (row[u] < 0) != (item[u] < 0))
+          FEDPEFT_BAD_INDEX("rows", row[u], at[u], a.num_rows);
+      }
+      const T* factors = static_cast<const T*>(a.A) + c * a.num_rows * a.rank;
+      for (int64_t column = lane * V; column < a.D; column += lanes * V) {
+        Sum<A, V> sum[N];
+#pragma unroll
+        for (int u = 0; u < N; ++u) {
+          sum[u].clear();
+          if (a.base && item[u] >= 0)
+            sum[u].set(static_cast<const T*>(a.base) + item[u] * a.D + column);
+        }
+        for (int64_t j = 0; j < a.rank; ++j) {
+          Sum<A, V> b;
+          if constexpr (Staged) {
+            b.set(transposed + j * a.D + column);
+          } else {
+#pragma unroll
+            for (int v = 0; v < V; ++v) b.at[v] = to_acc(B[(column + v) * a.rank + j]);
+          }
+#pragma unroll
+          for (int u = 0; u < N; ++u) {
+            const A factor = row[u] >= 0 ? to_acc(factors[row[u] * a.rank + j]) : A(0);
+#pragma unroll
+            for (int v = 0; v < V; ++v) sum[u].at[v] += factor * b.at[v];
           }
         }
-        sum.store(out + column);
+#pragma unroll
+        for (int u = 0; u < N; ++u)
+          if (at[u] >= 0) sum[u].store_once(static_cast<T*>(a.out) + at[u] * a.D + column);
       }
     }
   }
@@ -75,6 +93,7 @@ __global__ void __launch_bounds__(kThreads, Staged ? 4 : 2)
 template <typename T>
 struct SourceA {
   LoraLookupArgs a;
+  static constexpr int kRowsAtOnce = 1;
 
   FEDPEFT_DEVICE int64_t row(int64_t n, int64_t) const { return row_at(a, n); }
   template <int V>
@@ -117,6 +136,175 @@ __global__ void __launch_bounds__(256, 2)
     sum_positions_tasks<T, V>(SourceB<T>{a}, OneArray<T>{out_B, shape.outputs}, shape,
                               static_cast<acc_t<T>*>(nullptr), blockIdx.x - lists,
                               gridDim.x - lists);
+  }
+}
+
+// Products B^T g of a client's positions, which lie in shared memory.
+template <typename T>
+struct SourceProducts {
+  LoraLookupArgs a;
+  const acc_t<T>* products;  // [positions, rank]
+  int64_t first;             // flat position of the first
+
+  FEDPEFT_DEVICE int64_t row(int64_t n, int64_t) const { return row_at(a, n); }
+  template <int V>
+  FEDPEFT_DEVICE Sum<acc_t<T>, V> value(int64_t n, int64_t, int64_t column) const {
+    Sum<acc_t<T>, V> v;
+#pragma unroll
+    for (int i = 0; i < V; ++i) v.at[i] = products[(n - first) * a.rank + column + i];
+    return v;
+  }
+};
+
+constexpr int kRanks = 8;  // columns of A and B that a pass takes
+
+// Sums over the lanes of a group of x[0], ..., x[7]: with 8 lanes and more, lane i holds that of
+// x[i % 8] in x[0], by exchanges that halve the numbers a lane has; with fewer, every lane has all.
+template <typename A>
+FEDPEFT_DEVICE void group_sums(A (&x)[kRanks], int lane, int lanes) {
+  if (lanes < kRanks) {
+    for (int bits = 1; bits < lanes; bits *= 2) {
+#pragma unroll
+      for (int j = 0; j < kRanks; ++j) x[j] += __shfl_xor_sync(kFullMask, x[j], bits);
+    }
+    return;
+  }
+#pragma unroll
+  for (int bits = kRanks / 2; bits > 0; bits /= 2) {
+    const bool upper = lane & bits;
+#pragma unroll
+    for (int j = 0; j < bits; ++j) {
+      const A theirs = upper ? x[j] : x[j + bits];
+      const A mine = upper ? x[j + bits] : x[j];
+      x[j] = mine + __shfl_xor_sync(kFullMask, theirs, bits);
+    }
+  }
+  for (int bits = kRanks; bits < lanes; bits *= 2) x[0] += __shfl_xor_sync(kFullMask, x[0], bits);
+}
+
+// A pass' columns of a row of A, zeros where there are fewer or no row.
+template <int VA, typename T>
+FEDPEFT_DEVICE void load_factors(const T* from, bool there, int ranks, acc_t<T> (&to)[kRanks]) {
+  if (VA > 1 && ranks == kRanks) {
+#pragma unroll
+    for (int j = 0; j < kRanks; j += VA) {
+      Pack<T, VA> pack = zero_pack<VA, T>();
+      if (there) pack = load_pack<VA>(from + j);
+#pragma unroll
+      for (int i = 0; i < VA; ++i) to[j + i] = to_acc(pack.at[i]);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kRanks; ++j) to[j] = there && j < ranks ? to_acc(from[j]) : acc_t<T>(0);
+  }
+}
+
+constexpr int kClientThreads = 128;
+
+// A block a client, which reads the gradient once: a group of lanes takes every so many-th position
+// and holds its columns of B and of B's gradient in registers.
+template <typename T, int V, int VA>
+__global__ void __launch_bounds__(kClientThreads, 3)
+    backward_clients(LoraLookupArgs a, ScatterPlan plan, T* out_A, T* out_B) {
+  using A = acc_t<T>;
+  constexpr int N =
+      sizeof(A) == 8 ? 2 : 4;  // positions of a group whose loads are under way together
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  A* products = reinterpret_cast<A*>(shared + plan.shared_bytes);
+  A* parts = products + a.positions * a.rank;  // [groups, lanes * V, kRanks]
+  const int lanes = lanes_for((a.D + V - 1) / V), groups = int(blockDim.x) / lanes;
+  const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
+  const int positions = int(a.positions);
+  for (int64_t client = blockIdx.x; client < plan.clients; client += gridDim.x) {
+    const int64_t c = a.per_client ? client : 0;
+    const T* B = static_cast<const T*>(a.B) + c * a.D * a.rank;
+    const T* factors = static_cast<const T*>(a.A) + c * a.num_rows * a.rank;
+    for (int64_t from = 0; from < a.rank; from += kRanks) {
+      const int ranks = int(a.rank - from < kRanks ? a.rank - from : kRanks);
+      for (int64_t base = 0; base < a.D; base += lanes * V) {
+        const int64_t column = base + lane * V;
+        const bool mine = column < a.D;
+        A b[V][kRanks], sum[V][kRanks];
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          load_factors<VA>(B + (column + v) * a.rank + from, mine, ranks, b[v]);
+#pragma unroll
+          for (int j = 0; j < kRanks; ++j) sum[v][j] = 0;
+        }
+        // All lanes of a warp take as many turns, since they exchange sums.
+        for (int turn = 0; turn < positions; turn += groups * N) {
+          int64_t at[N], row[N];
+          Pack<T, V> g[N];
+          A factor[N][kRanks];
+#pragma unroll
+          for (int u = 0; u < N; ++u) {
+            const int p = turn + group + u * groups;
+            at[u] = p < positions ? client * positions + p : -1;
+          }
+          gather(a.rows, at, row);
+#pragma unroll
+          for (int u = 0; u < N; ++u) {
+            if (at[u] >= 0 && classify(row[u], a.num_rows) == Position::bad)
+              FEDPEFT_BAD_INDEX("rows", row[u], at[u], a.num_rows);
+            g[u] = zero_pack<V, T>();
+            if (row[u] >= 0 && mine)
+              g[u] = load_pack<V>(static_cast<const T*>(a.grad) + at[u] * a.D + column);
+          }
+#pragma unroll
+          for (int u = 0; u < N; ++u)
+            load_factors<VA>(factors + row[u] * a.rank + from, row[u] >= 0, ranks, factor[u]);
+#pragma unroll
+          for (int u = 0; u < N; ++u) {
+            A product[kRanks];
+#pragma unroll
+            for (int j = 0; j < kRanks; ++j) product[j] = 0;
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              const A value = to_acc(g[u].at[v]);
+#pragma unroll
+              for (int j = 0; j < kRanks; ++j) {
+                product[j] += value * b[v][j];
+                sum[v][j] += value * factor[u][j];
+              }
+            }
+            group_sums(product, lane, lanes);
+            const int p = turn + group + u * groups;
+            const auto keep = [&](int j, A x) {
+              A& to = products[p * a.rank + from + j];
+              to = base == 0 ? x : to + x;
+            };
+            if (p < positions && lanes >= kRanks) {
+              if (lane < ranks) keep(lane, product[0]);
+            } else if (p < positions && lane == 0) {
+#pragma unroll
+              for (int j = 0; j < kRanks; ++j)
+                if (j < ranks) keep(j, product[j]);
+            }
+          }
+        }
+        // The groups' sums, in order.
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+#pragma unroll
+          for (int j = 0; j < kRanks; ++j)
+            parts[((group * lanes + lane) * V + v) * kRanks + j] = sum[v][j];
+        }
+        __syncthreads();
+        const int outputs = lanes * V * kRanks;
+        for (int o = int(threadIdx.x); o < outputs; o += int(blockDim.x)) {
+          const int64_t d = base + o / kRanks;
+          if (d >= a.D || o % kRanks >= ranks) continue;
+          A total = 0;
+          for (int i = 0; i < groups; ++i) total += parts[i * outputs + o];
+          out_B[(client * a.D + d) * a.rank + from + o % kRanks] = from_acc<T>(total);
+        }
+        __syncthreads();
+      }
+    }
+    scatter_lists_team<SourceProducts<T>, T, 1>({a, products, client * a.positions}, out_A, plan,
+                                                client, int(threadIdx.x),
+                                                reinterpret_cast<int*>(shared));
+    __syncthreads();
   }
 }
 
@@ -171,8 +359,51 @@ void lora_lookup_backward_A(const LoraLookupArgs& a, DType dtype, const ScatterP
   });
 }
 
+namespace {
+
+// Whether it did; it does while a block's shared memory holds a client's lists and products.
+bool lora_lookup_backward_clients(const LoraLookupArgs& a, DType dtype, const ScatterPlan& lists,
+                                  void* out_A, void* out_B, Stream stream) {
+  if (lists.splits != 1 || a.D == 0) return false;
+  ScatterPlan plan = lists;
+  plan.team = plan.block = kClientThreads;
+  plan.shared_bytes = ((plan.rows_per_split + a.positions) * int64_t(sizeof(int)) + 31) / 32 * 32;
+  const Limits device = limits();
+  bool done = false;
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    constexpr int kFour = 16 / int(sizeof(A));  // columns of a lane: few registers for each type
+    const auto run = [&](auto columns, auto factors) {
+      constexpr int V = decltype(columns)::value, VA = decltype(factors)::value;
+      const int64_t bytes = plan.shared_bytes + a.positions * a.rank * int64_t(sizeof(A)) +
+                            int64_t(kClientThreads) * V * kRanks * int64_t(sizeof(A));
+      if (bytes > device.shared_bytes) return;
+      launch(backward_clients<T, V, VA>, plan.clients, kClientThreads, bytes, stream, a, plan,
+             static_cast<T*>(out_A), static_cast<T*>(out_B));
+      done = true;
+    };
+    const auto one = std::integral_constant<int, 1>{};
+    const bool wide = a.D % kWide<T> == 0 && aligned16(a.grad);
+    with_width<T>(
+        a.rank,
+        [&](auto factors) {
+          if (wide) {
+            run(std::integral_constant<int, kFour>{}, factors);
+          } else {
+            run(one, factors);
+          }
+        },
+        a.A, a.B);
+  });
+  return done;
+}
+
+}  // namespace
+
 void lora_lookup_backward(const LoraLookupArgs& a, DType dtype, const ScatterPlan& plan,
                           const PositionSum& shape, void* out_A, void* out_B, Stream stream) {
+  if (lora_lookup_backward_clients(a, dtype, plan, out_A, out_B, stream)) return;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     with_width<T>(

@@ -1,4 +1,5 @@
-// CUDA kernels of dot_scores: a group of lanes a position, and a sum over positions for the user.
+// CUDA kernels of dot_scores: a group of lanes takes several positions at once; backward, in one
+// pass over the vectors, also their sum for the user.
 #include "common/position_sum.cuh"
 #include "losses/dot_scores_cuda.h"
 
@@ -10,62 +11,104 @@ constexpr int kThreads = 256;
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 3) forward(DotScoresArgs a, int64_t total) {
   using A = acc_t<T>;
+  constexpr int N = kAtOnce<T, V>;
   const int lanes = lanes_for(a.D / V), groups = kThreads / lanes, lane = int(threadIdx.x) % lanes;
-  for (int64_t first = int64_t(blockIdx.x) * groups; first < total;
-       first += int64_t(gridDim.x) * groups) {
+  for (int64_t first = int64_t(blockIdx.x) * groups * N; first < total;
+       first += int64_t(gridDim.x) * groups * N) {
     const int64_t n = first + threadIdx.x / lanes;
-    A product = 0;
-    if (n < total) {
-      const T* vector = static_cast<const T*>(a.vectors) + n * a.D;
-      const T* user = static_cast<const T*>(a.user) + divide(n, a.positions) * a.D;
-      for (int64_t column = lane * V; column < a.D; column += lanes * V) {
-        Sum<A, V> x, y;
-        x.set(vector + column);
-        y.set(user + column);
+    const T *vector[N], *user[N];
+    A product[N];
 #pragma unroll
-        for (int i = 0; i < V; ++i) product += x.at[i] * y.at[i];
+    for (int u = 0; u < N; ++u) {
+      const int64_t at = n + u * groups < total ? n + u * groups : total - 1;
+      vector[u] = static_cast<const T*>(a.vectors) + at * a.D;
+      user[u] = static_cast<const T*>(a.user) + divide(at, a.positions) * a.D;
+      product[u] = 0;
+    }
+    for (int64_t column = lane * V; column < a.D; column += lanes * V) {
+      Pack<T, V> x[N], y[N];
+#pragma unroll
+      for (int u = 0; u < N; ++u) x[u] = load_pack<V>(vector[u] + column);
+#pragma unroll
+      for (int u = 0; u < N; ++u) y[u] = load_pack<V>(user[u] + column);
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) product[u] += to_acc(x[u].at[i]) * to_acc(y[u].at[i]);
       }
     }
-    product = group_sum(product, lanes);
-    if (n < total && lane == 0) static_cast<T*>(a.out)[n] = from_acc<T>(product);
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      product[u] = group_sum(product[u], lanes);
+      if (n + u * groups < total && lane == 0)
+        static_cast<T*>(a.out)[n + u * groups] = from_acc<T>(product[u]);
+    }
   }
 }
 
-template <typename T>
-struct Source {
-  DotScoresArgs a;
-
-  FEDPEFT_DEVICE bool active(int64_t) const { return true; }
-  template <int V>
-  FEDPEFT_DEVICE void add(Sum<acc_t<T>, V>& sum, int64_t, int64_t n, int64_t output) const {
-    sum.add_scaled(to_acc(static_cast<const T*>(a.grad)[n]),
-                   static_cast<const T*>(a.vectors) + n * a.D + output);
-  }
-};
-
-// Gradient of the vectors by the first `rows` blocks, a group of lanes a position; of the user by
-// the others.
+// Both gradients: a block a client and a block of its positions, of which a group of lanes takes
+// every so many-th, N at once. `parts` of the user's sum go to `partial` where there are several.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 4)
-    backward(DotScoresArgs a, int64_t total, PositionSum shape, acc_t<T>* partial, int64_t rows) {
+__global__ void __launch_bounds__(kThreads, 3)
+    backward(DotScoresArgs a, PositionSum shape, acc_t<T>* partial) {
   using A = acc_t<T>;
-  if (blockIdx.x >= rows) {
-    sum_positions_tasks<T, V>(Source<T>{a}, OneArray<T>{static_cast<T*>(a.grad_user), a.D}, shape,
-                              partial, blockIdx.x - rows, gridDim.x - rows);
-    return;
-  }
+  constexpr int N = kAtOnce<T, V>;
+  FEDPEFT_SHARED(A, parts, kThreads * V);
   const int lanes = lanes_for(a.D / V), groups = kThreads / lanes, lane = int(threadIdx.x) % lanes;
-  for (int64_t n = int64_t(blockIdx.x) * groups + threadIdx.x / lanes; n < total;
-       n += rows * groups) {
-    const A grad = to_acc(static_cast<const T*>(a.grad)[n]);
-    const T* user = static_cast<const T*>(a.user) + divide(n, a.positions) * a.D;
-    T* out = static_cast<T*>(a.grad_vectors) + n * a.D;
-    for (int64_t column = lane * V; column < a.D; column += lanes * V) {
-      Sum<A, V> v;
-      v.set(user + column);
+  const int group = int(threadIdx.x) / lanes;
+  const int64_t blocks = shape.blocks(), tasks = shape.clients * blocks;
+  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
+    const int64_t client = divide(task, blocks), block = task - client * blocks;
+    const int64_t begin = client * a.positions + block * PositionSum::kBlock;
+    const int64_t left = (client + 1) * a.positions - begin;
+    const int64_t end = begin + (left < PositionSum::kBlock ? left : PositionSum::kBlock);
+    for (int64_t base = 0; base < a.D; base += lanes * V) {
+      const int64_t column = base + lane * V;
+      Sum<A, V> user, sum;
+      user.clear();
+      sum.clear();
+      if (column < a.D) {
+        user.set(static_cast<const T*>(a.user) + client * a.D + column);
+        for (int64_t n = begin + group; n < end; n += groups * N) {
+          A grad[N];
+          Pack<T, V> vector[N];
 #pragma unroll
-      for (int i = 0; i < V; ++i) v.at[i] *= grad;
-      v.store(out + column);
+          for (int u = 0; u < N; ++u) {
+            const int64_t at = n + u * groups;
+            grad[u] = 0;
+            vector[u] = zero_pack<V, T>();
+            if (at < end) {
+              grad[u] = to_acc(static_cast<const T*>(a.grad)[at]);
+              vector[u] = load_pack<V>(static_cast<const T*>(a.vectors) + at * a.D + column);
+            }
+          }
+#pragma unroll
+          for (int u = 0; u < N; ++u) {
+            const int64_t at = n + u * groups;
+            if (at >= end) continue;
+            Sum<A, V> out;
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              sum.at[v] += grad[u] * to_acc(vector[u].at[v]);
+              out.at[v] = grad[u] * user.at[v];
+            }
+            out.store_once(static_cast<T*>(a.grad_vectors) + at * a.D + column);
+          }
+        }
+      }
+#pragma unroll
+      for (int v = 0; v < V; ++v) parts[(group * lanes + lane) * V + v] = sum.at[v];
+      __syncthreads();
+      for (int o = int(threadIdx.x); o < lanes * V && base + o < a.D; o += kThreads) {
+        A total = 0;
+        for (int i = 0; i < groups; ++i) total += parts[i * lanes * V + o];
+        if (blocks == 1) {
+          static_cast<T*>(a.grad_user)[client * a.D + base + o] = from_acc<T>(total);
+        } else {
+          partial[task * a.D + base + o] = total;
+        }
+      }
+      __syncthreads();
     }
   }
 }
@@ -80,7 +123,7 @@ void dot_scores(const DotScoresArgs& a, DType dtype, int64_t clients, Stream str
         a.D,
         [&](auto width) {
           constexpr int V = decltype(width)::value;
-          launch_rows(forward<T, V>, total, a.D / V, stream, a, total);
+          launch_row_batches<kAtOnce<T, V>>(forward<T, V>, total, a.D / V, stream, a, total);
         },
         a.vectors, a.user);
   });
@@ -92,7 +135,6 @@ PositionSum dot_scores_shape_user(const DotScoresArgs& a, int64_t clients) {
 
 void dot_scores_backward(const DotScoresArgs& a, DType dtype, const PositionSum& shape,
                          void* partial, Stream stream) {
-  const int64_t total = shape.clients * shape.positions;
   if (a.D == 0) return;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -100,11 +142,8 @@ void dot_scores_backward(const DotScoresArgs& a, DType dtype, const PositionSum&
         a.D,
         [&](auto width) {
           constexpr int V = decltype(width)::value;
-          const int64_t groups = kThreads / lanes_for(a.D / V);
-          const int64_t rows = grid_half((total + groups - 1) / groups);
-          const int64_t sums = grid_half(position_sum_tasks<V>(shape, kThreads));
-          launch(backward<T, V>, rows + sums, kThreads, 0, stream, a, total, shape,
-                 static_cast<acc_t<T>*>(partial), rows);
+          launch(backward<T, V>, shape.clients * shape.blocks(), kThreads, 0, stream, a, shape,
+                 static_cast<acc_t<T>*>(partial));
           if (shape.blocks() > 1)
             launch_join_blocks<T>(shape, OneArray<T>{static_cast<T*>(a.grad_user), a.D}, partial,
                                   stream);

@@ -8,6 +8,8 @@ namespace fedpeft::gpu {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kAtOnce = 4;  // positions of a thread whose loads are under way together
+static_assert(kLossBlock <= 32 * kThreads && kLossBlock % (kAtOnce * kThreads) == 0);
 
 struct Range {
   int64_t client, begin, end;  // flat positions
@@ -19,11 +21,52 @@ FEDPEFT_DEVICE Range range_of(const LossArgs& a, int64_t task) {
   return {client, client * a.positions + first, client * a.positions + last};
 }
 
-FEDPEFT_DEVICE int64_t count_items(const LossArgs& a, const Range& range, int64_t* shared) {
-  int64_t count = 0;
-  for (int64_t n = range.begin + threadIdx.x; n < range.end; n += kThreads)
-    count += a.items[n] != -1;
-  return block_sum(count, shared);
+// The thread's positions that hold an item, a bit each: bit k is its k-th position.
+FEDPEFT_DEVICE uint32_t held_positions(const LossArgs& a, const Range& range) {
+  uint32_t held = 0, bit = 1;
+  for (int64_t first = range.begin + threadIdx.x; first < range.end; first += kThreads * kAtOnce) {
+    int64_t at[kAtOnce], item[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      at[i] = first + i * kThreads < range.end ? first + i * kThreads : -1;
+    gather(a.items, at, item);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i, bit <<= 1)
+      if (at[i] >= 0 && item[i] != -1) held |= bit;
+  }
+  return held;
+}
+
+FEDPEFT_DEVICE int64_t count_bits(uint32_t bits) {
+#if defined(__CUDACC__)
+  return __popc(bits);
+#else
+  return std::popcount(bits);
+#endif
+}
+
+// f(position, positive score, negative score, held) for the thread's positions, whose loads are
+// under way several at a time.
+template <typename T, typename F>
+FEDPEFT_DEVICE void for_scores(const LossArgs& a, const Range& range, uint32_t held, const F& f) {
+  using A = acc_t<T>;
+  const T *positive = static_cast<const T*>(a.positive),
+          *negative = static_cast<const T*>(a.negative);
+  for (int64_t first = range.begin + threadIdx.x; first < range.end; first += kThreads * kAtOnce) {
+    A x[kAtOnce], y[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const bool there = held >> i & 1;
+      x[i] = there ? to_acc(positive[first + i * kThreads]) : A(0);
+      y[i] = there ? to_acc(negative[first + i * kThreads]) : A(0);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * kThreads < range.end)
+        f(first + i * kThreads, x[i], y[i], bool(held >> i & 1));
+    }
+    held >>= kAtOnce;
+  }
 }
 
 template <typename T, bool Bpr>
@@ -38,15 +81,13 @@ __global__ void __launch_bounds__(kThreads, 4) forward(LossArgs a, int64_t clien
   FEDPEFT_SHARED(int64_t, counts, kWarps);
   for (int64_t task = blockIdx.x; task < clients * a.blocks; task += gridDim.x) {
     const Range range = range_of(a, task);
+    const uint32_t held = held_positions(a, range);
     double sum = 0;
-    for (int64_t n = range.begin + threadIdx.x; n < range.end; n += kThreads) {
-      if (a.items[n] == -1) continue;
-      const A x = to_acc(static_cast<const T*>(a.positive)[n]),
-              y = to_acc(static_cast<const T*>(a.negative)[n]);
-      sum += double(Bpr ? softplus(y - x) : softplus(-x) + softplus(y));
-    }
+    for_scores<T>(a, range, held, [&](int64_t, A x, A y, bool there) {
+      if (there) sum += double(Bpr ? softplus(y - x) : softplus(-x) + softplus(y));
+    });
     sum = block_sum(sum, sums);
-    const int64_t count = count_items(a, range, counts);
+    const int64_t count = block_sum(count_bits(held), counts);
     if (threadIdx.x != 0) continue;
     if (a.blocks == 1) {
       out[range.client] = mean_of<T, Bpr>(sum, count);
@@ -74,21 +115,22 @@ __global__ void __launch_bounds__(kThreads, 4) join(LossArgs a, int64_t clients,
 __global__ void __launch_bounds__(kThreads, 4) count(LossArgs a, int64_t clients) {
   FEDPEFT_SHARED(int64_t, counts, kWarps);
   for (int64_t task = blockIdx.x; task < clients * a.blocks; task += gridDim.x) {
-    const int64_t found = count_items(a, range_of(a, task), counts);
+    const int64_t found = block_sum(count_bits(held_positions(a, range_of(a, task))), counts);
     if (threadIdx.x == 0) a.counts[task] = found;
   }
 }
 
 template <typename T, bool Bpr>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     backward(LossArgs a, int64_t clients, const T* grad) {
   using A = acc_t<T>;
   FEDPEFT_SHARED(int64_t, counts, kWarps);
   for (int64_t task = blockIdx.x; task < clients * a.blocks; task += gridDim.x) {
     const Range range = range_of(a, task);
+    const uint32_t held = held_positions(a, range);
     int64_t found = 0;
     if (a.blocks == 1) {
-      found = count_items(a, range, counts);
+      found = block_sum(count_bits(held), counts);
     } else {
       for (int64_t b = threadIdx.x; b < a.blocks; b += kThreads)
         found += a.counts[range.client * a.blocks + b];
@@ -96,17 +138,15 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
     const A scale =
         A(found == 0 ? 0.0 : double(to_acc(grad[range.client])) / double(Bpr ? found : 2 * found));
-    for (int64_t n = range.begin + threadIdx.x; n < range.end; n += kThreads) {
+    for_scores<T>(a, range, held, [&](int64_t n, A x, A y, bool there) {
       A at_positive = 0, at_negative = 0;
-      if (a.items[n] != -1) {
-        const A x = to_acc(static_cast<const T*>(a.positive)[n]),
-                y = to_acc(static_cast<const T*>(a.negative)[n]);
+      if (there) {
         at_negative = scale * sigmoid(Bpr ? y - x : y);
         at_positive = Bpr ? -at_negative : -scale * sigmoid(-x);
       }
       static_cast<T*>(a.grad_positive)[n] = from_acc<T>(at_positive);
       static_cast<T*>(a.grad_negative)[n] = from_acc<T>(at_negative);
-    }
+    });
   }
 }
 

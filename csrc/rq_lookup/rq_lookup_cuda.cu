@@ -1,6 +1,6 @@
-// CUDA kernels of rq_lookup. Forward: a group of lanes a position, 16 bytes of columns a lane;
-// codebooks from shared memory where a block serves one client with positions enough to pay for the
-// copy, else through L2. Backward: a scatter (common/scatter.cuh).
+// CUDA kernels of rq_lookup. Forward: a group of lanes takes several positions at once, 16
+// bytes of columns a lane; codebooks from shared memory where a block serves one client with
+// positions enough to pay for the copy, else through L2. Backward: a scatter (common/scatter.cuh).
 #include "common/scatter.cuh"
 #include "rq_lookup/rq_lookup_cuda.h"
 
@@ -24,37 +24,87 @@ FEDPEFT_DEVICE int64_t code_at(const RqLookupArgs& a, int64_t item, int64_t leve
   return code;
 }
 
-template <typename T, int V>
-FEDPEFT_DEVICE void look_up(const RqLookupArgs& a, const T* codebooks, int64_t n, int lane,
-                            int lanes) {
-  const int64_t item = item_at(a, n);
-  T* out = static_cast<T*>(a.out) + n * a.D;
+// Positions first, first + step, ... before `end`, their loads of one kind under way together, the
+// codes of the next level with the rows of this one; codebooks(n) is where those of a position
+// begin.
+template <typename T, int V, typename Codebooks>
+FEDPEFT_DEVICE void look_up(const RqLookupArgs& a, const Codebooks& codebooks, int64_t first,
+                            int step, int64_t end, int lane, int lanes) {
+  constexpr int N = kAtOnce<T, V>;
+  int64_t item[N];
+  const T* books[N];
+  {
+    int64_t at[N];
+#pragma unroll
+    for (int u = 0; u < N; ++u) at[u] = first + u * step < end ? first + u * step : -1;
+    gather(a.items, at, item);
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      if (at[u] >= 0 && classify(item[u], a.num_items) == Position::bad)
+        FEDPEFT_BAD_INDEX("items", item[u], at[u], a.num_items);
+      books[u] = codebooks(at[u] >= 0 ? at[u] : first);
+    }
+  }
+  // Of a level; -1 at padding.
+  const auto codes_at = [&](int64_t l, int (&code)[N]) {
+    int64_t place[N], found[N];
+#pragma unroll
+    for (int u = 0; u < N; ++u) place[u] = item[u] >= 0 ? item[u] * a.L + l : -1;
+    gather(a.codes, place, found);
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      if (item[u] >= 0 && uint64_t(found[u]) >= uint64_t(a.K))
+        FEDPEFT_BAD_INDEX("codes", found[u], place[u], a.K);
+      code[u] = int(found[u]);
+    }
+  };
   for (int64_t column = lane * V; column < a.D; column += lanes * V) {
-    Sum<acc_t<T>, V> sum;
-    sum.clear();
-    if (item >= 0) {
-      if (a.base) sum.set(static_cast<const T*>(a.base) + item * a.D + column);
-#pragma unroll 4
-      for (int64_t l = 0; l < a.L; ++l) {
-        sum.add(codebooks + (l * a.K + code_at(a, item, l)) * a.D + column);
+    Sum<acc_t<T>, V> sum[N];
+    int code[N], next[N];
+    if (a.L > 0) codes_at(0, code);
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      sum[u].clear();
+      if (a.base && item[u] >= 0)
+        sum[u].set(static_cast<const T*>(a.base) + item[u] * a.D + column);
+    }
+#pragma unroll 1
+    for (int64_t l = 0; l < a.L; ++l) {
+      Pack<T, V> pack[N];
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        pack[u] = zero_pack<V, T>();
+        if (item[u] >= 0) pack[u] = load_pack<V>(books[u] + (l * a.K + code[u]) * a.D + column);
+      }
+      if (l + 1 < a.L) codes_at(l + 1, next);
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        sum[u].add(pack[u]);
+        code[u] = next[u];
       }
     }
-    sum.store(out + column);
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      if (first + u * step < end)
+        sum[u].store_once(static_cast<T*>(a.out) + (first + u * step) * a.D + column);
+    }
   }
 }
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 4) forward(RqLookupArgs a, int64_t total) {
+__global__ void __launch_bounds__(kThreads, 3) forward(RqLookupArgs a, int64_t total) {
   const int64_t table = a.per_client ? a.L * a.K * a.D : 0;
-  for_rows(total, a.D / V, [&](int64_t n, int lane, int lanes) {
-    const T* codebooks = static_cast<const T*>(a.codebooks) + divide(n, a.positions) * table;
-    look_up<T, V>(a, codebooks, n, lane, lanes);
+  const auto codebooks = [&](int64_t n) {
+    return static_cast<const T*>(a.codebooks) + divide(n, a.positions) * table;
+  };
+  for_row_batches<kAtOnce<T, V>>(total, a.D / V, [&](int64_t first, int step, int lane, int lanes) {
+    look_up<T, V>(a, codebooks, first, step, total, lane, lanes);
   });
 }
 
 // One block a client, its codebooks in shared memory.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 4) forward_staged(RqLookupArgs a, int64_t clients) {
+__global__ void __launch_bounds__(kThreads, 3) forward_staged(RqLookupArgs a, int64_t clients) {
   FEDPEFT_DYNAMIC_SHARED(shared);
   T* codebooks = reinterpret_cast<T*>(shared);
   const int lanes = lanes_for(a.D / V), groups = kThreads / lanes;
@@ -64,8 +114,11 @@ __global__ void __launch_bounds__(kThreads, 4) forward_staged(RqLookupArgs a, in
     for (int64_t i = int64_t(threadIdx.x) * V; i < table; i += kThreads * V)
       store_pack<V>(codebooks + i, load_pack<V>(from + i));
     __syncthreads();
-    for (int64_t p = threadIdx.x / lanes; p < a.positions; p += groups)
-      look_up<T, V>(a, codebooks, client * a.positions + p, int(threadIdx.x) % lanes, lanes);
+    const int64_t end = (client + 1) * a.positions;
+    for (int64_t n = client * a.positions + threadIdx.x / lanes; n < end;
+         n += groups * kAtOnce<T, V>)
+      look_up<T, V>(
+          a, [&](int64_t) { return codebooks; }, n, groups, end, int(threadIdx.x) % lanes, lanes);
     __syncthreads();
   }
 }
@@ -102,7 +155,7 @@ void rq_lookup(const RqLookupArgs& a, DType dtype, int64_t clients, Stream strea
           if (staged) {
             launch(forward_staged<T, V>, clients, kThreads, bytes, stream, a, clients);
           } else {
-            launch_rows(forward<T, V>, total, a.D / V, stream, a, total);
+            launch_row_batches<kAtOnce<T, V>>(forward<T, V>, total, a.D / V, stream, a, total);
           }
         },
         a.codebooks, a.base, a.out);
