@@ -771,6 +771,9 @@ def evaluators(
 
 def _available_device(name: str) -> torch.device:
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: expected one that this machine has, got {name!r} and torch finds no GPU")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            found = f"torch finds cuda:0 to cuda:{count - 1} only" if count else "torch finds no GPU"
+            raise ValueError(f"device: expected one that this machine has, got {name!r} and {found}")
     return device

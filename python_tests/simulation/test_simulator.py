@@ -256,6 +256,17 @@ def test_a_missing_gpu_is_named(dataset: Dataset, pretrained: Pretrained) -> Non
         Simulator(config(device="cuda"), dataset, pretrained=pretrained)
 
 
+def test_a_gpu_beyond_the_last_is_named(
+    dataset: Dataset, pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(
+        ValueError, match=r"device: expected .* got 'cuda:2' and torch finds cuda:0 to cuda:1"
+    ):
+        Simulator(config(device="cuda:2"), dataset, pretrained=pretrained)
+
+
 def test_users_that_cannot_train_are_left_out(pretrained: Pretrained) -> None:
     dataset = make_dataset(users=6)
     sizes = np.diff(dataset.indptr)
