@@ -136,6 +136,8 @@ def _library() -> str:
 def test_command(dry: bool) -> tuple[list[str], str]:
     """And what is left out, if anything."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if installed("xdist"):  # processes share the GPU
+        command += ["-n", str(min(os.cpu_count() or 1, 12)), "--dist", "loadfile"]
     if dry:
         return [*command, "python_tests/test_emulator.py"], ""
     absent = [module for module in SIMULATOR if not installed(module)]

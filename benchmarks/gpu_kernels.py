@@ -125,9 +125,11 @@ def graphs(device: torch.device, names: list[str], emulated: bool) -> dict[str, 
     """Captures forward and backward of every case, gives its inputs new numbers, replays, and calls."""
     captured, refused = [], {}
     cases = {name: make(TINY if emulated else SMALL, Draw(device)) for name, make in chosen(names).items()}
-    # A capture that fails may upset those after it.
-    for name, case in sorted(cases.items(), key=lambda item: bool(item[1].capturable)):
-        fresh = [torch.randn_like(t) for t in case.inputs]
+    # A capture that fails upsets those after it, and the generator for good.
+    ordered = sorted(cases.items(), key=lambda item: bool(item[1].capturable))
+    numbers = {name: [torch.randn_like(t) for t in case.inputs] for name, case in ordered}
+    for name, case in ordered:
+        fresh = numbers[name]
 
         def work(case: Case = case) -> list[Tensor]:
             with torch.no_grad():
