@@ -27,6 +27,8 @@ VENV := .venv
 FLOWER := .venv-flower
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 BIN := $(VENV)/bin
+# Tests of a file stay in one process.
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built$(if $(WERROR),-werror)$(if $(EMULATOR),-emulator)
@@ -49,11 +51,11 @@ demo: $(BUILT)
 
 test: $(BUILT)
 	$(call say,Running the tests)
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 test-all: $(BUILT)
 	$(call say,Running all tests including the slow ones)
-	@$(BIN)/python -m pytest -q -m ''
+	@$(PYTEST) -m ''
 
 test-flower: $(BUILT)
 	$(call say,Running the tests of the Flower app in $(FLOWER) (Flower pins other versions of typer and rich))
