@@ -21,6 +21,7 @@ steps are printed. Its numbers mean nothing and go to a temporary folder.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib.util
 import json
 import os
@@ -294,6 +295,27 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def add_step(
+    report: Path, identity: dict[str, str], step: str, outcome: dict[str, Any], found: dict[str, Any]
+) -> dict[str, Any]:
+    """The report with one more step; what another commit or machine gave before is dropped. Runs of several
+    steps at a time may share a report."""
+    with (Path(tempfile.gettempdir()) / f"{report.stem}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results: dict[str, Any] = {**identity, "steps": {}}
+        if report.exists():
+            former = json.loads(report.read_text())
+            if all(former[key] == value for key, value in identity.items()):
+                results = former
+        results["steps"][step] = outcome
+        if step in KERNEL_STEPS and found:
+            results[step] = found
+        results["steps"] = {s: results["steps"][s] for s in STEPS if s in results["steps"]}
+        report.write_text(json.dumps(results, indent=1) + "\n")
+        report.with_suffix(".md").write_text(markdown(results))
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Tests and benchmarks on a GPU")
     parser.add_argument("--dry-run", action="store_true", help="run what needs no GPU, on tiny shapes")
@@ -306,19 +328,17 @@ def main() -> int:
     if not dry and (lacking := missing(steps)):
         sys.exit("gpu-check: this machine lacks\n  " + "\n  ".join(lacking))
 
-    results: dict[str, Any] = {**machine(dry), "steps": {}}
+    identity = machine(dry)
     folder = options.out or (Path(tempfile.mkdtemp()) if dry else ROOT / "benchmarks" / "results")
     folder.mkdir(parents=True, exist_ok=True)
-    report = folder / f"gpu-{re.sub(r'[^a-z0-9]+', '-', results['device'].lower()).strip('-')}.json"
-    if report.exists():
-        former = json.loads(report.read_text())
-        if all(former[key] == results[key] for key in ("device", "torch", "cuda", "python", "commit")):
-            results = former
+    report = folder / f"gpu-{re.sub(r'[^a-z0-9]+', '-', identity['device'].lower()).strip('-')}.json"
+    results: dict[str, Any] = {**identity, "steps": {}}
     with tempfile.TemporaryDirectory() as scratch:
         for step in steps:
             print(f"==> {step}", flush=True)
             start = time.perf_counter()
             outcome: dict[str, Any] = {"result": "passed"}
+            found: dict[str, Any] = {}
             if dry and step in NEEDS_GPU:
                 outcome["result"] = "needs a GPU: commands printed"
             try:
@@ -326,15 +346,11 @@ def main() -> int:
             except StepFailed as error:
                 outcome = {"result": "FAILED", "note": str(error)}
                 print(f"    FAILED: {error}", file=sys.stderr, flush=True)
-            else:
-                if note := found.pop("note", ""):
-                    outcome["note"] = note
-                if step in KERNEL_STEPS:
-                    results[step] = found
-            results["steps"][step] = {**outcome, "seconds": time.perf_counter() - start}
+            if note := found.pop("note", ""):
+                outcome["note"] = note
+            outcome["seconds"] = time.perf_counter() - start
             # After every step, so that what was measured outlasts a machine that is taken away.
-            report.write_text(json.dumps(results, indent=1) + "\n")
-            report.with_suffix(".md").write_text(markdown(results))
+            results = add_step(report, identity, step, outcome, found)
             if step == "build" and outcome["result"] == "FAILED":
                 break
     print("\n" + markdown(results) + f"\nWritten to {report} and {report.with_suffix('.md')}")
