@@ -3,6 +3,7 @@ out.
 
     python -m benchmarks.bench_engines                                  # ML-100K, 94 clients a round, FedMF
     python -m benchmarks.bench_engines --embeddings p-lora,p-rq --threads 1 --json results.json
+    python -m benchmarks.bench_engines --dataset synthetic --option num_users=20000 --set device=cuda
 
 `make bench` runs the default settings under pytest-benchmark, a round a sample. As a script, each strategy
 trains `--rounds` rounds after a few to warm up; the figure is clients / time, from the median round. Full
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from benchmarks.machine import machine
 from fedpeft_ext.config import Config
@@ -47,7 +49,8 @@ def measure(config: Config, dataset: Dataset, warmup: int) -> dict[str, Any]:
     seconds = np.array([info.seconds for info in rounds])
     return {
         "embedding": config.embedding.name,
-        "engine": config.engine,
+        "engine": simulator.engine,
+        "device": config.device,
         "clients_per_round": rounds[0].clients,
         "clients_per_second": float(rounds[0].clients / np.median(seconds)),
         "slowest_decile": float(rounds[0].clients / np.quantile(seconds, 0.9)),
@@ -73,6 +76,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset", default="ml-100k")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the data set")
     parser.add_argument("--embeddings", default=EMBEDDINGS, help="names, separated by commas")
     parser.add_argument("--engines", default="batched", help="names, separated by commas")
     parser.add_argument("--rounds", type=int, default=30)
@@ -83,7 +87,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    dataset = load_dataset(options.dataset)
+    dataset = load_dataset(
+        options.dataset,
+        **{key: yaml.safe_load(value) for key, value in (o.split("=", 1) for o in options.option)},
+    )
 
     print(f"{dataset.name}, {machine()}, {torch.get_num_threads()} threads")
     print(f"{'embedding':<16}{'engine':<12}{'clients':>8}{'clients/s':>12}{'slow 10%':>12}{'KB up':>10}")

@@ -10,6 +10,7 @@ newer, with a CUDA build of torch >= 2.11), and then goes through these steps:
     graphs     captured CUDA graphs give on new inputs what calls give
     large      tables and outputs past 2^31 elements
     benchmark  time and bytes/s of every op beside a copy, its eager and compiled twins and PyTorch's own op
+    simulator  clients a second that the engines train (where the simulator's packages are installed)
 
 A step that fails does not stop the others. Results go to benchmarks/results/gpu-<name>.json and a Markdown
 table beside it; those of a run with --steps are added to what the same commit gave before.
@@ -37,9 +38,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = ["build", "tests", "memcheck", "racecheck", "streams", "graphs", "large", "benchmark"]
+STEPS = ["build", "tests", "memcheck", "racecheck", "streams", "graphs", "large", "benchmark", "simulator"]
 NEEDS_GPU = ["build", "memcheck", "racecheck"]
 KERNEL_STEPS = ["streams", "graphs", "large", "benchmark"]  # of benchmarks.gpu_kernels
+# Synthetic data (users, items, interactions of a user) and clients of a round.
+FEDERATIONS = {
+    "ML-100K's shape, 94 clients a round": (943, 1682, 106, "94"),
+    "ML-100K's shape, all 943": (943, 1682, 106, "1.0"),
+    "20,000 users with 100 of 20,000 items, all": (20_000, 20_000, 100, "1.0"),
+}
+TRAINED = "full,p-lora,p-hash,p-hash+senet,p-rq"
 # What the simulator, data and command line import beyond the ops and modules.
 SIMULATOR = [
     "polars",
@@ -154,6 +162,44 @@ def kernel_command(step: str, dry: bool, out: Path) -> list[str]:
     return [*command, "--emulated"] if dry else command
 
 
+def engines_command(shape: tuple[int, int, int, str], dry: bool, out: Path) -> list[str]:
+    users, items, each, clients = (60, 300, 10, "9") if dry else shape
+    options = {"num_users": users, "num_items": items, "interactions_per_user": each, "item_text": "false"}
+    settings = {
+        "device": "cpu" if dry else "cuda",
+        "training.clients_per_round": clients,
+        "chunk_memory_mb": 4096,
+    }
+    return [
+        *(
+            sys.executable,
+            "-m",
+            "benchmarks.bench_engines",
+            "--dataset",
+            "synthetic",
+            "--embeddings",
+            TRAINED,
+        ),
+        *("--engines", "fused,batched", "--rounds", "2" if dry else "10", "--json", str(out)),
+        *(word for key, value in options.items() for word in ("--option", f"{key}={value}")),
+        *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")),
+    ]
+
+
+def simulator(dry: bool, folder: Path) -> dict[str, Any]:
+    """Clients a second by federation, engine and embedding."""
+    absent = [module for module in SIMULATOR if not installed(module)]
+    if absent:
+        return {"note": f"skipped: {', '.join(absent)} not installed"}
+    rates: dict[str, Any] = {}
+    for name, shape in FEDERATIONS.items():
+        call(engines_command(shape, dry, folder / "engines.json"))
+        rates[name] = {}
+        for row in json.loads((folder / "engines.json").read_text())["results"]:
+            rates[name].setdefault(row["engine"], {})[row["embedding"]] = row["clients_per_second"]
+    return rates
+
+
 def sanitizer_command(tool: str) -> list[str]:
     sanitizer = find("compute-sanitizer") or "compute-sanitizer"
     return [
@@ -187,6 +233,8 @@ def run_step(step: str, dry: bool, folder: Path) -> dict[str, Any]:
         if dry and step == "memcheck":
             call(kernel_command("touch", dry, folder / "touch.json"))
         return {}
+    if step == "simulator":
+        return simulator(dry, folder)
     out = folder / f"{step}.json"
     call(kernel_command(step, dry, out))
     result: dict[str, Any] = json.loads(out.read_text())[step]
@@ -228,7 +276,7 @@ def rows_with_flops(measured: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The report: steps, then large shapes by bytes/s, then small ones by time and launches."""
+    """The report: steps, kernels, federated training."""
     lines = [
         f"# CUDA kernels on {results['device']}",
         "",
@@ -246,9 +294,31 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     for name, reason in results.get("graphs", {}).get("not_capturable", {}).items():
         lines += [f"A CUDA graph cannot hold `{name}`: {reason}.", ""]
-    measured = results.get("benchmark")
-    if not measured:
-        return "\n".join(lines)
+    lines += kernel_tables(results["benchmark"]) if "benchmark" in results else []
+    lines += simulator_table(results["simulator"]) if "simulator" in results else []
+    return "\n".join([*lines, ""])
+
+
+def simulator_table(rates: dict[str, Any]) -> list[str]:
+    names = TRAINED.split(",")
+    return [
+        "",
+        "Federated training (FedMF, width 32, Adam, 2 local epochs), clients/s of the median round.",
+        "",
+        *_table(
+            ["federation", "engine", *names],
+            [
+                [name, f"`{engine}`", *(f"{row[e]:,.0f}" for e in names)]
+                for name, engines in rates.items()
+                for engine, row in engines.items()
+            ],
+        ),
+    ]
+
+
+def kernel_tables(measured: dict[str, Any]) -> list[str]:
+    """Large shapes by bytes/s, then small ones by time and launches."""
+    lines: list[str] = []
     lines += [
         f"A device-to-device copy moves {measured['copy_bytes_per_s'] / 1e9:.0f} GB/s (read and written). "
         "Shapes larger than L2; *of copy*: the least bytes that the op must move, over its time, beside the "
@@ -292,7 +362,7 @@ def markdown(results: dict[str, Any]) -> str:
             for op, row in small.items()
         ]
         lines += _table(["op", "µs", "launches", "eager µs", "backward: µs", "launches", "eager µs"], rows)
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def add_step(
@@ -308,7 +378,7 @@ def add_step(
             if all(former[key] == value for key, value in identity.items()):
                 results = former
         results["steps"][step] = outcome
-        if step in KERNEL_STEPS and found:
+        if found:
             results[step] = found
         results["steps"] = {s: results["steps"][s] for s in STEPS if s in results["steps"]}
         report.write_text(json.dumps(results, indent=1) + "\n")

@@ -23,8 +23,9 @@ def processor() -> str:
 
 
 def machine() -> str:
-    """Processor, instruction set in use and torch's version."""
-    return f"{processor()}, kernels {_C.build_info()['isa_in_use']}, torch {torch.__version__}"
+    """Processor, GPU if there is one, instruction set in use and torch's version."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{processor()}{gpu}, kernels {_C.build_info()['isa_in_use']}, torch {torch.__version__}"
 
 
 def slug() -> str:

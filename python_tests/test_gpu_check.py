@@ -26,7 +26,12 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 @emulated
 def test_dry_run(tmp_path: Path) -> None:
     done = python(
-        "benchmarks.gpu_check", "--dry-run", "--steps", "build,racecheck,benchmark", "--out", str(tmp_path)
+        "benchmarks.gpu_check",
+        "--dry-run",
+        "--steps",
+        "build,racecheck,benchmark,simulator",
+        "--out",
+        str(tmp_path),
     )
     assert done.returncode == 0, done.stderr
     assert "-DFEDPEFT_CUDA=ON" in done.stdout
@@ -36,12 +41,16 @@ def test_dry_run(tmp_path: Path) -> None:
         "build": "needs a GPU: commands printed",
         "racecheck": "needs a GPU: commands printed",
         "benchmark": "passed",
+        "simulator": "passed",
     }
     report = (tmp_path / "gpu-emulator.md").read_text()
     for op, row in results["benchmark"]["large"].items():
         assert f"| `{op}` |" in report
         assert row["forward_bytes"] > 0
         assert not [key for key in row if key.endswith("_failed")]
+    for name, engines in results["simulator"].items():
+        assert f"| {name} | `fused` |" in report
+        assert all(rate > 0 for rates in engines.values() for rate in rates.values())
 
 
 @emulated
