@@ -65,7 +65,7 @@ def eager_op(name: str) -> EagerOp:
     return _EAGER_OPS.setdefault(name, EagerOp(name))
 
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float})
 
 
 def _plain(args: tuple[Any, ...]) -> bool:
@@ -77,7 +77,9 @@ def _plain(args: tuple[Any, ...]) -> bool:
         or torch._C._get_tracing_state() is not None
     ):
         return False
-    return all(type(x) in _PLAIN_TYPES for x in args if isinstance(x, Tensor))
+    return _PLAIN_TYPES.issuperset(map(type, args)) or not any(
+        isinstance(x, Tensor) and type(x) not in _PLAIN_TYPES for x in args
+    )
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -113,21 +113,20 @@ class SumResult(NamedTuple):
     broken: Tensor
 
 
+def _check_clients(clients: Tensor, user: Tensor) -> None:
+    check_index(clients, "clients")
+    check_dim(clients, 1, "clients", "[C]")
+    check_device(clients, user, "clients", "user")
+
+
 def _check(
-    clients: Tensor,
-    indptr: Tensor,
-    items: Tensor,
-    positives: Tensor,
-    num_items: int,
-    user: Tensor,
-    parts: ItemParts,
+    indptr: Tensor, items: Tensor, positives: Tensor, num_items: int, user: Tensor, parts: ItemParts
 ) -> None:
     check_tensor(user, "user")
     if user.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"user: expected float32 or float64, got {user.dtype}")
     check_dim(user, 2, "user", "[U, D]")
     for t, name, shape in (
-        (clients, "clients", "[C]"),
         (indptr, "indptr", "[U + 1]"),
         (items, "items", "[nnz]"),
         (positives, "positives", "[nnz]"),
@@ -194,8 +193,6 @@ def _settings(
     l2_user: float,
     l2_items: float,
     prox: float,
-    seed: int,
-    round: int,
 ) -> tuple[float, ...]:
     """Check the settings of a training, and put them as the ops take them."""
     check_range(epochs, 0, 2**16, "epochs")
@@ -208,9 +205,8 @@ def _settings(
     numbers = {"lr": lr, "eps": eps, "l2_user": l2_user, "l2_items": l2_items, "prox": prox}
     for name, value in numbers.items():
         check_not_negative(value, name)
-    check_draw(seed, round)
     choices = (epochs, batch_size or 0, loss == "bpr", optimizer == "adam")
-    return (*choices, lr, *betas, eps, l2_user, l2_items, prox, seed, round)
+    return (*choices, lr, *betas, eps, l2_user, l2_items, prox)
 
 
 def _tensors(parts: ItemParts) -> tuple[Tensor | None, ...]:
@@ -284,12 +280,12 @@ def local_train(
         >>> updates.user.shape, updates.rows.shape
         (torch.Size([1, 4]), torch.Size([1, 3]))
     """
-    _check(clients, indptr, items, positives, num_items, user, parts)
-    settings = _settings(
-        epochs, batch_size, loss, optimizer, lr, betas, eps, l2_user, l2_items, prox, seed, round
-    )
+    _check(indptr, items, positives, num_items, user, parts)
+    _check_clients(clients, user)
+    settings = _settings(epochs, batch_size, loss, optimizer, lr, betas, eps, l2_user, l2_items, prox)
+    check_draw(seed, round)
     data = (clients, indptr, items, positives, num_items, user)
-    out = _LOCAL_TRAIN(*data, *_tensors(parts), parts.reduce == "mean", *settings)
+    out = _LOCAL_TRAIN(*data, *_tensors(parts), parts.reduce == "mean", *settings, seed, round)
     new_user, losses, rows, d_table, d_a, d_b, d_codebooks, d_buckets, *d_senet = out
     return LocalUpdates(
         user=new_user,
@@ -355,31 +351,92 @@ def local_train_sum_(
         >>> result.losses.shape, bool(total.any()), bool(result.broken.any())
         (torch.Size([2]), True, False)
     """
-    _check(clients, indptr, items, positives, num_items, user, parts)
-    settings = _settings(
-        epochs, batch_size, loss, optimizer, lr, betas, eps, l2_user, l2_items, prox, seed, round
+    training = SumTraining(
+        indptr,
+        items,
+        positives,
+        num_items,
+        user,
+        parts,
+        sums,
+        touched,
+        epochs=epochs,
+        batch_size=batch_size,
+        loss=loss,
+        optimizer=optimizer,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        l2_user=l2_user,
+        l2_items=l2_items,
+        prox=prox,
+        seed=seed,
+        memory_bytes=memory_bytes,
     )
-    _check_sums(clients, weights, num_items, user, parts, sums, touched, grid)
-    data = (clients, weights, indptr, items, positives, num_items, user)
-    totals = (*sums[:5], *(sums.senet or (None,) * 4), touched)
-    mean = parts.reduce == "mean"
-    out = _LOCAL_TRAIN_SUM(*data, *_tensors(parts), *totals, mean, *settings, grid, memory_bytes)
-    return SumResult(*out)
+    return training(clients, weights, round=round, grid=grid)
 
 
-def _check_sums(
-    clients: Tensor,
-    weights: Tensor,
-    num_items: int,
-    user: Tensor,
-    parts: ItemParts,
-    sums: ItemSums,
-    touched: Tensor | None,
-    grid: float,
-) -> None:
+class SumTraining:
+    """`local_train_sum_` for round after round: what stays the same is checked once and held.
+
+    Args:
+        As in `local_train_sum_`. The tensors are read, and the sums added to, at each call.
+    """
+
+    def __init__(
+        self,
+        indptr: Tensor,
+        items: Tensor,
+        positives: Tensor,
+        num_items: int,
+        user: Tensor,
+        parts: ItemParts,
+        sums: ItemSums,
+        touched: Tensor | None = None,
+        *,
+        epochs: int = 2,
+        batch_size: int | None = None,
+        loss: Literal["bpr", "bce"] = "bpr",
+        optimizer: Literal["adam", "sgd"] = "adam",
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        l2_user: float = 0.0,
+        l2_items: float = 0.0,
+        prox: float = 0.0,
+        seed: int,
+        memory_bytes: int = 2**24,
+    ) -> None:
+        _check(indptr, items, positives, num_items, user, parts)
+        settings = _settings(epochs, batch_size, loss, optimizer, lr, betas, eps, l2_user, l2_items, prox)
+        check_draw(seed, 0)
+        _check_sums(num_items, user, parts, sums, touched)
+        self._user = user
+        totals = (*sums[:5], *(sums.senet or (None,) * 4), touched)
+        mean = parts.reduce == "mean"
+        data = (indptr, items, positives, num_items, user)
+        self._arguments = (*data, *_tensors(parts), *totals, mean, *settings, seed)
+        self._memory_bytes = memory_bytes
+
+    def __call__(self, clients: Tensor, weights: Tensor, *, round: int, grid: float = 0.0) -> SumResult:
+        """See `local_train_sum_`."""
+        _check_clients(clients, self._user)
+        _check_weights(weights, clients, grid)
+        check_draw(0, round)
+        return SumResult(
+            *_LOCAL_TRAIN_SUM(clients, weights, *self._arguments, round, grid, self._memory_bytes)
+        )
+
+
+def _check_weights(weights: Tensor, clients: Tensor, grid: float) -> None:
     check_grid(grid)
     check_dtype(weights, torch.float64, "weights")
     check_shape(weights, tuple(clients.shape), "weights", "C, as clients")
+
+
+def _check_sums(
+    num_items: int, user: Tensor, parts: ItemParts, sums: ItemSums, touched: Tensor | None
+) -> None:
     of = _trained(parts)
     given = _flat_sums(sums)
     for name, parameter in of.items():
@@ -497,8 +554,10 @@ def local_train_reference(
     round: int,
 ) -> LocalUpdates:
     """`local_train` in plain PyTorch, a client at a time: whole tables, dense optimizers, autograd."""
-    _check(clients, indptr, items, positives, num_items, user, parts)
-    _settings(epochs, batch_size, loss, optimizer, lr, betas, eps, l2_user, l2_items, prox, seed, round)
+    _check(indptr, items, positives, num_items, user, parts)
+    _check_clients(clients, user)
+    _settings(epochs, batch_size, loss, optimizer, lr, betas, eps, l2_user, l2_items, prox)
+    check_draw(seed, round)
     check_index_values(clients, user.size(0), "clients", padding=False)
     check_index_values(items, num_items, "items", padding=False)
     trained = {name: t for name, t in _trained(parts).items() if t is not None}
@@ -591,8 +650,10 @@ def local_train_sum_reference_(
     **settings: Any,
 ) -> SumResult:
     """`local_train_sum_` by `local_train_reference` and `accumulate_updates_reference_`."""
-    _check(clients, indptr, items, positives, num_items, user, parts)
-    _check_sums(clients, weights, num_items, user, parts, sums, touched, grid)
+    _check(indptr, items, positives, num_items, user, parts)
+    _check_clients(clients, user)
+    _check_weights(weights, clients, grid)
+    _check_sums(num_items, user, parts, sums, touched)
     updates = local_train_reference(clients, indptr, items, positives, num_items, user, parts, **settings)
     rows = torch.unique(updates.rows)
     rows = rows[rows >= 0]

@@ -338,7 +338,7 @@ class Aggregator:
         if self._marks is not None:
             if used:
                 for rows in self._marked:
-                    self._marks[rows] = 0
+                    self._marks.index_fill_(0, rows, 0)
             else:  # an engine may have failed before it told what it marked
                 self._marks.zero_()
         self._weight = 0.0

@@ -253,6 +253,8 @@ def train_round(
     ranks: Ranks, engine: Engine, clients: np.ndarray, round: int, aggregator: Aggregator
 ) -> np.ndarray:
     """`Engine.train` on the ranks that own the clients; losses of all, and the sums of all, on every rank."""
+    if ranks.size == 1:
+        return engine.train(clients, round, aggregator)
     mine = ranks.owns(clients)
     losses = np.zeros(len(clients))
     with ranks.together(f"training round {round}"):

@@ -19,6 +19,7 @@ from fedpeft_ext.backbones import Backbone
 from fedpeft_ext.backbones.fedmf import FedMF
 from fedpeft_ext.nn import FullEmbedding, HashEmbedding, LoRAEmbedding, RQEmbedding, SumEmbedding
 from fedpeft_ext.ops import ItemParts, ItemSums, SENetWeights
+from fedpeft_ext.ops.local_train import SumTraining
 from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.client_batch import plan_chunks
 from fedpeft_ext.simulation.local_training import (
@@ -57,6 +58,7 @@ class FusedEngine:
         parameters = dict(federation.model.named_parameters())
         element = federation.model.item_dtype.itemsize
         self._client_bytes = element * sum(parameters[name].numel() for name in self._roles.small)
+        self._sum_training: tuple[Aggregator, SumTraining] | None = None
         # A touched row of every table, and its number.
         self._row_bytes = 8 + element * sum(parameters[name].shape[1] for name in self._roles.rows)
 
@@ -86,8 +88,8 @@ class FusedEngine:
             clients, weights, chunks, round, lambda ids, w: self._train_chunk(ids, w, round, aggregator)
         )
 
-    def _arguments(self, round: int) -> dict[str, Any]:
-        """The arguments that are not about which clients train."""
+    def _arguments(self) -> dict[str, Any]:
+        """The arguments that are the same in every round."""
         interactions, settings = self._federation.interactions, self._federation.settings
         return {
             "indptr": interactions.indptr,
@@ -107,7 +109,6 @@ class FusedEngine:
             "l2_items": settings.l2,
             "prox": settings.prox_mu,
             "seed": settings.seed,
-            "round": round,
         }
 
     def _train_into(
@@ -119,33 +120,35 @@ class FusedEngine:
         aggregator: Aggregator,
     ) -> np.ndarray:
         """Train clients whose uploads nobody looks at: they are added up where they are made."""
-        names = self._names
-        senet = SENetWeights(*(sums[names[name]] for name in _SENET)) if "w1" in names else None
-        parts = {name: sums[names[name]] for name in ItemSums._fields[:-1] if name in names}
+        if self._sum_training is None or self._sum_training[0] is not aggregator:
+            self._sum_training = aggregator, self._training_into(sums, aggregator.marks)
         ids = torch.from_numpy(clients)
-        result = ops.local_train_sum_(
-            ids,
-            torch.from_numpy(weights),
-            **self._arguments(round),
-            sums=ItemSums(**parts, senet=senet),
-            touched=aggregator.marks if self._roles.rows else None,
-            grid=aggregator.grid,
-            memory_bytes=int(min(self._chunk_bytes, SUM_BYTES)),
-        )
+        result = self._sum_training[1](ids, torch.from_numpy(weights), round=round, grid=aggregator.grid)
         broken = None
-        if result.broken.any():
+        if np.logical_or.reduce(result.broken.numpy()):
             fields = (*ItemSums._fields[:-1], *_SENET)
-            broken = next(names[f] for f, bad in zip(fields, result.broken, strict=True) if bad)
-        aggregator.added(float(weights.sum()), len(clients), result.rows, broken)
+            broken = next(self._names[f] for f, bad in zip(fields, result.broken, strict=True) if bad)
+        aggregator.added(float(np.add.reduce(weights)), len(clients), result.rows, broken)
         self._federation.store.write(ids, {"user": result.user})
         return result.losses.numpy()
+
+    def _training_into(self, sums: Mapping[str, Tensor], marks: Tensor | None) -> SumTraining:
+        names = self._names
+        parts = {name: sums[names[name]] for name in ItemSums._fields[:-1] if name in names}
+        senet = SENetWeights(*(sums[names[name]] for name in _SENET)) if "w1" in names else None
+        return SumTraining(
+            **self._arguments(),
+            sums=ItemSums(**parts, senet=senet),
+            touched=marks if self._roles.rows else None,
+            memory_bytes=int(min(self._chunk_bytes, SUM_BYTES)),
+        )
 
     def _train_chunk(
         self, clients: np.ndarray, weights: np.ndarray, round: int, aggregator: Aggregator
     ) -> np.ndarray:
         store, names = self._federation.store, self._names
         ids = torch.from_numpy(clients).to(self._federation.interactions.device)
-        updates = ops.local_train(ids, **self._arguments(round))
+        updates = ops.local_train(ids, **self._arguments(), round=round)
         uploads = {names[part]: value for part, value in _flat(updates).items()}
         rows = updates.rows if self._roles.rows else None
         accepted = aggregator.add(uploads, torch.from_numpy(weights).to(ids.device), rows, ids)

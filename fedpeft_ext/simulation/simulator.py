@@ -473,7 +473,7 @@ class Simulator:
             round=number,
             rounds=self.config.training.rounds,
             phase=phase,
-            loss=float(np.mean(losses)) if len(losses) else float("nan"),
+            loss=float(np.add.reduce(losses)) / len(losses) if len(losses) else float("nan"),
             clients=trained,
             seconds=seconds,
             bytes_down=self._traffic.down,
