@@ -233,7 +233,7 @@ void check_rows(const AccumulateArgs& a, int64_t begin, int64_t end, FirstError*
 template <typename T>
 void apply(const ApplyArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  constexpr int64_t kAhead = 6;
+  constexpr int64_t kAhead = 24;
   T* parameter = static_cast<T*>(a.parameter);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t at = (a.rows.data ? a.rows[i] : i) * a.width;

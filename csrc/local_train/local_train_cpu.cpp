@@ -64,7 +64,17 @@ class Trainer {
       write(c);
       return;
     }
-    for_slots([](Slots<T>& slots) { slots.group_by_task(); });
+    for_slots([](Slots<T>& slots) {
+      slots.settle();
+      slots.group_by_task();
+    });
+    if (a.A) lora.B.settle();
+    if (a.buckets && a.w1) {
+      senet.w1.settle();
+      senet.b1.settle();
+      senet.w2.settle();
+      senet.b2.settle();
+    }
   }
 
   // Of a client that was trained with the same `kept`.

@@ -163,12 +163,16 @@ struct DensePart {
     zero_row(grad, rows * stride);
   }
 
-  // As Slots::add_to, all of it.
+  // As of Slots, all of it.
+  void settle() {
+    for (int64_t r = 0; r < rows; ++r) settle_row(p + r * stride, source + r * width, width);
+  }
+
   bool add_to(double* total, Addition by) const {
-    bool broken = false;
+    vec_t<double> broken = {};
     for (int64_t r = 0; r < rows; ++r)
-      broken |= add_difference(total + r * width, p + r * stride, source + r * width, width, by);
-    return broken;
+      add_update(total + r * width, p + r * stride, width, by, broken);
+    return is_broken(broken);
   }
 
   void write(void* delta) const {

@@ -179,18 +179,37 @@ struct Addition {
   double weight, shift;
 };
 
-// Adds now - then, rounded as an upload of it would be, to `total`. True where a difference is NaN
-// or infinite.
+// Makes p [n] what it changed by, rounded as an upload of it would be.
 template <typename T>
-FEDPEFT_INLINE bool add_difference(double* __restrict total, const T* __restrict now,
-                                   const T* __restrict then, int64_t n, Addition by) {
-  decltype(nonzero(T(0))) broken = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const T difference = now[i] - then[i];
-    total[i] += (by.weight * double(difference) + by.shift) - by.shift;
-    broken |= nonzero(difference - difference);
+FEDPEFT_INLINE void settle_row(T* __restrict p, const T* __restrict start, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] -= start[i];
+}
+
+// Adds updates to `total`, and gathers in `broken` whether any was NaN or infinite.
+template <typename T>
+FEDPEFT_INLINE void add_update(double* __restrict total, const T* __restrict update, int64_t n,
+                               Addition by, vec_t<double>& broken) {
+  constexpr int64_t N = kLanes<double>;
+  typedef T Part __attribute__((vector_size(N * sizeof(T))));
+  int64_t i = 0;
+  for (; i + N <= n; i += N) {
+    Part part;
+    memcpy(&part, update + i, sizeof(part));
+    const vec_t<double> x = __builtin_convertvector(part, vec_t<double>);
+    store(total + i, load(total + i) + ((by.weight * x + by.shift) - by.shift));
+    broken += x - x;
   }
-  return broken != 0;
+  for (; i < n; ++i) {
+    const double x = double(update[i]);
+    total[i] += (by.weight * x + by.shift) - by.shift;
+    broken[0] += x - x;
+  }
+}
+
+// Whether a NaN was gathered; what else is gathered is 0.
+FEDPEFT_INLINE bool is_broken(vec_t<double> broken) {
+  const double sum = lane_sum<double>(broken);
+  return sum != sum;
 }
 
 // Touched rows of a table [rows, width], in order of first touch.
@@ -317,19 +336,24 @@ struct Slots {
     first_of[0] = 0;
   }
 
-  // Adds what a task's rows changed by to `total` [table_rows, width]. True where that is NaN or
-  // infinite.
+  // Leaves in `p` what each row changed by, for add_to.
+  void settle() {
+    for (int64_t s = 0; s < count; ++s) settle_row(p + s * stride, source + rows[s] * width, width);
+  }
+
+  // Adds a task's rows, settled, to `total` [table_rows, width]. True where one is NaN or infinite.
   bool add_to(double* total, int64_t task, Addition by) const {
-    constexpr int64_t kAhead = 6;
+    constexpr int64_t kAhead = 32;  // the rows are in no order, and may have to come from memory
     const int32_t *slot = by_task + first_of[task], *stop = by_task + first_of[task + 1];
-    bool broken = false;
+    for (const int32_t* next = slot; next < stop && next < slot + kAhead; ++next)
+      prefetch_row(total + rows[*next] * width, width);
+    vec_t<double> broken = {};
     for (; slot < stop; ++slot) {
-      if (slot + kAhead < stop) prefetch_row(total + rows[slot[kAhead]] * width, width);
-      const int64_t s = *slot, row = rows[s];
-      broken |=
-          add_difference(total + row * width, p + s * stride, source + row * width, width, by);
+      if (stop - slot > kAhead) prefetch_row(total + rows[slot[kAhead]] * width, width);
+      const int64_t s = *slot;
+      add_update(total + rows[s] * width, p + s * stride, width, by, broken);
     }
-    return broken;
+    return is_broken(broken);
   }
 
   // [table_rows, width], zero where nothing was touched.
