@@ -1,117 +1,261 @@
-// CUDA kernels of client_layer: a thread an element of the result, each one chain in the order of
-// the summed index.
+// CUDA kernels of client_layer: small matrix products, one client's each. A block makes a tile of
+// 64 x 64 elements of a result, a thread 8 x 4 of them in registers; the operands pass through
+// shared memory. Every element is one chain in the order of the summed index. Padding is zero in
+// shared memory, and tiles of nothing else are skipped, so that it changes no bit.
 #include "client_layer/client_layer_cuda.h"
-#include "common/device.cuh"
+#include "common/block.cuh"
 #include "common/philox.h"
+#include "common/tile.cuh"
 
 namespace fedpeft::gpu {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kWarps = kTileThreads / kWarp;
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 4) forward(ClientLayerArgs a, int64_t total) {
+// Stores the four columns of a thread that are below `columns`, by V where rows allow.
+template <int V, typename T>
+FEDPEFT_DEVICE void store_columns(T* to, const Sum<acc_t<T>, kTileColumns>& sums, int columns) {
+  constexpr int kWidth = V < kTileColumns ? V : kTileColumns;
+#pragma unroll
+  for (int v = 0; v < kTileColumns; v += kWidth) {
+    if (v >= columns) break;
+    Sum<acc_t<T>, kWidth> part;
+#pragma unroll
+    for (int w = 0; w < kWidth; ++w) part.at[w] = sums.at[v + w];
+    part.store(to + v);
+  }
+}
+
+// ReLU, and dropout of elements [element, element + 4) of the client's output.
+template <typename A>
+FEDPEFT_DEVICE void activate(const ClientLayerArgs& a, uint32_t client, int64_t element,
+                             Sum<A, kTileColumns>& sums) {
+#pragma unroll
+  for (int v = 0; v < kTileColumns; ++v) sums.at[v] = sums.at[v] < A(0) ? A(0) : sums.at[v];
+  if (!a.drop) return;
+  uint32_t word[8] = {};
+  const PhiloxBlock first = philox(uint32_t(element / 4), client, a.round, a.stream, a.seed);
+#pragma unroll
+  for (int w = 0; w < 4; ++w) word[w] = first.word[w];
+  if (element % 4) {
+    const PhiloxBlock next = philox(uint32_t(element / 4 + 1), client, a.round, a.stream, a.seed);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) word[4 + w] = next.word[w];
+    // Moved down in two steps: an index known only at run time would move the words to memory.
+#pragma unroll
+    for (int w = 0; w < 7; ++w) word[w] = element & 1 ? word[w + 1] : word[w];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) word[w] = element & 2 ? word[w + 2] : word[w];
+  }
+#pragma unroll
+  for (int v = 0; v < kTileColumns; ++v)
+    sums.at[v] = word[v] >= a.threshold ? sums.at[v] * A(a.scale) : A(0);
+}
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t<T>>)
+    forward(ClientLayerArgs a, int64_t work) {
   using A = acc_t<T>;
-  const int64_t I = a.in, O = a.out_width;
-  for (int64_t e = int64_t(blockIdx.x) * kThreads + threadIdx.x; e < total;
-       e += int64_t(gridDim.x) * kThreads) {
-    const int64_t n = divide(e, O), o = e - n * O, c = divide(n, a.positions);
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  FEDPEFT_SHARED(int, votes, kWarps);
+  A* left = reinterpret_cast<A*>(shared);  // of x [kTile, depth]
+  A* right = left + kOperand<A>;           // of weight [depth, kTile], transposed
+  const int64_t I = a.in, O = a.out_width, P = a.positions;
+  const int64_t across_o = (O + kTile - 1) / kTile, down_p = (P + kTile - 1) / kTile;
+  for (int64_t item = blockIdx.x; item < work; item += gridDim.x) {
+    const int64_t n = divide(item, across_o), c = divide(n, down_p);
+    const int64_t o0 = (item - n * across_o) * kTile, p0 = (n - c * down_p) * kTile;
+    const int rows = at_most(P - p0, kTile), columns = at_most(O - o0, kTile);
     const int64_t client = a.clients[c];
     if (uint64_t(client) >> 32) FEDPEFT_BAD_INDEX("clients", client, c, int64_t{1} << 32);
-    A sum = 0;
-    if (a.items[n] >= 0) {
-      sum = to_acc(static_cast<const T*>(a.bias)[c * O + o]);
-      const T* x = static_cast<const T*>(a.x) + n * I;
-      const T* weight = static_cast<const T*>(a.weight) + (c * O + o) * I;
-      for (int64_t i = 0; i < I; ++i) sum += to_acc(x[i]) * to_acc(weight[i]);
-      sum = sum < A(0) ? A(0) : sum;
-      if (a.drop) {
-        const int64_t element = e - c * a.positions * O;
-        const PhiloxBlock words =
-            philox(uint32_t(element / 4), uint32_t(client), a.round, a.stream, a.seed);
-        // Chosen, not indexed: an index known only at run time would move the words to memory.
-        const int at = int(element % 4);
-        const uint32_t low = at & 1 ? words.word[1] : words.word[0];
-        const uint32_t high = at & 1 ? words.word[3] : words.word[2];
-        sum = (at & 2 ? high : low) >= a.threshold ? sum * A(a.scale) : A(0);
-      }
+    const T* x = static_cast<const T*>(a.x) + (c * P + p0) * I;
+    const T* weight = static_cast<const T*>(a.weight) + (c * O + o0) * I;
+    const T* bias = static_cast<const T*>(a.bias) + c * O + o0;
+    TileSums<A> sums;
+#pragma unroll
+    for (int v = 0; v < kTileColumns; ++v) {
+      const int o = tile_across() * kTileColumns + v;
+      const A start = o < columns ? to_acc(bias[o]) : A(0);
+#pragma unroll
+      for (int r = 0; r < kTileRows; ++r) sums.row[r].at[v] = start;
     }
-    static_cast<T*>(a.out)[e] = from_acc<T>(sum);
+    for (int64_t i0 = 0; i0 < I; i0 += kDepth<A>) {
+      const int depth = at_most(I - i0, kDepth<A>);
+      bool mine = false;
+      fill<kTile, kDepth<A>, V>(left, kDepthStride<A>, rows, depth, [&](int row, int k) {
+        const bool valid = a.items[c * P + p0 + row] >= 0;
+        mine |= valid;
+        return keep_if(valid, values_at<V>(x + row * I + i0 + k));
+      });
+      fill_transposed<kTile, kDepth<A>, V>(right, kTileStride, columns, depth, [&](int row, int k) {
+        return values_at<V>(weight + row * I + i0 + k);
+      });
+      if (block_any(mine, votes)) multiply(sums, left, right, depth);
+      __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r) {
+      const int row = tile_down() + r * kDown, column = tile_across() * kTileColumns;
+      if (row >= rows || column >= columns) continue;
+      const int64_t element = (p0 + row) * O + o0 + column;
+      if (a.items[c * P + p0 + row] >= 0) {
+        activate(a, uint32_t(client), element, sums.row[r]);
+      } else {
+        sums.row[r].clear();
+      }
+      store_columns<V>(static_cast<T*>(a.out) + c * P * O + element, sums.row[r], columns - column);
+    }
   }
 }
 
-// Gradient before ReLU and dropout.
-template <typename T>
-FEDPEFT_DEVICE acc_t<T> before(const ClientLayerArgs& a, int64_t n, int64_t o) {
+// Gradient before ReLU and dropout of V outputs of position n of all clients.
+template <int V, typename T>
+FEDPEFT_DEVICE Sum<acc_t<T>, V> before(const ClientLayerArgs& a, int64_t n, int64_t o, bool valid) {
   using A = acc_t<T>;
   const int64_t e = n * a.out_width + o;
-  return to_acc(static_cast<const T*>(a.kept)[e]) > A(0)
-             ? to_acc(static_cast<const T*>(a.grad)[e]) * A(a.scale)
-             : A(0);
+  Sum<A, V> grad = values_at<V>(static_cast<const T*>(a.grad) + e);
+  const Sum<A, V> kept = values_at<V>(static_cast<const T*>(a.kept) + e);
+#pragma unroll
+  for (int v = 0; v < V; ++v)
+    grad.at[v] = valid && kept.at[v] > A(0) ? grad.at[v] * A(a.scale) : A(0);
+  return grad;
 }
 
-template <typename T>
-FEDPEFT_DEVICE void backward_x(const ClientLayerArgs& a, int64_t e) {
+// A tile of grad_weight from (o0, i0), and with the first inputs the gradient of the bias.
+template <typename T, int V>
+FEDPEFT_DEVICE void backward_weight(const ClientLayerArgs& a, int64_t c, int64_t o0, int64_t i0,
+                                    acc_t<T>* left, acc_t<T>* right, int* votes) {
   using A = acc_t<T>;
-  const int64_t n = divide(e, a.in), i = e - n * a.in, c = divide(n, a.positions);
-  const T* weight = static_cast<const T*>(a.weight) + c * a.out_width * a.in + i;
-  A sum = 0;
-  if (a.items[n] >= 0) {
-    for (int64_t o = 0; o < a.out_width; ++o) sum += before<T>(a, n, o) * to_acc(weight[o * a.in]);
+  const int64_t I = a.in, O = a.out_width, P = a.positions;
+  const int rows = at_most(O - o0, kTile), columns = at_most(I - i0, kTile);
+  const int mine_o = int(threadIdx.x);
+  TileSums<A> sums;
+  sums.clear();
+  A bias = 0;
+  for (int64_t p0 = 0; p0 < P; p0 += kDepth<A>) {
+    const int depth = at_most(P - p0, kDepth<A>);
+    const int64_t n0 = c * P + p0;
+    bool mine = false;
+    fill<kDepth<A>, kTile, V, 4>(left, kTileStride, depth, rows, [&](int p, int o) {
+      const bool valid = a.items[n0 + p] >= 0;
+      mine |= valid;
+      return before<V, T>(a, n0 + p, o0 + o, valid);
+    });
+    if (columns)
+      fill<kDepth<A>, kTile, V>(right, kTileStride, depth, columns, [&](int p, int i) {
+        return keep_if(a.items[n0 + p] >= 0,
+                       values_at<V>(static_cast<const T*>(a.x) + (n0 + p) * I + i0 + i));
+      });
+    if (block_any(mine, votes)) {
+      multiply_transposed(sums, left, right, depth);
+      if (i0 == 0 && mine_o < rows) {
+#pragma unroll 8
+        for (int p = 0; p < depth; ++p) bias += left[p * kTileStride + mine_o];
+      }
+    }
+    __syncthreads();
   }
-  static_cast<T*>(a.grad_x)[e] = from_acc<T>(sum);
+#pragma unroll
+  for (int r = 0; r < kTileRows; ++r) {
+    const int row = tile_down() * kTileRows + r, column = tile_across() * kTileColumns;
+    if (row >= rows || column >= columns) continue;
+    store_columns<V>(static_cast<T*>(a.grad_weight) + (c * O + o0 + row) * I + i0 + column,
+                     sums.row[r], columns - column);
+  }
+  if (i0 == 0 && mine_o < rows)
+    static_cast<T*>(a.grad_bias)[c * O + o0 + mine_o] = from_acc<T>(bias);
 }
 
-// Weights and, as one more column, the bias.
-template <typename T>
-FEDPEFT_DEVICE void backward_weight(const ClientLayerArgs& a, int64_t e) {
+// A tile of grad_x from (p0, i0).
+template <typename T, int V>
+FEDPEFT_DEVICE void backward_x(const ClientLayerArgs& a, int64_t c, int64_t p0, int64_t i0,
+                               acc_t<T>* left, acc_t<T>* right, int* votes) {
   using A = acc_t<T>;
-  const int64_t columns = a.in + 1, row = divide(e, columns), i = e - row * columns;
-  const int64_t c = divide(row, a.out_width), o = row - c * a.out_width;
-  A sum = 0;
-  for (int64_t n = c * a.positions; n < (c + 1) * a.positions; ++n) {
-    if (a.items[n] < 0) continue;
-    const A g = before<T>(a, n, o);
-    sum += i < a.in ? g * to_acc(static_cast<const T*>(a.x)[n * a.in + i]) : g;
+  const int64_t I = a.in, O = a.out_width, n0 = c * a.positions + p0;
+  const int rows = at_most(a.positions - p0, kTile), columns = at_most(I - i0, kTile);
+  if (columns == 0) return;
+  TileSums<A> sums;
+  sums.clear();
+  for (int64_t o0 = 0; o0 < O; o0 += kDepth<A>) {
+    const int depth = at_most(O - o0, kDepth<A>);
+    bool mine = false;
+    fill<kTile, kDepth<A>, V, 4>(left, kDepthStride<A>, rows, depth, [&](int p, int o) {
+      const bool valid = a.items[n0 + p] >= 0;
+      mine |= valid;
+      return before<V, T>(a, n0 + p, o0 + o, valid);
+    });
+    fill<kDepth<A>, kTile, V>(right, kTileStride, depth, columns, [&](int o, int i) {
+      return values_at<V>(static_cast<const T*>(a.weight) + (c * O + o0 + o) * I + i0 + i);
+    });
+    if (block_any(mine, votes)) multiply(sums, left, right, depth);
+    __syncthreads();
   }
-  if (i < a.in) {
-    static_cast<T*>(a.grad_weight)[row * a.in + i] = from_acc<T>(sum);
-  } else {
-    static_cast<T*>(a.grad_bias)[row] = from_acc<T>(sum);
+#pragma unroll
+  for (int r = 0; r < kTileRows; ++r) {
+    const int row = tile_down() + r * kDown, column = tile_across() * kTileColumns;
+    if (row >= rows || column >= columns) continue;
+    store_columns<V>(static_cast<T*>(a.grad_x) + (n0 + row) * I + i0 + column,
+                     keep_if(a.items[n0 + row] >= 0, sums.row[r]), columns - column);
   }
 }
 
-// `weights` elements of the weights' gradients, which are the longest sums, then `inputs` of x's.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 4)
-    backward(ClientLayerArgs a, int64_t weights, int64_t inputs) {
-  for (int64_t e = int64_t(blockIdx.x) * kThreads + threadIdx.x; e < weights + inputs;
-       e += int64_t(gridDim.x) * kThreads) {
-    if (e < weights) {
-      backward_weight<T>(a, e);
+// The tiles of a client stand together, so that the second reader of its gradients finds them in
+// L2; first those of the weights, which are the longest sums.
+template <typename T, int V>
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t<T>>)
+    backward(ClientLayerArgs a, int64_t work) {
+  using A = acc_t<T>;
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  FEDPEFT_SHARED(int, votes, kWarps);
+  A* left = reinterpret_cast<A*>(shared);
+  A* right = left + kOperand<A>;
+  // At least one tile across, for the bias of a layer without inputs.
+  const int64_t across_i = a.in ? (a.in + kTile - 1) / kTile : 1;
+  const int64_t down_o = (a.out_width + kTile - 1) / kTile;
+  const int64_t down_p = (a.positions + kTile - 1) / kTile;
+  const int64_t down_all = down_o + down_p;
+  for (int64_t item = blockIdx.x; item < work; item += gridDim.x) {
+    const int64_t row = divide(item, across_i), c = divide(row, down_all);
+    const int64_t i0 = (item - row * across_i) * kTile, tile = row - c * down_all;
+    if (tile < down_o) {
+      backward_weight<T, V>(a, c, tile * kTile, i0, left, right, votes);
     } else {
-      backward_x<T>(a, e - weights);
+      backward_x<T, V>(a, c, (tile - down_o) * kTile, i0, left, right, votes);
     }
   }
 }
 
-int64_t grid_of(int64_t total) { return (total + kThreads - 1) / kThreads; }
+int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
 
 }  // namespace
 
 void client_layer(const ClientLayerArgs& a, DType dtype, int64_t clients, Stream stream) {
-  const int64_t total = clients * a.positions * a.out_width;
+  const int64_t work = clients * tiles(a.positions) * tiles(a.out_width);
   with_dtype(dtype, [&](auto zero) {
-    launch(forward<decltype(zero)>, grid_of(total), kThreads, 0, stream, a, total);
+    using T = decltype(zero);
+    // A power of two divides both widths where it divides their union of bits.
+    with_width<T>(
+        a.in | a.out_width,
+        [&](auto width) {
+          launch(forward<T, decltype(width)::value>, work, kTileThreads, kTileBytes<acc_t<T>>,
+                 stream, a, work);
+        },
+        a.x, a.weight, a.out);
   });
 }
 
 void client_layer_backward(const ClientLayerArgs& a, DType dtype, int64_t clients, Stream stream) {
-  const int64_t inputs = clients * a.positions * a.in;
-  const int64_t weights = clients * a.out_width * (a.in + 1);
+  const int64_t across = a.in ? tiles(a.in) : 1;
+  const int64_t work = clients * (tiles(a.out_width) + tiles(a.positions)) * across;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch(backward<T>, grid_of(weights + inputs), kThreads, 0, stream, a, weights, inputs);
+    with_width<T>(
+        a.in | a.out_width,
+        [&](auto width) {
+          launch(backward<T, decltype(width)::value>, work, kTileThreads, kTileBytes<acc_t<T>>,
+                 stream, a, work);
+        },
+        a.x, a.weight, a.kept, a.grad, a.grad_x, a.grad_weight);
   });
 }
 

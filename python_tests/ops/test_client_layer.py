@@ -27,7 +27,9 @@ def layer_case(
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("shape", [(None, 70, 5, 3), (2, 70, 33, 65), (3, 9, 130, 17)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(None, 70, 5, 3), (2, 70, 33, 65), (3, 9, 130, 17), (2, 130, 72, 64)], ids=str
+)
 def test_every_type(dtype: torch.dtype, shape: tuple[int | None, int, int, int], target: Any) -> None:
     assert_equals_twin(layer_case(*shape, p=0.5).to(target.device), target.ops, dtype, terms=256)
 
