@@ -46,6 +46,31 @@ FEDPEFT_DEVICE int block_rank(bool mine, int* shared, int* all) {
   return before;
 }
 
+// Sorts by (key, place) ascending: a bitonic sorter whose comparators all point the same way, so
+// that what lies past the end needs no place. Starts after a barrier of the caller, ends with one.
+template <typename Key>
+FEDPEFT_DEVICE void block_sort(Key* keys, int* places, int n) {
+  for (int64_t run = 2; run < 2 * int64_t(n); run *= 2) {
+    for (int64_t gap = run / 2; gap > 0; gap /= 2) {
+      const int64_t rest = n & (2 * gap - 1), end = n + (rest < gap ? rest : gap);
+      for (int64_t pair = threadIdx.x; 2 * pair < end; pair += blockDim.x) {
+        const int64_t i = 2 * pair - (pair & (gap - 1));
+        // The first pass of a run compares mirrored places.
+        const int64_t other = gap == run / 2 ? (i ^ (run - 1)) : (i ^ gap);
+        if (other >= n) continue;
+        const Key x = keys[i], y = keys[other];
+        const int from_x = places[i], from_y = places[other];
+        if (x < y || (x == y && from_x < from_y)) continue;
+        keys[i] = y;
+        keys[other] = x;
+        places[i] = from_y;
+        places[other] = from_x;
+      }
+      __syncthreads();
+    }
+  }
+}
+
 // store(column, sum over i in [0, count) of term(i, column)) for each column in [0, width), a
 // thread a column. A group of lanes takes every so many-th i, and the groups' sums, in `partial`
 // (column_sums_scratch values), are added in order. Starts after a barrier of the caller, ends with

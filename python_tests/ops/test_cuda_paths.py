@@ -136,10 +136,31 @@ def test_codes_of_wide_rows() -> None:
     x, codebooks = torch.randn(70, 600, generator=g), torch.randn(2, 300, 600, generator=g)
     cpu, gpu = both("rq_encode")
     assert torch.equal(gpu(x, codebooks), cpu(x, codebooks))
-    # Residuals in memory, where shared memory does not hold a row; more rows than have room at a time.
-    x, codebooks = torch.randn(130, 600, generator=g), torch.randn(2, 5, 600, generator=g)
-    with limited(6 << 10):
+    # Residuals made anew for each tile of codes, where shared memory does not hold them.
+    x, codebooks = torch.randn(130, 600, generator=g), torch.randn(3, 70, 600, generator=g)
+    with limited(48 << 10):
         assert torch.equal(gpu(x, codebooks), cpu(x, codebooks))
+
+
+@pytest.mark.parametrize("length", [700, 4096, 4500])
+def test_lists_sorted_within_a_block_and_longer_ones(length: int) -> None:
+    items = torch.randint(-1, 900, (2, length), generator=torch.Generator().manual_seed(8))
+    cpu, gpu = both("touched_rows")
+    for dtype in (torch.int32, torch.int64):
+        for mine, theirs in zip(gpu(items.to(dtype)), cpu(items.to(dtype)), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("clients", [32, 33, 100])
+def test_sums_of_many_clients(clients: int) -> None:
+    g = torch.Generator().manual_seed(9)
+    updates, weights = torch.randn(clients, 70, generator=g), torch.rand(clients, generator=g).double()
+    start = torch.randn(70, generator=g).double()
+    cpu, gpu = both("accumulate_updates_")
+    sums = start.clone(), start.clone()
+    cpu(sums[0], updates, weights, None, 2.0**-40)
+    gpu(sums[1], updates, weights, None, 2.0**-40)
+    assert torch.equal(*sums)  # on a grid, sums are exact
 
 
 # Shared memory for all groups of a block; for a warp a position; for none: activations in memory, with more
