@@ -4,6 +4,8 @@
 #   make test     the default test suite             make lint     ruff, mypy, clang-format
 #   make build    the extension alone                make format   rewrite the sources in the project's style
 #   make test-flower  the Flower app's tests and a federation on the loopback, in .venv-flower
+#   make asan     the ops' tests under AddressSanitizer and UndefinedBehaviorSanitizer, CUDA kernels emulated (ISA=baseline|v3|v4)
+#   make tsan     the ops' tests under ThreadSanitizer
 #   make cuda-check   compile the CUDA kernels and bindings, without a GPU
 #   make gpu-check    on a machine with a GPU, in PYTHON's own environment (a CUDA torch, no network needed):
 #                     build, tests, sanitizers and benchmarks (STEPS=...: some; DRY=1: what needs no GPU, here)
@@ -12,7 +14,8 @@
 #   make bench-sim    the engines against PyTorch by hand, pfl-research and Flower (ARGS=--quick: few rounds)
 #
 # Variables: PYTHON (default python3, 3.11 or newer), WERROR=1 (compiler warnings are errors), EMULATOR=1
-# (build the CUDA kernels for the CPU too, for tests), SETTINGS and OUT of the demo.
+# (build the CUDA kernels for the CPU too, for tests), TESTS (of asan and tsan: pytest's arguments),
+# SETTINGS and OUT of the demo.
 # Every step is done once and again only when what it depends on changes.
 
 PYTHON ?= python3
@@ -40,7 +43,7 @@ say = @printf '\033[1m==>\033[0m %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo docs test test-all test-flower lint format build bench bench-sim clean cuda-check gpu-check
+.PHONY: help demo docs test test-all test-flower lint format build asan tsan bench bench-sim clean cuda-check gpu-check
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -65,6 +68,10 @@ test-flower: $(BUILT)
 	  $(FLOWER)/bin/python -m pip --disable-pip-version-check install -qq "flwr[simulation]==1.42.0"; }
 	@FLWR_TELEMETRY_ENABLED=0 PYTHONPATH=$(CURDIR) $(FLOWER)/bin/python -m pytest -q python_tests/flower
 	@FLWR_TELEMETRY_ENABLED=0 PYTHONPATH=$(CURDIR) $(FLOWER)/bin/python examples/flower_loopback.py
+
+asan tsan: $(READY)
+	$(call say,Compiling with sanitizers in build/ and running the tests of the ops)
+	@ISA=$(ISA) .ci/sanitize $(if $(filter asan,$@),address$(comma)undefined,thread) $(TESTS)
 
 lint: $(READY)
 	$(call say,Checking style and types)

@@ -1,7 +1,9 @@
-"""FEDPEFT_CUDA=AUTO|ON|OFF: what CMake decides and says, with and without a CUDA torch and nvcc."""
+"""What CMake decides and says: FEDPEFT_CUDA=AUTO, ON or OFF with and without a CUDA torch and nvcc, and
+options of builds for tests."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -41,7 +43,7 @@ def fake_nvcc(folder: Path, version: str) -> Path:
     return nvcc
 
 
-def configure(tmp_path: Path, option: str, cuda: str | None, nvcc: Path) -> tuple[int, str]:
+def configure(tmp_path: Path, option: str, cuda: str | None, nvcc: Path, *arguments: str) -> tuple[int, str]:
     paths = [str(fake_torch(tmp_path / "site", cuda)), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [
@@ -55,6 +57,7 @@ def configure(tmp_path: Path, option: str, cuda: str | None, nvcc: Path) -> tupl
             f"-DFEDPEFT_CUDA={option}",
             f"-DCMAKE_MAKE_PROGRAM={NINJA}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            *arguments,
         ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDACXX": str(nvcc)},
         capture_output=True,
@@ -108,3 +111,37 @@ def test_with_cuda(tmp_path: Path, option: str) -> None:
     code, text = configure(tmp_path, option, version[1], nvcc)
     assert f"FEDPEFT_CUDA={option}: building CUDA kernels for sm_75,sm_80,sm_90" in text
     assert code == 0, text
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("FEDPEFT_SANITIZE=memory", "expected nothing, address,undefined or thread, got memory"),
+        ("FEDPEFT_ONLY_ISA=v5", "expected nothing, baseline, v3 or v4, got v5"),
+    ],
+)
+def test_unknown_values_of_builds_for_tests(tmp_path: Path, argument: str, message: str) -> None:
+    code, text = configure(tmp_path, "OFF", None, tmp_path / "absent", f"-D{argument}")
+    assert code != 0
+    assert f"{argument.split('=')[0]}: {message}" in text
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_sanitizers_are_in_every_command(tmp_path: Path, sanitizers: str) -> None:
+    arguments = (f"-DFEDPEFT_SANITIZE={sanitizers}", "-DFEDPEFT_ONLY_ISA=baseline", "-DFEDPEFT_EMULATOR=ON")
+    code, text = configure(tmp_path, "OFF", None, tmp_path / "absent", *arguments)
+    assert code == 0, text
+    commands = json.loads((tmp_path / "build" / "compile_commands.json").read_text())
+    assert all(f"-fsanitize={sanitizers} " in command["command"] for command in commands)
+    files = {Path(command["file"]).name for command in commands}
+    assert "faults.cpp" in files
+    assert ("threads.cpp" in files) == (sanitizers == "thread")
+    assert not any("kernels_v" in command["command"] for command in commands)
+
+
+def test_sanitizers_are_no_part_of_the_normal_build(tmp_path: Path) -> None:
+    code, text = configure(tmp_path, "OFF", None, tmp_path / "absent")
+    assert code == 0, text
+    commands = (tmp_path / "build" / "compile_commands.json").read_text()
+    assert "-fsanitize" not in commands
+    assert "/sanitize/" not in commands

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> touched_rows(const Tensor& items) {
         const size_t size = size_t(a.items.bytes);
         const char* from = static_cast<const char*>(a.rows);
         char* to = static_cast<char*>(rows.mutable_data_ptr());
-        parallel_ranges(C, R, [&](int64_t begin, int64_t end) {
+        parallel_ranges(R > 0 ? C : 0, R, [&](int64_t begin, int64_t end) {
           for (int64_t c = begin; c < end; ++c) {
             const size_t filled = size * size_t(counts[size_t(c)]), all = size * size_t(R);
             std::memcpy(to + size_t(c) * all, from + size * size_t(c * N), filled);

@@ -27,10 +27,16 @@ bool supported(Isa isa) {
 }
 
 Isa choose() {
+#if defined(FEDPEFT_ONLY_ISA)
+  const Isa best = Isa::FEDPEFT_ONLY_ISA;
+  if (!supported(best))
+    throw std::invalid_argument("this processor cannot run the compiled kernels");
+#else
   Isa best = Isa::baseline;
   for (Isa isa : {Isa::v3, Isa::v4}) {
     if (supported(isa)) best = isa;
   }
+#endif
   const char* wish = std::getenv("FEDPEFT_ISA");
   if (wish == nullptr || *wish == '\0') return best;
   const std::string name = wish;
@@ -45,6 +51,9 @@ Isa choose() {
   if (!supported(isa)) {
     throw std::invalid_argument("FEDPEFT_ISA: this processor cannot run " + name);
   }
+#if defined(FEDPEFT_ONLY_ISA)
+  if (isa != best) throw std::invalid_argument("FEDPEFT_ISA: " + name + " is not compiled");
+#endif
   return isa;
 }
 

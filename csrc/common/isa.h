@@ -11,8 +11,15 @@ Isa cpu_isa();
 
 }  // namespace fedpeft
 
+// FEDPEFT_ONLY_ISA (a CMake option) names the one set of a build that has no other.
 // Declares kernel table `name` of type `Type` for every compiled set, and `name()` that picks one.
-#if defined(__x86_64__)
+#if defined(FEDPEFT_ONLY_ISA)
+#define FEDPEFT_DECLARE_KERNELS(Type, name) \
+  namespace FEDPEFT_ONLY_ISA {              \
+  extern const Type name;                   \
+  }                                         \
+  inline const Type& select_##name() { return FEDPEFT_ONLY_ISA::name; }
+#elif defined(__x86_64__)
 #define FEDPEFT_DECLARE_KERNELS(Type, name) \
   namespace baseline {                      \
   extern const Type name;                   \

@@ -386,7 +386,7 @@ FEDPEFT_INLINE bool any_nonzero(const T* x, int64_t n) {
 
 template <typename T>
 FEDPEFT_INLINE void zero_row(T* row, int64_t n) {
-  memset(static_cast<void*>(row), 0, sizeof(T) * size_t(n));
+  if (n > 0) memset(static_cast<void*>(row), 0, sizeof(T) * size_t(n));
 }
 
 template <typename T>

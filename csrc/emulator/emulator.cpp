@@ -14,6 +14,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 namespace fedpeft::emulator {
 namespace {
 
@@ -33,6 +37,7 @@ struct Fiber {
   ucontext_t start;
   jmp_buf here;
   std::unique_ptr<char[]> stack;
+  void* left = nullptr;
   bool started = false;
   State state = State::runnable;
   Place place;
@@ -52,6 +57,26 @@ bool same(const Site& a, const Site& b) {
   return a.line() == b.line() && a.column() == b.column() &&
          std::strcmp(a.file_name(), b.file_name()) == 0;
 }
+
+// AddressSanitizer must know which stack runs: leave_for() is called before a jump to the stack
+// [bottom, bottom + size) and arrive() after it; what arrive() gets is what leave_for() gave when
+// the stack was left, null on its first run. `from` then says which stack was left.
+struct Stack {
+  const void* bottom = nullptr;
+  size_t size = 0;
+};
+#if defined(__SANITIZE_ADDRESS__)
+void leave_for(const Stack& stack, void** left) {
+  __sanitizer_start_switch_fiber(left, stack.bottom, stack.size);
+}
+void arrive(void* left, Stack* from) {
+  __sanitizer_finish_switch_fiber(left, from ? &from->bottom : nullptr,
+                                  from ? &from->size : nullptr);
+}
+#else
+void leave_for(const Stack&, void**) {}
+void arrive(void*, Stack*) {}
+#endif
 
 // Runs one block at a time on the OS thread that owns it.
 class Processor {
@@ -92,7 +117,9 @@ class Processor {
   void wait(State state) {
     Fiber& f = *current_;
     f.state = state;
+    leave_for(home_, &f.left);
     if (_setjmp(f.here) == 0) _longjmp(scheduler_, 1);
+    arrive(f.left, nullptr);
   }
 
   void* dynamic_data() { return shared_.data() + offset_ + kRedZone; }
@@ -156,6 +183,7 @@ class Processor {
 
   static void enter(unsigned high, unsigned low) {
     Processor& p = *reinterpret_cast<Processor*>(uint64_t(high) << 32 | low);
+    arrive(nullptr, &p.home_);
     for (;;) {
       try {
         (*p.body_)();
@@ -168,10 +196,11 @@ class Processor {
 
   void resume(Fiber& f) {
     current_ = &f;
+    if (!f.stack) f.stack = std::make_unique_for_overwrite<char[]>(kStack);
+    leave_for({f.stack.get(), kStack}, &left_);
     if (_setjmp(scheduler_) == 0) {
       if (f.started) _longjmp(f.here, 1);
       f.started = true;
-      if (!f.stack) f.stack = std::make_unique_for_overwrite<char[]>(kStack);
       getcontext(&f.start);
       f.start.uc_stack.ss_sp = f.stack.get();
       f.start.uc_stack.ss_size = kStack;
@@ -181,6 +210,7 @@ class Processor {
                   unsigned(self));
       setcontext(&f.start);
     }
+    arrive(left_, nullptr);
     current_ = nullptr;
     if (error_) std::rethrow_exception(error_);
   }
@@ -282,6 +312,8 @@ class Processor {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   Fiber* current_ = nullptr;
   jmp_buf scheduler_;
+  Stack home_;  // the scheduler's
+  void* left_ = nullptr;
   std::exception_ptr error_;
   std::vector<unsigned char> shared_;
   std::vector<Array> arrays_;
