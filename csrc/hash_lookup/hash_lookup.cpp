@@ -231,26 +231,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
       },
       [&](auto stream) {
         grad_table = torch::stable::new_empty(table, shape);
-        Tensor coefficients =
-            torch::stable::new_empty(table, {senet ? clients * positions : 0, a.H, 2}, accumulator);
+        Tensor coefficients = none();
         if (senet) {
-          a.coefficients = coefficients.mutable_data_ptr();
-          Tensor activations = torch::stable::new_empty(
-              table, {clients * positions, gpu::hash_activations(a)}, accumulator);
-          const gpu::PositionSum sum = gpu::hash_lookup_shape_senet(a, clients);
           grad_w1 = torch::stable::empty_like(*in.w1);
           grad_b1 = torch::stable::empty_like(*in.b1);
           grad_w2 = torch::stable::empty_like(*in.w2);
           grad_b2 = torch::stable::empty_like(*in.b2);
           const gpu::SENetGradients weights{grad_w1.mutable_data_ptr(), grad_b1.mutable_data_ptr(),
                                             grad_w2.mutable_data_ptr(), grad_b2.mutable_data_ptr()};
-          if (gpu::hash_lookup_backward_whole(a, dtype, sum, activations.mutable_data_ptr(),
-                                              grad_table.mutable_data_ptr(), weights, stream))
+          if (gpu::hash_lookup_backward_whole(a, dtype, clients, grad_table.mutable_data_ptr(),
+                                              weights, stream))
             return;
+          coefficients =
+              torch::stable::new_empty(table, {clients * positions, a.H, 2}, accumulator);
+          a.coefficients = coefficients.mutable_data_ptr();
+          Tensor activations = torch::stable::new_empty(
+              table, {clients * positions, gpu::hash_activations(a)}, accumulator);
           Tensor scratch = torch::stable::new_empty(table, {gpu::hash_lookup_scratch(a, dtype)},
                                                     ScalarType::Byte);
           gpu::hash_lookup_activations(a, dtype, clients, scratch.mutable_data_ptr(),
                                        activations.mutable_data_ptr(), stream);
+          const gpu::PositionSum sum = gpu::hash_lookup_shape_senet(a, clients);
           Tensor partial = torch::stable::new_empty(table, {sum.partial_size()}, accumulator);
           gpu::hash_lookup_backward_senet(a, dtype, sum, activations.const_data_ptr(),
                                           partial.mutable_data_ptr(), weights, stream);

@@ -1,19 +1,20 @@
-// CUDA kernels of hash_lookup. A group of lanes a position: its lanes hash in parallel, pass the
-// buckets around by shuffles and sum 16 bytes of columns each. Tables are read through L2, or from
-// shared memory where a block serves one client with positions enough to pay for the copy.
-// Backward: a scatter of the table, and, with SENet, the activations of every position first and a
-// sum over positions for the weights.
+// CUDA kernels of hash_lookup. Plain lookups: a group of lanes takes several positions at a time,
+// its lanes hash in parallel and pass the rows' addresses around by shuffles; or a block copies a
+// client's table, or some of its columns, to shared memory while it hashes. With SENet a block
+// takes a client through phases that all of its threads share; where a client is too large for
+// that, a group takes a position. Backward without SENet is a scatter.
 #include "common/hash.h"
 #include "common/logistic.cuh"
 #include "common/position_sum.cuh"
 #include "common/scatter.cuh"
+#include "common/streaming.cuh"
 #include "hash_lookup/hash_lookup_cuda.h"
 
 namespace fedpeft::gpu {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kStagedBytes = 48 * 1024;  // so that several blocks share a multiprocessor
+constexpr int64_t kStagedBytes = 72 * 1024;  // so that three blocks share a multiprocessor
 
 // sum % M, by one multiplication with floor((2^64 - 1) / M).
 struct Modulus {
@@ -26,20 +27,48 @@ struct Modulus {
     __extension__ using uint128 = unsigned __int128;
     const uint64_t quotient = uint64_t(uint128(x) * reciprocal >> 64);
 #endif
-    uint64_t rest = x - quotient * M;  // the quotient is at most two too small
+    // The quotient is at most two too small, and the rest so below 3 M.
+    if (M >> 30 == 0) {
+      const uint32_t m = uint32_t(M);
+      uint32_t rest = uint32_t(x) - uint32_t(quotient) * m;
+      if (rest >= m) rest -= m;
+      if (rest >= m) rest -= m;
+      return int64_t(rest);
+    }
+    uint64_t rest = x - quotient * M;
     if (rest >= M) rest -= M;
     if (rest >= M) rest -= M;
     return int64_t(rest);
   }
 };
 
+// hash_value, with half of the multiplications where x has 32 bits.
+FEDPEFT_DEVICE uint64_t hash_of(uint64_t a, uint64_t b, uint64_t x) {
+  if (x >> 32 != 0) return hash_value(a, b, x);
+  const uint64_t low = (a & 0xffffffffu) * x, high = (a >> 32) * x + (low >> 32);
+  // a x = high 2^32 + (low's lower half), below 2^93; its bits from 61 on are those of high
+  // from 29.
+  uint64_t sum = ((high & 0x1fffffffu) << 32 | (low & 0xffffffffu)) + (high >> 29);
+  if (sum >= kHashPrime) sum -= kHashPrime;
+  sum += b;
+  if (sum >= kHashPrime) sum -= kHashPrime;
+  return sum;
+}
+
+struct Hash {
+  uint64_t a, b;
+  FEDPEFT_DEVICE Hash(const int64_t* hashes, int64_t h)
+      : a(uint64_t(hashes[2 * h])), b(uint64_t(hashes[2 * h + 1])) {
+    if (a >= kHashPrime || b >= kHashPrime)
+      FEDPEFT_BAD_VALUE("hashes: expected values from 0 to 2^61 - 2");
+  }
+};
+
 // The bucket of an item of at least 0 under hash h.
 FEDPEFT_DEVICE int64_t bucket_of(const int64_t* hashes, const Modulus& modulus, int64_t item,
                                  int64_t h) {
-  const int64_t a = hashes[2 * h], b = hashes[2 * h + 1];
-  if (uint64_t(a) >= kHashPrime || uint64_t(b) >= kHashPrime)
-    FEDPEFT_BAD_VALUE("hashes: expected values from 0 to 2^61 - 2");
-  return modulus(hash_value(uint64_t(a), uint64_t(b), uint64_t(item)));
+  const Hash hash(hashes, h);
+  return modulus(hash_of(hash.a, hash.b, uint64_t(item)));
 }
 
 // The item at position n, -1 at padding.
@@ -50,15 +79,28 @@ FEDPEFT_DEVICE int64_t item_at(const HashLookupArgs& a, int64_t n) {
   return item;
 }
 
+// A thread keeps one hash and takes every so many-th item, several at a time.
 __global__ void __launch_bounds__(256, 4)
     buckets(IndexArray items, const int64_t* hashes, int64_t* out, int64_t count, int64_t H,
             Modulus modulus) {
-  const int64_t total = count * H;
-  for (int64_t e = int64_t(blockIdx.x) * 256 + threadIdx.x; e < total;
-       e += int64_t(gridDim.x) * 256) {
-    const int64_t n = divide(e, H), item = items[n];
-    if (item < -1) FEDPEFT_BAD_INDEX("items", item, n, INT64_MAX);
-    out[e] = item < 0 ? -1 : bucket_of(hashes, modulus, item, e - n * H);
+  constexpr int kBatch = 4;
+  const int64_t thread = int64_t(blockIdx.x) * 256 + threadIdx.x;
+  const int64_t step = divide(int64_t(gridDim.x) * 256, H);  // at least one
+  const int64_t start = divide(thread, H), h = thread - start * H;
+  if (start >= step) return;
+  const Hash hash(hashes, h);
+  for (int64_t first = start; first < count; first += kBatch * step) {
+    int64_t item[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k)
+      item[k] = first + k * step < count ? items[first + k * step] : -1;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int64_t n = first + k * step;
+      if (n >= count) break;
+      if (item[k] < -1) FEDPEFT_BAD_INDEX("items", item[k], n, INT64_MAX);
+      out[n * H + h] = item[k] < 0 ? -1 : modulus(hash_of(hash.a, hash.b, uint64_t(item[k])));
+    }
   }
 }
 
@@ -193,7 +235,7 @@ FEDPEFT_DEVICE void look_up_gated(const HashLookupArgs& a, SENet<T>& net, const 
 
 // Where the groups' scratch of the SENet is; `memory` only where shared memory does not hold that
 // of one warp.
-enum class Scratch { none, shared, memory };
+enum class Scratch { shared, memory };
 
 template <Scratch Where>
 FEDPEFT_DEVICE unsigned char* scratch_of(unsigned char* shared, unsigned char* memory, int group,
@@ -205,9 +247,80 @@ FEDPEFT_DEVICE unsigned char* scratch_of(unsigned char* shared, unsigned char* m
   }
 }
 
-// Positions of all clients, tables through L2.
+// Positions of all clients without SENet, tables through L2. A group takes four positions at a time
+// where its lanes hash for them all at once, so that rows of all four are under way together.
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads, 3)
+    forward_plain(HashLookupArgs a, int64_t total, Modulus modulus, int lanes) {
+  using A = acc_t<T>;
+  constexpr int kBatch = V > 4 ? 2 : 4;
+  const int groups = kThreads / lanes;
+  const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
+  const int64_t table = a.per_client ? a.M * a.D : 0;
+  const T* tables = static_cast<const T*>(a.table);
+  if (kBatch * a.H > lanes) {
+    for (int64_t first = int64_t(blockIdx.x) * groups; first < total;
+         first += int64_t(gridDim.x) * groups) {
+      const int64_t n = first + group;
+      const bool active = n < total;
+      const int64_t client = active ? divide(n, a.positions) : 0;
+      look_up<T, V>(a, modulus, tables + client * table, n, active, lane, lanes);
+    }
+    return;
+  }
+  const A weight = plain_weight<A>(a);
+  const int H = int(a.H), k_mine = lane / H, h_mine = lane - k_mine * H;
+  const T* base = static_cast<const T*>(a.base);
+  for (int64_t first = int64_t(blockIdx.x) * groups * kBatch; first < total;
+       first += int64_t(gridDim.x) * groups * kBatch) {
+    const int64_t n = first + group * kBatch;
+    int64_t item = -1, row = -1;  // of the lane's own position and hash
+    if (k_mine < kBatch && n + k_mine < total) {
+      item = item_at(a, n + k_mine);
+      if (item >= 0) {
+        const int64_t client = table == 0 ? 0 : divide(n + k_mine, a.positions);
+        row = client * table + bucket_of(a.hashes, modulus, item, h_mine) * a.D;
+      }
+    }
+    for (int64_t column = lane * V; column - lane * V < a.D; column += lanes * V) {
+      const bool mine = column < a.D;
+      Sum<A, V> sum[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        sum[k].clear();
+        if (base) {
+          const int64_t from = __shfl_sync(kFullMask, item, k * H, lanes);
+          if (mine && from >= 0) sum[k].set(base + from * a.D + column);
+        }
+      }
+#pragma unroll 2
+      for (int h = 0; h < H; ++h) {
+        int64_t from[kBatch];
+        Pack<T, V> pack[kBatch];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          from[k] = __shfl_sync(kFullMask, row, k * H + h, lanes);
+          if (mine && from[k] >= 0) pack[k] = load_pack<V>(tables + from[k] + column);
+        }
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          if (!mine || from[k] < 0) continue;
+#pragma unroll
+          for (int i = 0; i < V; ++i) sum[k].at[i] += weight * to_acc(pack[k].at[i]);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        if (mine && n + k < total)
+          store_streaming(static_cast<T*>(a.out) + (n + k) * a.D + column, sum[k]);
+      }
+    }
+  }
+}
+
+// Positions of all clients with SENet, tables through L2.
 template <typename T, int V, Scratch Where>
-__global__ void __launch_bounds__(kThreads, Where == Scratch::none ? 4 : 2)
+__global__ void __launch_bounds__(kThreads, 2)
     forward(HashLookupArgs a, int64_t total, Modulus modulus, int lanes, unsigned char* memory) {
   FEDPEFT_DYNAMIC_SHARED(shared);
   const int groups = int(blockDim.x) / lanes;
@@ -219,42 +332,177 @@ __global__ void __launch_bounds__(kThreads, Where == Scratch::none ? 4 : 2)
     const bool active = n < total;
     const int64_t client = active ? divide(n, a.positions) : 0;
     const T* rows = static_cast<const T*>(a.table) + client * table;
-    if constexpr (Where != Scratch::none) {
-      SENet<T> net(a, scratch_of<Where>(shared, memory, group, groups, SENet<T>::bytes(a.H, a.S)));
-      net.select(a, client);
-      look_up_gated<T, V>(a, net, modulus, rows, n, active, lane, lanes);
-    } else {
-      look_up<T, V>(a, modulus, rows, n, active, lane, lanes);
-    }
+    SENet<T> net(a, scratch_of<Where>(shared, memory, group, groups, SENet<T>::bytes(a.H, a.S)));
+    net.select(a, client);
+    look_up_gated<T, V>(a, net, modulus, rows, n, active, lane, lanes);
   }
 }
 
-// One block a client, its table in shared memory, before the scratch.
+// Places in a block's shared memory, in bytes.
+struct Carve {
+  int64_t used = 0;
+  template <typename X>
+  int64_t take(int64_t count) {
+    const int64_t at = used;
+    used += (count * int64_t(sizeof(X)) + 15) / 16 * 16;
+    return at;
+  }
+};
+
+// SENet of one client for a whole block, its weights in shared memory as accumulators. Rows of
+// weights and of hidden values have odd strides, so that lanes at different rows meet different
+// banks.
+template <typename T>
+struct BlockNet {
+  using A = acc_t<T>;
+  int H, S, row1, row2;  // row2 is the stride of a position's hidden values too
+  A *w1, *b1, *w2, *b2;  // [S, row1], [S], [H, row2], [H]
+
+  static int64_t size(int64_t H, int64_t S) { return S * (H | 1) + S + H * (S | 1) + H; }
+
+  FEDPEFT_DEVICE BlockNet(const HashLookupArgs& a, void* to)
+      : H(int(a.H)), S(int(a.S)), row1(H | 1), row2(S | 1) {
+    w1 = static_cast<A*>(to);
+    b1 = w1 + S * row1;
+    w2 = b1 + S;
+    b2 = w2 + H * row2;
+  }
+
+  FEDPEFT_DEVICE void load(const HashLookupArgs& a, int64_t client) {
+    const int64_t c = a.per_client ? client : 0;
+    const T* from1 = static_cast<const T*>(a.w1) + c * S * H;
+    const T* from2 = static_cast<const T*>(a.w2) + c * H * S;
+    for (int i = int(threadIdx.x); i < S * H; i += int(blockDim.x)) {
+      const int s = int(unsigned(i) / unsigned(H)), h = int(unsigned(i) / unsigned(S));
+      w1[s * row1 + i - s * H] = to_acc(from1[i]);
+      w2[h * row2 + i - h * S] = to_acc(from2[i]);
+    }
+    for (int s = int(threadIdx.x); s < S; s += int(blockDim.x))
+      b1[s] = to_acc(static_cast<const T*>(a.b1)[c * S + s]);
+    for (int h = int(threadIdx.x); h < H; h += int(blockDim.x))
+      b2[h] = to_acc(static_cast<const T*>(a.b2)[c * H + h]);
+  }
+
+  // Hidden values of `count` positions, whose buckets (-1 at padding) and squeezed values (of an
+  // entry) are given; 0 at padding.
+  template <typename Squeezed>
+  FEDPEFT_DEVICE void hide(A* hidden, int count, const int* bucket, const Squeezed& squeezed) {
+    for (int i = int(threadIdx.x); i < count * S; i += int(blockDim.x)) {
+      const int p = int(unsigned(i) / unsigned(S)), s = i - p * S;
+      A sum = 0;
+      if (bucket[p * H] >= 0) {
+        sum = b1[s];
+        for (int h = 0; h < H; ++h) sum += w1[s * row1 + h] * squeezed(p * H + h);
+      }
+      hidden[p * row2 + s] = sum > A(0) ? sum : A(0);
+    }
+  }
+  FEDPEFT_DEVICE A gate(const A* hidden, int p, int h) const {
+    A sum = b2[h];
+#pragma unroll 4
+    for (int s = 0; s < S; ++s) sum += w2[h * row2 + s] * hidden[p * row2 + s];
+    return sigmoid(sum);
+  }
+};
+
+// Buckets of the `count` entries (position, hash) from position `first` of all clients on, -1 at
+// padding.
+FEDPEFT_DEVICE void hash_entries(const HashLookupArgs& a, const Modulus& modulus, int64_t first,
+                                 int count, int* bucket, int* copy) {
+  for (int e = int(threadIdx.x); e < count; e += int(blockDim.x)) {
+    const int p = int(unsigned(e) / unsigned(a.H));
+    const int64_t item = item_at(a, first + p);
+    const int to = item < 0 ? -1 : int(bucket_of(a.hashes, modulus, item, e - p * int(a.H)));
+    bucket[e] = to;
+    if (copy) copy[e] = to;
+  }
+}
+
+// How a block looks up a client's positions in shared memory: the table first, or `width` of its
+// columns, a chunk of positions at a time.
+struct StagedPlan {
+  unsigned threads;
+  int slices, width, chunk;
+  int64_t bucket, gate, mean, hidden, net, bytes;
+};
+
+// One block a client and slice of columns; with SENet, all columns.
 template <typename T, int V, bool Gated>
-__global__ void __launch_bounds__(kThreads, Gated ? 2 : 4)
-    forward_staged(HashLookupArgs a, int64_t clients, Modulus modulus) {
+__global__ void __launch_bounds__(Gated ? 1024 : 512, Gated ? 1 : 2)
+    forward_staged(HashLookupArgs a, int64_t tasks, Modulus modulus, StagedPlan plan) {
+  using A = acc_t<T>;
   FEDPEFT_DYNAMIC_SHARED(shared);
   T* rows = reinterpret_cast<T*>(shared);
-  const int lanes = lanes_for(a.D / V), groups = int(blockDim.x) / lanes;
+  int* bucket = reinterpret_cast<int*>(shared + plan.bucket);
+  A* gate = reinterpret_cast<A*>(shared + plan.gate);
+  A* mean = reinterpret_cast<A*>(shared + plan.mean);
+  A* hidden = reinterpret_cast<A*>(shared + plan.hidden);
+  const int width = plan.width, H = int(a.H), M = int(a.M);
+  const int lanes = lanes_for(width / V), groups = int(blockDim.x) / lanes;
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
-  const int64_t table = a.M * a.D, table_bytes = (table * int64_t(sizeof(T)) + 15) / 16 * 16;
-  for (int64_t client = blockIdx.x; client < clients; client += gridDim.x) {
-    const T* from = static_cast<const T*>(a.table) + client * table;
-    for (int64_t i = int64_t(threadIdx.x) * V; i < table; i += int64_t(blockDim.x) * V)
-      store_pack<V>(rows + i, load_pack<V>(from + i));
-    __syncthreads();
-    for (int64_t first = 0; first < a.positions; first += groups) {
-      const int64_t n = client * a.positions + first + group;
-      const bool active = first + group < a.positions;
-      if constexpr (Gated) {
-        SENet<T> net(a, shared + table_bytes + group * SENet<T>::bytes(a.H, a.S));
-        net.select(a, client);
-        look_up_gated<T, V>(a, net, modulus, rows, n, active, lane, lanes);
-      } else {
-        look_up<T, V>(a, modulus, rows, n, active, lane, lanes);
-      }
+  const A weight = plain_weight<A>(a);
+  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
+    const int64_t client = divide(task, plan.slices);
+    const int64_t begin = (task - client * plan.slices) * width;
+    const int here = int(a.D - begin < width ? a.D - begin : width);
+    const T* from = static_cast<const T*>(a.table) + client * a.M * a.D + begin;
+    for (int m = group; m < M; m += groups) {
+      for (int column = lane * V; column < here; column += lanes * V)
+        copy_to_shared<V>(rows + m * width + column, from + int64_t(m) * a.D + column);
     }
-    __syncthreads();
+    [[maybe_unused]] BlockNet<T> net(a, shared + plan.net);
+    if constexpr (Gated) net.load(a, client);
+    for (int64_t first = 0; first < a.positions; first += plan.chunk) {
+      const int64_t left = a.positions - first, n = client * a.positions + first;
+      const int count = int(left < plan.chunk ? left : plan.chunk);
+      hash_entries(a, modulus, n, count * H, bucket, nullptr);
+      if (first == 0) copies_done();
+      __syncthreads();
+      if constexpr (Gated) {
+        if (first == 0) {
+          for (int m = group; m - group < M; m += groups) {
+            A sum = 0;
+            if (m < M) {
+              for (int column = lane * V; column < width; column += lanes * V) {
+                Sum<A, V> v;
+                v.set(rows + m * width + column);
+#pragma unroll
+                for (int i = 0; i < V; ++i) sum += v.at[i];
+              }
+            }
+            sum = group_sum(sum, lanes);
+            if (m < M && lane == 0) mean[m] = sum / A(width);
+          }
+          __syncthreads();
+        }
+        net.hide(hidden, count, bucket, [&](int e) { return mean[bucket[e]]; });
+        __syncthreads();
+        for (int e = int(threadIdx.x); e < count * H; e += int(blockDim.x)) {
+          const int p = int(unsigned(e) / unsigned(H));
+          gate[e] = net.gate(hidden, p, e - p * H);
+        }
+        __syncthreads();
+      }
+      for (int p = group; p < count; p += groups) {
+        const bool item = bucket[p * H] >= 0;
+        T* out = static_cast<T*>(a.out) + (n + p) * a.D + begin;
+        for (int column = lane * V; column < here; column += lanes * V) {
+          Sum<A, V> sum;
+          sum.clear();
+          if (item) {
+            if (a.base)
+              sum.set(static_cast<const T*>(a.base) + a.items[n + p] * a.D + begin + column);
+#pragma unroll 4
+            for (int h = 0; h < H; ++h) {
+              const A scale = Gated ? gate[p * H + h] : weight;
+              sum.add_scaled(scale, rows + bucket[p * H + h] * width + column);
+            }
+          }
+          store_streaming(out + column, sum);
+        }
+      }
+      __syncthreads();
+    }
   }
 }
 
@@ -401,30 +649,208 @@ struct SENetOutputs {
   }
 };
 
-// All gradients of a client by one block: its positions' activations, then the table's rows and the
-// weights of the SENet.
+// How a block makes all gradients of a client: places in shared memory, the client's gradient
+// there too where `staged`; positions of the SENet go in chunks; sums over positions are cut into
+// `strips`.
+struct WholePlan {
+  unsigned threads;
+  int lanes, chunk, strips;
+  bool staged;
+  int64_t grad, coefficients, squeezed, product, net, hidden, grad_hidden, partial, head, next,
+      bucket, work, bytes;
+};
+
+// The sums over a group of at least 8 lanes of eight values: lane l gets that of value
+// eighth_of(l).
+FEDPEFT_DEVICE int eighth_of(int lane) { return (lane & 1) * 4 + (lane & 2) + (lane >> 2 & 1); }
+template <typename A>
+FEDPEFT_DEVICE A sums_of_eight(A (&v)[8], int lane, int lanes) {
+#pragma unroll
+  for (int bit = 1, half = 4; half > 0; bit *= 2, half /= 2) {
+    const bool upper = (lane & bit) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const A keep = upper ? v[i + half] : v[i], give = upper ? v[i] : v[i + half];
+      v[i] = keep + __shfl_xor_sync(kFullMask, give, bit);
+    }
+  }
+  A sum = v[0];
+  for (int bit = 8; bit < lanes; bit *= 2) sum += __shfl_xor_sync(kFullMask, sum, bit);
+  return sum;
+}
+
+// All gradients of a client by one block. Its first warp links the entries of each row while the
+// others take the means of the rows that positions read and their products with the gradient; then
+// the SENet, forward and backward; then each row's sum.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 2)
-    backward_gated(HashLookupArgs a, int64_t clients, Modulus modulus, int lanes,
-                   acc_t<T>* activations, ScatterPlan plan, T* out, PositionSum shape,
+__global__ void __launch_bounds__(512, 2)
+    backward_whole(HashLookupArgs a, int64_t clients, Modulus modulus, WholePlan plan, T* out,
                    SENetOutputs<T> weights) {
+  using A = acc_t<T>;
+  struct Coefficients {
+    A gate, shift;
+  };
   FEDPEFT_DYNAMIC_SHARED(shared);
-  const int groups = kThreads / lanes;
-  const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
+  T* staged = reinterpret_cast<T*>(shared + plan.grad);
+  Coefficients* coefficients = reinterpret_cast<Coefficients*>(shared + plan.coefficients);
+  A* squeezed = reinterpret_cast<A*>(shared + plan.squeezed);
+  A* product = reinterpret_cast<A*>(shared + plan.product);  // then the gates' gradient
+  A* hidden = reinterpret_cast<A*>(shared + plan.hidden);
+  A* grad_hidden = reinterpret_cast<A*>(shared + plan.grad_hidden);
+  A* partial = reinterpret_cast<A*>(shared + plan.partial);  // [strips, outputs], then a one
+  int* head = reinterpret_cast<int*>(shared + plan.head);
+  int* next = reinterpret_cast<int*>(shared + plan.next);
+  int* bucket = reinterpret_cast<int*>(shared + plan.bucket);
+  int* work = reinterpret_cast<int*>(shared + plan.work);
+  BlockNet<T> net(a, shared + plan.net);
+  const int H = net.H, S = net.S, M = int(a.M), P = int(a.positions), entries = P * H;
+  const int outputs = 2 * S * H + S + H;
+  const int thread = int(threadIdx.x), threads = int(blockDim.x), lanes = plan.lanes;
+  const int lane = thread % lanes, group = thread / lanes, groups = threads / lanes;
+  // e / H for entries, of which there are fewer than 2^16, as H.
+  const uint32_t reciprocal = uint32_t(0xffffffffu / uint32_t(H)) + 1;
+
   for (int64_t client = blockIdx.x; client < clients; client += gridDim.x) {
-    SENet<T> net(a, shared + group * SENet<T>::bytes(a.H, a.S));
-    net.select(a, client);
     const T* rows = static_cast<const T*>(a.table) + client * a.M * a.D;
-    for (int64_t first = 0; first < a.positions; first += groups) {
-      activate_position<T, V>(a, net, modulus, rows, client * a.positions + first + group,
-                              first + group < a.positions, lane, lanes, activations);
+    const T* grad = static_cast<const T*>(a.grad) + client * P * a.D;
+    net.load(a, client);
+    for (int r = thread; r < M; r += threads) head[r] = -1;
+    for (int i = thread; i < plan.strips * outputs; i += threads) partial[i] = A(0);
+    if (thread == 0) {
+      partial[plan.strips * outputs] = A(1);
+      *work = 0;
+    }
+    hash_entries(a, modulus, client * P, entries, bucket, next);
+    __syncthreads();
+
+    if (thread < kWarp) link_entries(head, next, entries, 0, 1);
+    const int at_once = kWarp / lanes;
+    for (;;) {
+      int first = 0;
+      if (thread % kWarp == 0) first = atomicAdd(work, at_once);
+      first = __shfl_sync(kFullMask, first, 0);
+      if (first >= P) break;
+      const int p = first + thread % kWarp / lanes;
+      const bool active = p < P && bucket[p * H] >= 0;
+      for (int h = 0; h < H; h += 4) {
+        A sums[8] = {};  // of four rows, then of their products
+        if (active) {
+          int64_t row[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) row[j] = bucket[p * H + (h + j < H ? h + j : H - 1)] * a.D;
+          for (int64_t column = lane * V; column < a.D; column += lanes * V) {
+            Pack<T, V> values[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) values[j] = load_pack<V>(rows + row[j] + column);
+            const Pack<T, V> g = load_pack<V>(grad + p * a.D + column);
+            if (plan.staged && h == 0) store_pack<V>(staged + p * a.D + column, g);
+#pragma unroll
+            for (int i = 0; i < V; ++i) {
+#pragma unroll
+              for (int j = 0; j < 4; ++j) {
+                const A x = to_acc(values[j].at[i]);
+                sums[j] += x;
+                sums[4 + j] += x * to_acc(g.at[i]);
+              }
+            }
+          }
+        }
+        const A sum = sums_of_eight(sums, lane, lanes);
+        const int value = eighth_of(lane), to = h + (value & 3);
+        if (lane < 8 && p < P && to < H) {
+          if (value < 4) {
+            squeezed[p * H + to] = sum / A(a.D);
+          } else {
+            product[p * H + to] = sum;
+          }
+        }
+      }
     }
     __syncthreads();
-    scatter_lists_team<Source<T, true>, T, V>(Source<T, true>{a, modulus}, out, plan, client,
-                                              int(threadIdx.x), reinterpret_cast<int*>(shared));
-    for (int64_t chunk = 0; chunk < position_sum_chunks<1>(shape, kThreads); ++chunk) {
-      sum_positions_task<T, 1>(SourceSENet<T>{a, activations}, weights, shape,
-                               static_cast<acc_t<T>*>(nullptr), client, 0, chunk);
+
+    for (int first = 0; first < P; first += plan.chunk) {
+      const int count = P - first < plan.chunk ? P - first : plan.chunk;
+      const int entry = first * H;  // the chunk's first
+      net.hide(hidden, count, bucket + entry, [&](int e) { return squeezed[entry + e]; });
+      __syncthreads();
+      for (int e = thread; e < count * H; e += threads) {
+        const int p = int(unsigned(e) / unsigned(H));
+        const A gate = net.gate(hidden, p, e - p * H);
+        coefficients[entry + e].gate = gate;
+        product[entry + e] =
+            bucket[entry + e] >= 0 ? product[entry + e] * gate * (A(1) - gate) : A(0);
+      }
+      __syncthreads();
+      for (int i = thread; i < count * S; i += threads) {
+        const int p = int(unsigned(i) / unsigned(S)), s = i - p * S;
+        A sum = 0;
+        if (hidden[p * net.row2 + s] > A(0)) {
+          for (int h = 0; h < H; ++h) sum += product[entry + p * H + h] * net.w2[h * net.row2 + s];
+        }
+        grad_hidden[p * net.row2 + s] = sum;
+      }
+      __syncthreads();
+      for (int e = thread; e < count * H; e += threads) {
+        const int p = int(unsigned(e) / unsigned(H)), h = e - p * H;
+        A sum = 0;
+#pragma unroll 4
+        for (int s = 0; s < S; ++s) sum += grad_hidden[p * net.row2 + s] * net.w1[s * net.row1 + h];
+        coefficients[entry + e].shift = sum / A(a.D);
+      }
+      // Output i of [w1 (S, H), b1 (S), w2 (H, S), b2 (H)] sums a product of two values a position.
+      for (int task = thread; task < plan.strips * outputs; task += threads) {
+        const int strip = int(unsigned(task) / unsigned(outputs));
+        int i = task - strip * outputs;
+        const A *x = partial + plan.strips * outputs, *y;
+        int x_step = 0, y_step = H;
+        if (i < S * H + S) {
+          const int s = i < S * H ? int(unsigned(i) / unsigned(H)) : i - S * H;
+          y = grad_hidden + s;
+          y_step = net.row2;
+          if (i < S * H) {
+            x = squeezed + entry + i - s * H;
+            x_step = H;
+          }
+        } else {
+          i -= S * H + S;
+          const int h = i < H * S ? int(unsigned(i) / unsigned(S)) : i - H * S;
+          y = product + entry + h;
+          if (i < H * S) {
+            x = hidden + i - h * S;
+            x_step = net.row2;
+          }
+        }
+        A sum = partial[task];
+#pragma unroll 4
+        for (int p = strip; p < count; p += plan.strips) sum += x[p * x_step] * y[p * y_step];
+        partial[task] = sum;
+      }
+      __syncthreads();
+    }
+
+    for (int i = thread; i < outputs; i += threads) {
+      A sum = 0;
+      for (int strip = 0; strip < plan.strips; ++strip) sum += partial[strip * outputs + i];
+      *weights(client, i) = from_acc<T>(sum);
+    }
+    const T* values = plan.staged ? staged : grad;
+    for (int r = group; r < M; r += groups) {
+      T* to = out + (client * a.M + r) * a.D;
+      for (int64_t column = lane * V; column < a.D; column += lanes * V) {
+        Sum<A, V> sum;
+        sum.clear();
+        A shift = 0;
+        for (int e = head[r]; e >= 0;) {
+          const int p = H == 1 ? e : int(uint64_t(uint32_t(e)) * reciprocal >> 32);
+          const Coefficients c = coefficients[e];
+          e = next[e];
+          sum.add_scaled(c.gate, values + p * a.D + column);
+          shift += c.shift;
+        }
+#pragma unroll
+        for (int i = 0; i < V; ++i) sum.at[i] += shift;
+        store_streaming(to + column, sum);
+      }
     }
     __syncthreads();
   }
@@ -447,62 +873,127 @@ struct GatedPlan {
   }
 };
 
-// `before`: bytes of shared memory that something else takes.
 template <typename T>
-GatedPlan plan_gated(const HashLookupArgs& a, int lanes, const Limits& device, int64_t before = 0) {
+GatedPlan plan_gated(const HashLookupArgs& a, int lanes, const Limits& device) {
   const int64_t bytes = SENet<T>::bytes(a.H, a.S);
   for (int threads = kThreads; threads >= kWarp; threads /= 2) {
-    if (before + threads / lanes * bytes <= device.shared_bytes)
+    if (threads / lanes * bytes <= device.shared_bytes)
       return {Scratch::shared, lanes, threads, bytes, kMaxGrid};
   }
   // A whole warp a position needs the least.
-  if (before + bytes <= device.shared_bytes)
-    return {Scratch::shared, kWarp, kWarp, bytes, kMaxGrid};
+  if (bytes <= device.shared_bytes) return {Scratch::shared, kWarp, kWarp, bytes, kMaxGrid};
   return {Scratch::memory, kWarp, 4 * kWarp, bytes, 2 * device.multiprocessors};
+}
+
+// Copying a table pays where each row is read about twice; else caches do as well.
+inline bool stages(const HashLookupArgs& a) {
+  return a.per_client && a.D > 0 && a.positions * a.H >= 2 * a.M && a.M * a.D < INT32_MAX;
+}
+
+// False where shared memory does not hold it.
+template <typename T, int V>
+bool plan_staged(const HashLookupArgs& a, bool gated, StagedPlan* plan) {
+  using A = acc_t<T>;
+  const int64_t device = limits().shared_bytes;
+  // Without SENet, slices of columns let blocks share a multiprocessor.
+  const int64_t most = !gated && device > kStagedBytes ? kStagedBytes : device;
+  int64_t chunk = a.positions;
+  while (chunk > 1 && (chunk * a.H > 2048 || (gated && chunk * a.S > 8192)))
+    chunk = (chunk + 1) / 2;
+  for (int64_t slices = 1;; slices *= 2) {
+    const int64_t width = ((a.D + slices - 1) / slices + V - 1) / V * V;
+    if (slices > 1 && (gated || width * int64_t(sizeof(T)) < 64)) return false;
+    Carve carve;
+    carve.take<T>(a.M * width);
+    plan->bucket = carve.take<int>(chunk * a.H);
+    plan->gate = carve.take<A>(gated ? chunk * a.H : 0);
+    plan->mean = carve.take<A>(gated ? a.M : 0);
+    plan->hidden = carve.take<A>(gated ? chunk * (a.S | 1) : 0);
+    plan->net = carve.take<A>(gated ? BlockNet<T>::size(a.H, a.S) : 0);
+    if (carve.used > most) continue;
+    plan->bytes = carve.used;
+    plan->slices = int((a.D + width - 1) / width);
+    plan->width = int(width);
+    plan->chunk = int(chunk);
+    plan->threads = carve.used > 100 * 1024 ? 1024 : carve.used > 40 * 1024 ? 512 : 256;
+    return true;
+  }
 }
 
 template <typename T, int V>
 void launch_plain(const HashLookupArgs& a, int64_t clients, Stream stream) {
-  const int lanes = lanes_for(a.D / V), groups = kThreads / lanes;
-  const int64_t total = clients * a.positions;
-  const int64_t table_bytes = (a.M * a.D * int64_t(sizeof(T)) + 15) / 16 * 16;
-  if (a.per_client && a.positions * a.H >= 2 * a.M && table_bytes <= kStagedBytes &&
-      table_bytes <= limits().shared_bytes) {
-    launch(forward_staged<T, V, false>, clients, kThreads, table_bytes, stream, a, clients,
-           Modulus(a.M));
-  } else {
-    launch(forward<T, V, Scratch::none>, (total + groups - 1) / groups, kThreads, 0, stream, a,
-           total, Modulus(a.M), lanes, nullptr);
+  if (StagedPlan plan; stages(a) && plan_staged<T, V>(a, false, &plan)) {
+    launch(forward_staged<T, V, false>, clients * plan.slices, plan.threads, plan.bytes, stream, a,
+           clients * plan.slices, Modulus(a.M), plan);
+    return;
   }
+  const int lanes = lanes_for(a.D / V);
+  const int64_t total = clients * a.positions, groups = kThreads / lanes * (V > 4 ? 2 : 4);
+  launch(forward_plain<T, V>, (total + groups - 1) / groups, kThreads, 0, stream, a, total,
+         Modulus(a.M), lanes);
 }
 
 template <typename T, int V>
 void launch_gated(const HashLookupArgs& a, int64_t clients, void* memory, Stream stream) {
-  const Limits device = limits();
-  const int lanes = lanes_for(a.D / V);
-  const int64_t total = clients * a.positions;
-  const int64_t table_bytes = (a.M * a.D * int64_t(sizeof(T)) + 15) / 16 * 16;
-  if (a.per_client && a.positions * a.H >= 2 * a.M && table_bytes <= kStagedBytes) {
-    const GatedPlan plan = plan_gated<T>(a, lanes, device, table_bytes);
-    if (plan.where == Scratch::shared && plan.lanes == lanes) {
-      launch(forward_staged<T, V, true>, clients, unsigned(plan.threads),
-             table_bytes + plan.shared(), stream, a, clients, Modulus(a.M));
-      return;
-    }
+  if (StagedPlan staged; stages(a) && plan_staged<T, V>(a, true, &staged)) {
+    launch(forward_staged<T, V, true>, clients, staged.threads, staged.bytes, stream, a, clients,
+           Modulus(a.M), staged);
+    return;
   }
-  const GatedPlan plan = plan_gated<T>(a, lanes, device);
+  const GatedPlan plan = plan_gated<T>(a, lanes_for(a.D / V), limits());
   const auto kernel = plan.where == Scratch::shared ? forward<T, V, Scratch::shared>
                                                     : forward<T, V, Scratch::memory>;
-  launch(kernel, plan.grid(total), unsigned(plan.threads), plan.shared(), stream, a, total,
-         Modulus(a.M), plan.lanes, static_cast<unsigned char*>(memory));
+  launch(kernel, plan.grid(clients * a.positions), unsigned(plan.threads), plan.shared(), stream, a,
+         clients * a.positions, Modulus(a.M), plan.lanes, static_cast<unsigned char*>(memory));
+}
+
+// False where shared memory does not hold it.
+template <typename T, int V>
+bool plan_whole(const HashLookupArgs& a, WholePlan* plan) {
+  using A = acc_t<T>;
+  const int64_t device = limits().shared_bytes, entries = a.positions * a.H;
+  const int64_t outputs = a.senet_size();
+  int64_t chunk = a.positions < 64 ? a.positions : 64;
+  while (chunk > 1 && chunk * a.S > 4096) chunk = (chunk + 1) / 2;
+  int strips = 1;
+  while (strips < 8 && strips * outputs < 1024) strips *= 2;
+  Carve carve;
+  plan->coefficients = carve.take<A>(2 * entries);
+  plan->squeezed = carve.take<A>(entries);
+  plan->product = carve.take<A>(entries);
+  plan->net = carve.take<A>(BlockNet<T>::size(a.H, a.S));
+  plan->hidden = carve.take<A>(chunk * (a.S | 1));
+  plan->grad_hidden = carve.take<A>(chunk * (a.S | 1));
+  plan->partial = carve.take<A>(strips * outputs + 1);
+  plan->head = carve.take<int>(a.M);
+  plan->next = carve.take<int>(entries);
+  plan->bucket = carve.take<int>(entries);
+  plan->work = carve.take<int>(1);
+  // The gradient too where two blocks still share a multiprocessor.
+  const int64_t without = carve.used;
+  plan->grad = carve.take<T>(a.positions * a.D);
+  plan->staged = carve.used <= (device - 1024) / 2;
+  if (!plan->staged) carve.used = without;
+  plan->bytes = carve.used;
+  plan->chunk = int(chunk);
+  plan->strips = strips;
+  const int lanes = lanes_for(a.D / V);
+  plan->lanes = lanes < 8 ? 8 : lanes;
+  plan->threads = carve.used > 40 * 1024 ? 512 : 256;
+  return carve.used <= device;
 }
 
 }  // namespace
 
 void hash_buckets(const IndexArray& items, const int64_t* hashes, int64_t* out, int64_t count,
                   int64_t H, int64_t table_size, Stream stream) {
-  launch(buckets, (count * H + 255) / 256, 256, 0, stream, items, hashes, out, count, H,
-         Modulus(table_size));
+  if (count == 0) return;
+  // Eight buckets a thread where that leaves blocks enough, and a thread a hash at least.
+  const int64_t outputs = count * H, least = (H + 255) / 256;
+  int64_t blocks = outputs <= 8 * 256 * 1024 ? (outputs + 255) / 256 : (outputs + 2047) / 2048;
+  if (outputs <= 8 * 256 * 1024 && blocks > 1024) blocks = 1024;
+  if (blocks < least) blocks = least;
+  launch(buckets, blocks, 256, 0, stream, items, hashes, out, count, H, Modulus(table_size));
 }
 
 int64_t hash_lookup_scratch(const HashLookupArgs& a, DType dtype) {
@@ -594,19 +1085,12 @@ void hash_lookup_backward_senet(const HashLookupArgs& a, DType dtype, const Posi
   });
 }
 
-bool hash_lookup_backward_whole(const HashLookupArgs& a, DType dtype, const PositionSum& shape,
-                                void* activations, void* out, const SENetGradients& weights,
-                                Stream stream) {
+bool hash_lookup_backward_whole(const HashLookupArgs& a, DType dtype, int64_t clients, void* out,
+                                const SENetGradients& weights, Stream stream) {
   // More rows and entries than these are done faster by several blocks, and sooner where few
   // clients leave most of the device idle.
-  const int64_t most = shape.clients < limits().multiprocessors ? 512 : 4096;
-  if (shape.blocks() > 1 || a.positions * a.H > most || a.M > most) return false;
-  // One range of rows, which the whole block takes.
-  ScatterPlan plan{};
-  static_cast<ScatterShape&>(plan) = hash_lookup_shape(a, shape.clients);
-  plan.rows_per_split = a.M;
-  plan.splits = 1;
-  plan.team = plan.block = kThreads;
+  const int64_t most = clients < limits().multiprocessors ? 512 : 4096;
+  if (a.positions * a.H > most || a.M > most) return false;
   bool done = false;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -614,14 +1098,10 @@ bool hash_lookup_backward_whole(const HashLookupArgs& a, DType dtype, const Posi
         a.D,
         [&](auto width) {
           constexpr int V = decltype(width)::value;
-          const int lanes = lanes_for(a.D / V);
-          const int64_t scratch = kThreads / lanes * SENet<T>::bytes(a.H, a.S);
-          const int64_t lists = (a.M + a.positions * a.H) * int64_t(sizeof(int));
-          plan.shared_bytes = scratch > lists ? scratch : lists;
-          if (plan.shared_bytes > limits().shared_bytes) return;
-          launch(backward_gated<T, V>, shape.clients, kThreads, plan.shared_bytes, stream, a,
-                 shape.clients, Modulus(a.M), lanes, static_cast<acc_t<T>*>(activations), plan,
-                 static_cast<T*>(out), shape, SENetOutputs<T>(a, weights));
+          WholePlan plan;
+          if (!plan_whole<T, V>(a, &plan)) return;
+          launch(backward_whole<T, V>, clients, plan.threads, plan.bytes, stream, a, clients,
+                 Modulus(a.M), plan, static_cast<T*>(out), SENetOutputs<T>(a, weights));
           done = true;
         },
         a.table, a.grad, out);

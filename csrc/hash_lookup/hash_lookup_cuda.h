@@ -30,9 +30,8 @@ struct SENetGradients {
 // With SENet, everything in one launch, a block a client, for tables of clients' own (or a shared
 // one as that of one client) whose lists are short. False where that does not fit: nothing was
 // launched.
-bool hash_lookup_backward_whole(const HashLookupArgs& a, DType dtype, const PositionSum& shape,
-                                void* activations, void* out, const SENetGradients& weights,
-                                Stream stream);
+bool hash_lookup_backward_whole(const HashLookupArgs& a, DType dtype, int64_t clients, void* out,
+                                const SENetGradients& weights, Stream stream);
 
 // Gradient of the table: a scatter of H slots. Gradient of the SENet: a sum over positions. Outputs
 // have the dtype of the table.
