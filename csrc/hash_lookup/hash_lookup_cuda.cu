@@ -71,11 +71,14 @@ FEDPEFT_DEVICE int64_t bucket_of(const int64_t* hashes, const Modulus& modulus, 
   return modulus(hash_of(hash.a, hash.b, uint64_t(item)));
 }
 
+FEDPEFT_DEVICE void check_item(const HashLookupArgs& a, int64_t item, int64_t n) {
+  if (classify(item, a.num_items) == Position::bad)
+    FEDPEFT_BAD_INDEX("items", item, n, a.num_items);
+}
 // The item at position n, -1 at padding.
 FEDPEFT_DEVICE int64_t item_at(const HashLookupArgs& a, int64_t n) {
   const int64_t item = a.items[n];
-  if (classify(item, a.num_items) == Position::bad)
-    FEDPEFT_BAD_INDEX("items", item, n, a.num_items);
+  check_item(a, item, n);
   return item;
 }
 
@@ -293,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, 3)
           if (mine && from >= 0) sum[k].set(base + from * a.D + column);
         }
       }
-#pragma unroll 2
+#pragma unroll 1
       for (int h = 0; h < H; ++h) {
         int64_t from[kBatch];
         Pack<T, V> pack[kBatch];
@@ -406,15 +409,28 @@ struct BlockNet {
 };
 
 // Buckets of the `count` entries (position, hash) from position `first` of all clients on, -1 at
-// padding.
+// padding; a thread has kBatch items under way at a time.
+template <int kBatch>
 FEDPEFT_DEVICE void hash_entries(const HashLookupArgs& a, const Modulus& modulus, int64_t first,
                                  int count, int* bucket, int* copy) {
-  for (int e = int(threadIdx.x); e < count; e += int(blockDim.x)) {
-    const int p = int(unsigned(e) / unsigned(a.H));
-    const int64_t item = item_at(a, first + p);
-    const int to = item < 0 ? -1 : int(bucket_of(a.hashes, modulus, item, e - p * int(a.H)));
-    bucket[e] = to;
-    if (copy) copy[e] = to;
+  const int H = int(a.H), threads = int(blockDim.x);
+  for (int start = int(threadIdx.x); start < count; start += kBatch * threads) {
+    int64_t item[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int e = start + k * threads;
+      item[k] = e < count ? a.items[first + int(unsigned(e) / unsigned(H))] : -1;
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int e = start + k * threads;
+      if (e >= count) break;
+      const int p = int(unsigned(e) / unsigned(H));
+      check_item(a, item[k], first + p);
+      const int to = item[k] < 0 ? -1 : int(bucket_of(a.hashes, modulus, item[k], e - p * H));
+      bucket[e] = to;
+      if (copy) copy[e] = to;
+    }
   }
 }
 
@@ -428,7 +444,7 @@ struct StagedPlan {
 
 // One block a client and slice of columns; with SENet, all columns.
 template <typename T, int V, bool Gated>
-__global__ void __launch_bounds__(Gated ? 1024 : 512, Gated ? 1 : 2)
+__global__ void __launch_bounds__(Gated ? 1024 : 320, Gated ? 1 : 3)
     forward_staged(HashLookupArgs a, int64_t tasks, Modulus modulus, StagedPlan plan) {
   using A = acc_t<T>;
   FEDPEFT_DYNAMIC_SHARED(shared);
@@ -455,7 +471,7 @@ __global__ void __launch_bounds__(Gated ? 1024 : 512, Gated ? 1 : 2)
     for (int64_t first = 0; first < a.positions; first += plan.chunk) {
       const int64_t left = a.positions - first, n = client * a.positions + first;
       const int count = int(left < plan.chunk ? left : plan.chunk);
-      hash_entries(a, modulus, n, count * H, bucket, nullptr);
+      hash_entries<1>(a, modulus, n, count * H, bucket, nullptr);
       if (first == 0) copies_done();
       __syncthreads();
       if constexpr (Gated) {
@@ -660,6 +676,71 @@ struct WholePlan {
       bucket, work, bytes;
 };
 
+// What an entry adds to its row: gate times the gradient of its position, and shift.
+template <typename A>
+struct Coefficients {
+  A gate, shift;
+};
+
+// scale times the sum of each row of a client, by a whole block; its entries in order. `values` are
+// the gradients of its positions. Of entries and of H there are fewer than 2^16.
+template <int V, typename T, typename Entry>
+FEDPEFT_DEVICE void sum_rows(T* out, const T* values, const HashLookupArgs& a, const int* head,
+                             const int* next, int lanes, const Entry& entry, acc_t<T> scale) {
+  using A = acc_t<T>;
+  const int H = int(a.H), M = int(a.M), groups = int(blockDim.x) / lanes;
+  const uint32_t reciprocal = 0xffffffffu / uint32_t(H) + 1;  // 2^32 / H, rounded up
+  for (int r = int(threadIdx.x) / lanes; r < M; r += groups) {
+    for (int64_t column = int(threadIdx.x) % lanes * V; column < a.D; column += lanes * V) {
+      Sum<A, V> sum;
+      sum.clear();
+      A shift = 0;
+      for (int e = head[r]; e >= 0;) {
+        const int p = H == 1 ? e : int(uint64_t(uint32_t(e)) * reciprocal >> 32);
+        const Coefficients<A> c = entry(e);
+        e = next[e];
+        sum.add_scaled(c.gate, values + p * a.D + column);
+        shift += c.shift;
+      }
+#pragma unroll
+      for (int i = 0; i < V; ++i) sum.at[i] = (sum.at[i] + shift) * scale;
+      store_streaming(out + r * a.D + column, sum);
+    }
+  }
+}
+
+// Gradient of a client's table without SENet by one block: its first warp links the entries of each
+// row while the others copy the gradient to shared memory.
+template <typename T, int V>
+__global__ void __launch_bounds__(256, 3)
+    backward_plain(HashLookupArgs a, int64_t clients, Modulus modulus, WholePlan plan, T* out) {
+  using A = acc_t<T>;
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  T* staged = reinterpret_cast<T*>(shared + plan.grad);
+  int* head = reinterpret_cast<int*>(shared + plan.head);
+  int* next = reinterpret_cast<int*>(shared + plan.next);
+  const int M = int(a.M), entries = int(a.positions * a.H), thread = int(threadIdx.x);
+  const int numbers = int(a.positions * a.D);
+  for (int64_t client = blockIdx.x; client < clients; client += gridDim.x) {
+    const T* grad = static_cast<const T*>(a.grad) + client * numbers;
+    for (int r = thread; r < M; r += int(blockDim.x)) head[r] = -1;
+    hash_entries<4>(a, modulus, client * a.positions, entries, next, nullptr);
+    __syncthreads();
+    if (thread < kWarp) {
+      link_entries(head, next, entries, 0, 1);
+    } else {
+      for (int i = (thread - kWarp) * V; i < numbers; i += (int(blockDim.x) - kWarp) * V)
+        copy_to_shared<V>(staged + i, grad + i);
+      copies_done();
+    }
+    __syncthreads();
+    sum_rows<V>(
+        out + client * a.M * a.D, staged, a, head, next, plan.lanes,
+        [](int) { return Coefficients<A>{A(1), A(0)}; }, plain_weight<A>(a));
+    __syncthreads();
+  }
+}
+
 // The sums over a group of at least 8 lanes of eight values: lane l gets that of value
 // eighth_of(l).
 FEDPEFT_DEVICE int eighth_of(int lane) { return (lane & 1) * 4 + (lane & 2) + (lane >> 2 & 1); }
@@ -683,16 +764,13 @@ FEDPEFT_DEVICE A sums_of_eight(A (&v)[8], int lane, int lanes) {
 // others take the means of the rows that positions read and their products with the gradient; then
 // the SENet, forward and backward; then each row's sum.
 template <typename T, int V>
-__global__ void __launch_bounds__(512, 2)
+__global__ void __launch_bounds__(384, 2)
     backward_whole(HashLookupArgs a, int64_t clients, Modulus modulus, WholePlan plan, T* out,
                    SENetOutputs<T> weights) {
   using A = acc_t<T>;
-  struct Coefficients {
-    A gate, shift;
-  };
   FEDPEFT_DYNAMIC_SHARED(shared);
   T* staged = reinterpret_cast<T*>(shared + plan.grad);
-  Coefficients* coefficients = reinterpret_cast<Coefficients*>(shared + plan.coefficients);
+  auto* coefficients = reinterpret_cast<Coefficients<A>*>(shared + plan.coefficients);
   A* squeezed = reinterpret_cast<A*>(shared + plan.squeezed);
   A* product = reinterpret_cast<A*>(shared + plan.product);  // then the gates' gradient
   A* hidden = reinterpret_cast<A*>(shared + plan.hidden);
@@ -706,9 +784,7 @@ __global__ void __launch_bounds__(512, 2)
   const int H = net.H, S = net.S, M = int(a.M), P = int(a.positions), entries = P * H;
   const int outputs = 2 * S * H + S + H;
   const int thread = int(threadIdx.x), threads = int(blockDim.x), lanes = plan.lanes;
-  const int lane = thread % lanes, group = thread / lanes, groups = threads / lanes;
-  // e / H for entries, of which there are fewer than 2^16, as H.
-  const uint32_t reciprocal = uint32_t(0xffffffffu / uint32_t(H)) + 1;
+  const int lane = thread % lanes;
 
   for (int64_t client = blockIdx.x; client < clients; client += gridDim.x) {
     const T* rows = static_cast<const T*>(a.table) + client * a.M * a.D;
@@ -720,7 +796,7 @@ __global__ void __launch_bounds__(512, 2)
       partial[plan.strips * outputs] = A(1);
       *work = 0;
     }
-    hash_entries(a, modulus, client * P, entries, bucket, next);
+    hash_entries<4>(a, modulus, client * P, entries, bucket, next);
     __syncthreads();
 
     if (thread < kWarp) link_entries(head, next, entries, 0, 1);
@@ -833,25 +909,9 @@ __global__ void __launch_bounds__(512, 2)
       for (int strip = 0; strip < plan.strips; ++strip) sum += partial[strip * outputs + i];
       *weights(client, i) = from_acc<T>(sum);
     }
-    const T* values = plan.staged ? staged : grad;
-    for (int r = group; r < M; r += groups) {
-      T* to = out + (client * a.M + r) * a.D;
-      for (int64_t column = lane * V; column < a.D; column += lanes * V) {
-        Sum<A, V> sum;
-        sum.clear();
-        A shift = 0;
-        for (int e = head[r]; e >= 0;) {
-          const int p = H == 1 ? e : int(uint64_t(uint32_t(e)) * reciprocal >> 32);
-          const Coefficients c = coefficients[e];
-          e = next[e];
-          sum.add_scaled(c.gate, values + p * a.D + column);
-          shift += c.shift;
-        }
-#pragma unroll
-        for (int i = 0; i < V; ++i) sum.at[i] += shift;
-        store_streaming(to + column, sum);
-      }
-    }
+    sum_rows<V>(
+        out + client * a.M * a.D, plan.staged ? staged : grad, a, head, next, lanes,
+        [&](int e) { return coefficients[e]; }, A(1));
     __syncthreads();
   }
 }
@@ -915,7 +975,12 @@ bool plan_staged(const HashLookupArgs& a, bool gated, StagedPlan* plan) {
     plan->slices = int((a.D + width - 1) / width);
     plan->width = int(width);
     plan->chunk = int(chunk);
-    plan->threads = carve.used > 100 * 1024 ? 1024 : carve.used > 40 * 1024 ? 512 : 256;
+    // About 32 warps a multiprocessor, however many blocks fit.
+    if (gated) {
+      plan->threads = carve.used > 100 * 1024 ? 1024 : carve.used > 40 * 1024 ? 512 : 256;
+    } else {
+      plan->threads = carve.used > 48 * 1024 ? 320 : 256;
+    }
     return true;
   }
 }
@@ -979,7 +1044,7 @@ bool plan_whole(const HashLookupArgs& a, WholePlan* plan) {
   plan->strips = strips;
   const int lanes = lanes_for(a.D / V);
   plan->lanes = lanes < 8 ? 8 : lanes;
-  plan->threads = carve.used > 40 * 1024 ? 512 : 256;
+  plan->threads = carve.used > 72 * 1024 ? 384 : 256;
   return carve.used <= device;
 }
 
@@ -1083,6 +1148,35 @@ void hash_lookup_backward_senet(const HashLookupArgs& a, DType dtype, const Posi
     launch_position_sum<T, 1>(SourceSENet<T>{a, static_cast<const acc_t<T>*>(activations)}, shape,
                               SENetOutputs<T>(a, out), partial, stream);
   });
+}
+
+bool hash_lookup_backward_plain(const HashLookupArgs& a, DType dtype, int64_t clients, void* out,
+                                Stream stream) {
+  // Small clients are better off four to a block, and few large ones cut into ranges of rows.
+  const int64_t most = clients < limits().multiprocessors ? 512 : 4096;
+  const int64_t entries = a.positions * a.H;
+  if (entries <= 256 || entries > most || a.M > most || a.D == 0) return false;
+  bool done = false;
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    with_width<T>(
+        a.D,
+        [&](auto width) {
+          constexpr int V = decltype(width)::value;
+          WholePlan plan{};
+          Carve carve;
+          plan.head = carve.take<int>(a.M);
+          plan.next = carve.take<int>(entries);
+          plan.grad = carve.take<T>(a.positions * a.D);
+          plan.lanes = lanes_for(a.D / V);
+          if (carve.used > kStagedBytes || carve.used > limits().shared_bytes) return;
+          launch(backward_plain<T, V>, clients, 256, carve.used, stream, a, clients, Modulus(a.M),
+                 plan, static_cast<T*>(out));
+          done = true;
+        },
+        a.grad, out);
+  });
+  return done;
 }
 
 bool hash_lookup_backward_whole(const HashLookupArgs& a, DType dtype, int64_t clients, void* out,

@@ -102,6 +102,32 @@ def test_hash_tables(limit: int, senet: bool, per_client: bool) -> None:
         )
 
 
+# Clients that a block each takes whole; columns of a table in slices; one row read by most positions.
+@pytest.mark.parametrize("limit", [99 << 10, 40 << 10])
+@pytest.mark.parametrize("senet", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hash_tables_of_many_clients(limit: int, senet: bool, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(10)
+    items = torch.randint(-1, 400, (5, 150), generator=g)
+    items[:, ::3] = 7
+    hashes = torch.randint(1, 2**61 - 1, (3, 2), generator=g)
+    shapes = ((90, 128), (17, 3), (17,), (3, 17), (3,))
+    table, *net = [torch.randn(5, *s, generator=g).to(dtype) for s in shapes]
+    weights = net if senet else [None] * 4
+    grad = torch.randn(5, 150, 128, generator=g).to(dtype)
+    tolerance = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.5}
+    cpu, gpu = both("hash_lookup")
+    with limited(limit):
+        found = gpu(items, table, hashes, *weights, True, None)
+    torch.testing.assert_close(found, cpu(items, table, hashes, *weights, True, None), **tolerance)
+    cpu, gpu = both("hash_lookup_backward")
+    with limited(limit), kernel_launches() as launched:
+        found = gpu(grad, items, table, hashes, *weights, True)
+    if limit > 90 << 10:
+        assert launched.count == 1
+    torch.testing.assert_close(found, cpu(grad, items, table, hashes, *weights, True), **tolerance)
+
+
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("per_client", [False, True])
 def test_low_rank(limit: int, per_client: bool) -> None:
