@@ -272,14 +272,15 @@ struct SenetPart {
 
   void add_scores(const Batch& batch, T* scores) {
     for (int64_t k = 0; k < batch.size; ++k) {
+      hide(table.at + batch.draws[k] * H);
+      for (int64_t h = 0; h < H; ++h)
+        gates[k * H + h] = b2.p[h] + dot(w2.p + h * stride, hidden, stride);
+    }
+    for (int64_t i = 0; i < batch.size * H; ++i) gates[i] = sigmoid(gates[i]);  // in vectors
+    for (int64_t k = 0; k < batch.size; ++k) {
       const int32_t* s = table.at + batch.draws[k] * H;
-      hide(s);
       T sum = 0;
-      for (int64_t h = 0; h < H; ++h) {
-        const T gate = sigmoid(b2.p[h] + dot(w2.p + h * stride, hidden, stride));
-        gates[k * H + h] = gate;
-        sum += gate * table.slots.dots[s[h]];
-      }
+      for (int64_t h = 0; h < H; ++h) sum += gates[k * H + h] * table.slots.dots[s[h]];
       scores[k] += sum;
     }
   }

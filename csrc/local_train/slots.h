@@ -243,7 +243,7 @@ struct Slots {
     capacity = touches < table_rows ? touches : table_rows;
     map_size = 16;
     while (map_size < 2 * capacity) map_size *= 2;
-    direct = table_rows <= map_size;
+    direct = table_rows <= 4 * map_size;  // clearing more would cost more than probing
     if (direct) map_size = table_rows;
     keys = direct ? nullptr : arena.take<int64_t>(map_size);
     slot_of = arena.take<int32_t>(map_size);
