@@ -923,7 +923,7 @@ void copy_to_device(void* to, const void* from, int64_t bytes, [[maybe_unused]] 
                         static_cast<cudaStream_t>(stream.handle)),
         "cudaMemcpyAsync");
 #else
-  std::memcpy(to, from, size_t(bytes));
+  if (bytes > 0) std::memcpy(to, from, size_t(bytes));
 #endif
 }
 
