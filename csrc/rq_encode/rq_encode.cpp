@@ -75,11 +75,7 @@ Tensor rq_encode(const Tensor& x, const Tensor& codebooks) {
         });
         raise(bad_x, "x", a.D ? bad_x.position / a.D : 0, "row");
       },
-      [&](auto stream) {
-        Tensor scratch =
-            torch::stable::new_empty(x, {gpu::rq_encode_scratch(a, dtype)}, ScalarType::Byte);
-        gpu::rq_encode(a, dtype, scratch.mutable_data_ptr(), stream);
-      });
+      [&](auto stream) { gpu::rq_encode(a, dtype, stream); });
   return codes;
 }
 

@@ -1,24 +1,18 @@
-// CUDA kernel of rq_encode. A block keeps the residuals of up to 32 rows in shared memory and walks
-// the levels; codes pass through shared memory 32 at a time, 32 columns at a time, so that a lane
-// scores one code for the rows of its warp. score(k) = r . c_k - |c_k|^2 / 2; ties go to the lowest
-// code.
-#include "common/device.cuh"
+// CUDA kernel of rq_encode. A block takes 64 rows through all levels; codes pass through shared
+// memory 64 at a time, and a thread scores four codes for eight rows. score(k) = r . c_k -
+// |c_k|^2 / 2; ties go to the lowest code.
+#include "common/tile.cuh"
 #include "rq_encode/rq_encode_cuda.h"
 
 namespace fedpeft::gpu {
 namespace {
-
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kPerWarp = 4;               // rows of a warp
-constexpr int kRows = kWarps * kPerWarp;  // rows of a block
-constexpr int kStride = kWarp + 1;        // of a tile's row, against bank conflicts
 
 template <typename A>
 FEDPEFT_DEVICE bool finite(A x) {
   return x - x == A(0);
 }
 
-FEDPEFT_DEVICE void store_code(const RqEncodeArgs& a, int64_t at, int64_t code) {
+FEDPEFT_DEVICE void store_code(const RqEncodeArgs& a, int64_t at, int32_t code) {
   switch (a.code_bytes) {
     case 1:
       static_cast<uint8_t*>(a.codes)[at] = uint8_t(code);
@@ -27,137 +21,185 @@ FEDPEFT_DEVICE void store_code(const RqEncodeArgs& a, int64_t at, int64_t code) 
       static_cast<int16_t*>(a.codes)[at] = int16_t(code);
       break;
     default:
-      static_cast<int32_t*>(a.codes)[at] = int32_t(code);
+      static_cast<int32_t*>(a.codes)[at] = code;
+  }
+}
+FEDPEFT_DEVICE int32_t load_code(const RqEncodeArgs& a, int64_t at) {
+  switch (a.code_bytes) {
+    case 1:
+      return static_cast<const uint8_t*>(a.codes)[at];
+    case 2:
+      return static_cast<const int16_t*>(a.codes)[at];
+    default:
+      return static_cast<const int32_t*>(a.codes)[at];
   }
 }
 
-// `rows` of a block, at most kRows: fewer where D is large. InMemory: residuals are in `memory`,
-// where shared memory does not hold a row.
-template <typename T, bool InMemory>
-__global__ void __launch_bounds__(kThreads, 2)
-    encode(RqEncodeArgs a, int rows, [[maybe_unused]] acc_t<T>* memory) {
+// Residuals [kTile, depth] of level l from column d0: x less the codes of the levels before, in
+// their order.
+template <typename T, int V>
+FEDPEFT_DEVICE void fill_residuals(const RqEncodeArgs& a, acc_t<T>* to, int64_t first, int64_t l,
+                                   int64_t d0) {
+  using A = acc_t<T>;
+  const int64_t D = a.D;
+  fill<kTile, kDepth<A>, V, 2>(
+      to, kDepthStride<A>, at_most(a.N - first, kTile), at_most(D - d0, kDepth<A>),
+      [&](int row, int d) {
+        Sum<A, V> x = values_at<V>(static_cast<const T*>(a.x) + (first + row) * D + d0 + d);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          if (!finite(x.at[v])) FEDPEFT_BAD_VALUE("x: expected finite values, got NaN or infinity");
+        }
+        for (int64_t m = 0; m < l; ++m) {
+          const int64_t code = m * a.K + load_code(a, (first + row) * a.L + m);
+          const Sum<A, V> nearest =
+              values_at<V>(static_cast<const T*>(a.codebooks) + code * D + d0 + d);
+#pragma unroll
+          for (int v = 0; v < V; ++v) x.at[v] -= nearest.at[v];
+        }
+        return x;
+      });
+}
+
+// Residuals from column d0 less the codes that were chosen.
+template <typename T, int V>
+FEDPEFT_DEVICE void subtract(const RqEncodeArgs& a, acc_t<T>* from, const T* codebook,
+                             const int32_t* chosen, int rows, int64_t d0) {
+  using A = acc_t<T>;
+  constexpr int kPacks = kDepth<A> / V;
+  copy_tile<kTile * kPacks / kTileThreads, 4, A, V>(
+      rows, at_most(a.D - d0, kDepth<A>),
+      [](int e, int* row, int* column) {
+        *row = e / kPacks;
+        *column = e % kPacks * V;
+      },
+      [&](int row, int d) { return values_at<V>(codebook + chosen[row] * a.D + d0 + d); },
+      [&](int row, int d, const Sum<A, V>& nearest) {
+        A* at = from + row * kDepthStride<A> + d;
+#pragma unroll
+        for (int v = 0; v < V; ++v) at[v] -= nearest.at[v];
+      });
+}
+
+// Whole residuals are in shared memory where `resident`; else they pass through it with the codes.
+template <typename T, int V>
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t<T>>)
+    encode(RqEncodeArgs a, bool resident) {
   using A = acc_t<T>;
   FEDPEFT_DYNAMIC_SHARED(shared);
-  A* tile = reinterpret_cast<A*>(shared);  // [32 codes, kStride]
-  A* residual = tile + kWarp * kStride;    // [rows, D]
-  if constexpr (InMemory) residual = memory + blockIdx.x * (rows * a.D);
-  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
-  const int64_t D = a.D, K = a.K, blocks = (a.N + rows - 1) / rows;
+  FEDPEFT_SHARED(A, norms, kTile);
+  FEDPEFT_SHARED(int32_t, chosen, kTile);
+  A* codes = reinterpret_cast<A*>(shared);  // [depth, kTile]
+  A* residuals = codes + kOperand<A>;       // [kTile, depth] for each depth of D
+  const int thread = int(threadIdx.x);
+  const int64_t D = a.D, K = a.K, blocks = (a.N + kTile - 1) / kTile;
+  if (thread < kTile) norms[thread] = 0;  // they stay so without columns
+  __syncthreads();
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    const int64_t first = block * rows;
-    const int count = int(a.N - first < rows ? a.N - first : rows);
-    for (int64_t i = threadIdx.x; i < rows * D; i += kThreads) {
-      const A x = i < count * D ? to_acc(static_cast<const T*>(a.x)[first * D + i]) : A(0);
-      if (!finite(x)) FEDPEFT_BAD_VALUE("x: expected finite values, got NaN or infinity");
-      residual[i] = x;
+    const int64_t first = block * kTile;
+    if (resident) {
+      for (int64_t d0 = 0; d0 < D; d0 += kDepth<A>)
+        fill_residuals<T, V>(a, residuals + d0 / kDepth<A> * kOperand<A>, first, 0, d0);
     }
-    __syncthreads();
     for (int64_t l = 0; l < a.L; ++l) {
       const T* codebook = static_cast<const T*>(a.codebooks) + l * K * D;
-      A best[kPerWarp];
-      int64_t code[kPerWarp];
+      A best[kTileRows];
+      int32_t code[kTileRows];
 #pragma unroll
-      for (int r = 0; r < kPerWarp; ++r) {
+      for (int r = 0; r < kTileRows; ++r) {
         best[r] = -A(INFINITY);
-        code[r] = INT64_MAX;
+        code[r] = INT32_MAX;
       }
-      for (int64_t k0 = 0; k0 < K; k0 += kWarp) {
-        A dot[kPerWarp], norm = 0;
+      for (int64_t k0 = 0; k0 < K; k0 += kTile) {
+        const int count = at_most(K - k0, kTile);
+        TileSums<A> dots;
+        dots.clear();
+        A norm = 0;
+        for (int64_t d0 = 0; d0 < D; d0 += kDepth<A>) {
+          const int depth = at_most(D - d0, kDepth<A>);
+          fill_transposed<kTile, kDepth<A>, V>(codes, kTileStride, count, depth, [&](int k, int d) {
+            const Sum<A, V> c = values_at<V>(codebook + (k0 + k) * D + d0 + d);
 #pragma unroll
-        for (int r = 0; r < kPerWarp; ++r) dot[r] = 0;
-        for (int64_t d0 = 0; d0 < D; d0 += kWarp) {
-          const int width = int(D - d0 < kWarp ? D - d0 : kWarp);
-          for (int j = warp; j < kWarp; j += kWarps) {
-            const A c =
-                k0 + j < K && lane < width ? to_acc(codebook[(k0 + j) * D + d0 + lane]) : A(0);
-            if (!finite(c))
-              FEDPEFT_BAD_VALUE("codebooks: expected finite values, got NaN or infinity");
-            tile[j * kStride + lane] = c;
-          }
-          __syncthreads();
-#pragma unroll 4
-          for (int d = 0; d < width; ++d) {
-            const A c = tile[lane * kStride + d];
-            norm += c * c;
-#pragma unroll
-            for (int r = 0; r < kPerWarp; ++r) {
-              const int row = warp + r * kWarps;
-              if (row < rows) dot[r] += c * residual[row * D + d0 + d];
+            for (int v = 0; v < V; ++v) {
+              if (!finite(c.at[v]))
+                FEDPEFT_BAD_VALUE("codebooks: expected finite values, got NaN or infinity");
             }
+            return c;
+          });
+          if (!resident) fill_residuals<T, V>(a, residuals, first, l, d0);
+          __syncthreads();
+          if (thread < kTile) {
+#pragma unroll 8
+            for (int d = 0; d < depth; ++d) {
+              const A c = codes[d * kTileStride + thread];
+              norm += c * c;
+            }
+            if (d0 + depth == D) norms[thread] = norm;
           }
+          multiply(dots, residuals + (resident ? d0 / kDepth<A> * kOperand<A> : 0), codes, depth);
           __syncthreads();
         }
-        if (k0 + lane < K) {
 #pragma unroll
-          for (int r = 0; r < kPerWarp; ++r) {
-            const A score = dot[r] - norm * A(0.5);
+        for (int v = 0; v < kTileColumns; ++v) {
+          const int k = tile_across() * kTileColumns + v;
+          if (k >= count) break;
+          const A half = norms[k] * A(0.5);
+#pragma unroll
+          for (int r = 0; r < kTileRows; ++r) {
+            const A score = dots.row[r].at[v] - half;
             if (score > best[r]) {
               best[r] = score;
-              code[r] = k0 + lane;
+              code[r] = int32_t(k0) + k;
             }
           }
         }
       }
 #pragma unroll
-      for (int r = 0; r < kPerWarp; ++r) {
-        for (int bits = kWarp / 2; bits > 0; bits /= 2) {
+      for (int r = 0; r < kTileRows; ++r) {
+        for (int bits = kAcross / 2; bits > 0; bits /= 2) {
           const A score = __shfl_xor_sync(kFullMask, best[r], bits);
-          const int64_t other = __shfl_xor_sync(kFullMask, code[r], bits);
+          const int32_t other = __shfl_xor_sync(kFullMask, code[r], bits);
           if (score > best[r] || (score == best[r] && other < code[r])) {
             best[r] = score;
             code[r] = other;
           }
         }
-        const int row = warp + r * kWarps;
-        if (row >= count) continue;
-        // Scores that overflow leave no best code.
-        const int64_t nearest = code[r] < K ? code[r] : 0;
-        if (lane == 0) store_code(a, (first + row) * a.L + l, nearest);
-        for (int64_t d = lane; d < D; d += kWarp)
-          residual[row * D + d] -= to_acc(codebook[nearest * D + d]);
+        if (tile_across() == 0) {
+          // Scores that overflow leave no best code.
+          const int32_t nearest = code[r] < K ? code[r] : 0;
+          const int row = tile_down() + r * kDown;
+          chosen[row] = nearest;
+          if (first + row < a.N) store_code(a, (first + row) * a.L + l, nearest);
+        }
       }
       __syncthreads();
+      if (resident && l + 1 < a.L) {
+        for (int64_t d0 = 0; d0 < D; d0 += kDepth<A>)
+          subtract<T, V>(a, residuals + d0 / kDepth<A> * kOperand<A>, codebook, chosen,
+                         at_most(a.N - first, kTile), d0);
+      }
     }
-    __syncthreads();
   }
-}
-
-struct EncodePlan {
-  bool in_memory;
-  int rows;
-  int64_t grid, shared, memory;  // bytes
-};
-
-template <typename T>
-EncodePlan plan_encode(const RqEncodeArgs& a) {
-  constexpr int64_t kStagedBytes = 48 * 1024;  // so that several blocks share a multiprocessor
-  const Limits device = limits();
-  const int64_t size = int64_t(sizeof(acc_t<T>)), tile = kWarp * kStride * size;
-  const auto blocks = [&](int rows) { return (a.N + rows - 1) / rows; };
-  int rows = kRows;
-  while (rows > 1 && tile + rows * a.D * size > kStagedBytes) rows /= 2;
-  const int64_t shared = tile + rows * a.D * size;
-  if (shared <= device.shared_bytes) return {false, rows, blocks(rows), shared, 0};
-  // A row a warp.
-  const int64_t most = 2 * device.multiprocessors, needed = blocks(kWarps);
-  const int64_t grid = needed < most ? needed : most;
-  return {true, kWarps, grid, tile, grid * kWarps * a.D * size};
 }
 
 }  // namespace
 
-int64_t rq_encode_scratch(const RqEncodeArgs& a, DType dtype) {
-  int64_t bytes = 0;
-  with_dtype(dtype, [&](auto zero) { bytes = plan_encode<decltype(zero)>(a).memory; });
-  return bytes;
-}
-
-void rq_encode(const RqEncodeArgs& a, DType dtype, void* scratch, Stream stream) {
+void rq_encode(const RqEncodeArgs& a, DType dtype, Stream stream) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const EncodePlan plan = plan_encode<T>(a);
-    launch(plan.in_memory ? encode<T, true> : encode<T, false>, plan.grid, kThreads, plan.shared,
-           stream, a, plan.rows, static_cast<acc_t<T>*>(scratch));
+    using A = acc_t<T>;
+    const int64_t operand = kOperand<A> * int64_t(sizeof(A)),
+                  whole = (a.D + kDepth<A> - 1) / kDepth<A>;
+    // Two blocks share a multiprocessor.
+    const int64_t most = limits().shared_bytes / 2;
+    const bool resident = whole <= 1 || (1 + whole) * operand <= most;
+    with_width<T>(
+        a.D,
+        [&](auto width) {
+          launch(encode<T, decltype(width)::value>, (a.N + kTile - 1) / kTile, kTileThreads,
+                 (1 + (resident ? whole : 1)) * operand, stream, a, resident);
+        },
+        a.x, a.codebooks);
   });
 }
 

@@ -7,8 +7,6 @@
 
 namespace fedpeft::gpu {
 
-// Bytes of memory for the residuals: 0 where shared memory holds a row, as for every usual D.
-int64_t rq_encode_scratch(const RqEncodeArgs& a, DType dtype);
-void rq_encode(const RqEncodeArgs& a, DType dtype, void* scratch, Stream stream);
+void rq_encode(const RqEncodeArgs& a, DType dtype, Stream stream);
 
 }  // namespace fedpeft::gpu
