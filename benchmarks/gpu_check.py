@@ -146,7 +146,7 @@ def test_command(dry: bool) -> tuple[list[str], str]:
     """And what is left out, if anything."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if installed("xdist"):  # processes share the GPU
-        command += ["-n", str(min(os.cpu_count() or 1, 12)), "--dist", "loadfile"]
+        command += ["-n", str(min(os.cpu_count() or 1, 12)), "--dist", "worksteal"]
     if dry:
         return [*command, "python_tests/test_emulator.py"], ""
     absent = [module for module in SIMULATOR if not installed(module)]
@@ -242,6 +242,9 @@ def run_step(step: str, dry: bool, folder: Path) -> dict[str, Any]:
 
 
 def commit() -> str:
+    """Of the sources; FEDPEFT_COMMIT names it where they were copied out of their repository."""
+    if named := os.environ.get("FEDPEFT_COMMIT"):
+        return named
     git = shutil.which("git")
     if git is None:
         return "unknown"

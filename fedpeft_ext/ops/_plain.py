@@ -52,7 +52,9 @@ def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
         clients, size, width = table.shape
         index = index + size * torch.arange(clients, device=rows.device).unsqueeze(1)
         table = table.reshape(clients * size, width)
-    return pad_to_zero(F.embedding(index, table), rows)
+    # embedding's backward on CUDA reads a null pointer where rows have no elements (pytorch issue 189668).
+    found = F.embedding(index, table) if table.size(-1) > 0 else table[index]
+    return pad_to_zero(found, rows)
 
 
 def philox_words(seed: int, round: int, client: Tensor, position: Tensor, stream: int) -> Tensor:
