@@ -87,9 +87,9 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t<T>>)
         mine |= valid;
         return keep_if(valid, values_at<V>(x + row * I + i0 + k));
       });
-      fill_transposed<kTile, kDepth<A>, V>(right, kTileStride, columns, depth, [&](int row, int k) {
-        return values_at<V>(weight + row * I + i0 + k);
-      });
+      fill_transposed<kTile, kDepth<A>, V, 4>(
+          right, kTileStride, columns, depth,
+          [&](int row, int k) { return values_at<V>(weight + row * I + i0 + k); });
       if (block_any(mine, votes)) multiply(sums, left, right, depth);
       __syncthreads();
     }
