@@ -144,7 +144,8 @@ def _library() -> str:
 
 def test_command(dry: bool) -> tuple[list[str], str]:
     """And what is left out, if anything."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    # By name, so that a run which is stopped tells what failed.
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
     if installed("xdist"):  # processes share the GPU
         command += ["-n", str(min(os.cpu_count() or 1, 12)), "--dist", "worksteal"]
     if dry:
@@ -274,8 +275,13 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def rows_with_flops(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in measured.get("large", {}).values() if "forward_tflops" in row]
+def rates_of_arithmetic(measured: dict[str, Any]) -> str:
+    """Of the ops that are bound by it."""
+    return ", ".join(
+        f"`{op}` {row['forward_tflops']:.1f} TFLOP/s"
+        for op, row in measured.get("large", {}).items()
+        if "forward_tflops" in row
+    )
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -326,9 +332,7 @@ def kernel_tables(measured: dict[str, Any]) -> list[str]:
         f"A device-to-device copy moves {measured['copy_bytes_per_s'] / 1e9:.0f} GB/s (read and written). "
         "Shapes larger than L2; *of copy*: the least bytes that the op must move, over its time, beside the "
         "copy. Other columns: how many times as fast as the plain-PyTorch twin (eager, compiled) and as "
-        "PyTorch's own op. `rq_encode` is bound by arithmetic"
-        + "".join(f": {r['forward_tflops']:.1f} TFLOP/s" for r in rows_with_flops(measured))
-        + ".",
+        f"PyTorch's own op. Bound by arithmetic: {rates_of_arithmetic(measured)}.",
         "",
     ]
     rows = []
