@@ -8,6 +8,14 @@ namespace fedpeft::gpu {
 
 #define FEDPEFT_DEVICE __device__ __forceinline__
 
+// Blocks that a multiprocessor must have registers for, of kernels whose many loads just fit for
+// three on a Hopper; compilers for other architectures would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+#define FEDPEFT_TWO_OR_THREE 2
+#else
+#define FEDPEFT_TWO_OR_THREE 3
+#endif
+
 template <typename T>
 struct Accumulator {
   using type = float;

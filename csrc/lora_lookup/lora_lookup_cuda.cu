@@ -20,7 +20,7 @@ FEDPEFT_DEVICE int64_t row_at(const LoraLookupArgs& a, int64_t n) {
 
 // Blocks of one client take `span` positions each.
 template <typename T, int V, bool Staged>
-__global__ void __launch_bounds__(kThreads, Staged ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, Staged ? FEDPEFT_TWO_OR_THREE : 2)
     forward(LoraLookupArgs a, int64_t clients, int64_t span) {
   using A = acc_t<T>;
   constexpr int N = kAtOnce<T, V>;
@@ -204,7 +204,7 @@ constexpr int kClientThreads = 128;
 // A block a client, which reads the gradient once: a group of lanes takes every so many-th position
 // and holds its columns of B and of B's gradient in registers.
 template <typename T, int V, int VA>
-__global__ void __launch_bounds__(kClientThreads, 3)
+__global__ void __launch_bounds__(kClientThreads, FEDPEFT_TWO_OR_THREE)
     backward_clients(LoraLookupArgs a, ScatterPlan plan, T* out_A, T* out_B) {
   using A = acc_t<T>;
   constexpr int N =

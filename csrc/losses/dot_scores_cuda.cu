@@ -9,7 +9,8 @@ namespace {
 constexpr int kThreads = 256;
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 3) forward(DotScoresArgs a, int64_t total) {
+__global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
+    forward(DotScoresArgs a, int64_t total) {
   using A = acc_t<T>;
   constexpr int N = kAtOnce<T, V>;
   const int lanes = lanes_for(a.D / V), groups = kThreads / lanes, lane = int(threadIdx.x) % lanes;
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, 3) forward(DotScoresArgs a, int64_t 
 // Both gradients: a block a client and a block of its positions, of which a group of lanes takes
 // every so many-th, N at once. `parts` of the user's sum go to `partial` where there are several.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
     backward(DotScoresArgs a, PositionSum shape, acc_t<T>* partial) {
   using A = acc_t<T>;
   constexpr int N = kAtOnce<T, V>;

@@ -92,7 +92,8 @@ FEDPEFT_DEVICE void look_up(const RqLookupArgs& a, const Codebooks& codebooks, i
 }
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 3) forward(RqLookupArgs a, int64_t total) {
+__global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
+    forward(RqLookupArgs a, int64_t total) {
   const int64_t table = a.per_client ? a.L * a.K * a.D : 0;
   const auto codebooks = [&](int64_t n) {
     return static_cast<const T*>(a.codebooks) + divide(n, a.positions) * table;
@@ -104,7 +105,8 @@ __global__ void __launch_bounds__(kThreads, 3) forward(RqLookupArgs a, int64_t t
 
 // One block a client, its codebooks in shared memory.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 3) forward_staged(RqLookupArgs a, int64_t clients) {
+__global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
+    forward_staged(RqLookupArgs a, int64_t clients) {
   FEDPEFT_DYNAMIC_SHARED(shared);
   T* codebooks = reinterpret_cast<T*>(shared);
   const int lanes = lanes_for(a.D / V), groups = kThreads / lanes;
