@@ -21,7 +21,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: it cannot be written; names the file, and leaves what was there.
     """
-    scratch = path.with_name(f".{path.name}.part")
+    scratch = _scratch(path)
     part = scratch / path.name
     try:
         remove_part(path)
@@ -31,21 +31,17 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
         sync_folder(path.parent)
-        remove_part(path)
     except (OSError, SafetensorError) as error:
-        remove_part(path)
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"cannot write {path}: {reason}") from error
-    except BaseException:
+    finally:
         remove_part(path)
-        raise
 
 
 def remove_part(path: Path) -> None:
     """Remove what a `replace_file` of `path` left that was killed."""
-    scratch = path.with_name(f".{path.name}.part")
-    if scratch.exists():
-        shutil.rmtree(scratch)
+    if _scratch(path).exists():
+        shutil.rmtree(_scratch(path))
 
 
 def remove_parts(folder: Path, names: str = "*") -> None:
@@ -81,6 +77,10 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _scratch(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 def _write(path: Path, data: bytes) -> None:

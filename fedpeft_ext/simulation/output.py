@@ -26,6 +26,8 @@ from fedpeft_ext.simulation.files import append, remove_part, replace_bytes, rep
 
 CONFIG, METRICS, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "summary.json", "model.safetensors"
 CSV, TENSORBOARD = "metrics.csv", "tensorboard"
+FILES = (CONFIG, METRICS, SUMMARY, MODEL, CSV)
+"""Beside TensorBoard's events and the checkpoints."""
 
 
 def prepare_folder(folder: str | Path, overwrite: bool = False) -> Path:
@@ -54,7 +56,7 @@ def prepare_folder(folder: str | Path, overwrite: bool = False) -> Path:
         raise
     except OSError as error:
         raise type(error)(f"out: cannot write to {folder} ({error.strerror or error})") from error
-    for name in (CONFIG, METRICS, SUMMARY, MODEL, CSV):
+    for name in FILES:
         (folder / name).unlink(missing_ok=True)
         remove_part(folder / name)
     for events in (folder / TENSORBOARD).glob("events.out.tfevents.*"):
@@ -101,7 +103,7 @@ class RunFolder:
             kept = b"" if resumed is None else saved_metrics(folder, resumed)
             for name in (SUMMARY, MODEL):  # of the run before it was given more rounds
                 (folder / name).unlink(missing_ok=True)
-            for name in (CONFIG, METRICS, SUMMARY, MODEL, CSV):
+            for name in FILES:
                 remove_part(folder / name)
             replace_text(folder / CONFIG, config.to_yaml())
             self._log_csv = config.log.csv

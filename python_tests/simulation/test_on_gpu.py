@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from killed_run import StopAfter
 from small_federation import small_config
 from torch import Tensor
 
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation import Interrupted, RoundInfo, Simulator
-from fedpeft_ext.simulation.simulator import Callback
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -96,15 +96,6 @@ def test_same_bits_when_repeated_or_in_chunks(
             assert torch.equal(value, again[name]), (name, chunk)
 
 
-class _StopAfterTwo(Callback):
-    def on_start(self, simulator: Simulator) -> None:
-        self._simulator = simulator
-
-    def on_round(self, info: RoundInfo) -> None:
-        if info.round == 2:
-            self._simulator.stop()
-
-
 @pytest.mark.parametrize("engine", ["fused", "batched"])
 def test_a_run_goes_on_with_the_same_bits(
     dataset: Dataset, pretrained: Pretrained, engine: str, tmp_path: Path
@@ -116,7 +107,7 @@ def test_a_run_goes_on_with_the_same_bits(
     whole.run()
     with pytest.raises(Interrupted):
         Simulator(
-            config, dataset, pretrained=pretrained, out=tmp_path / "run", callbacks=[_StopAfterTwo()]
+            config, dataset, pretrained=pretrained, out=tmp_path / "run", callbacks=[StopAfter(2)]
         ).run()
     resumed = Simulator.resume(tmp_path / "run", dataset)
     resumed.run()
