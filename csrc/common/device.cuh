@@ -249,6 +249,24 @@ FEDPEFT_DEVICE A group_sum(A x, int width) {
   return x;
 }
 
+// Sums over a group of at least 8 lanes of eight values: lane i gets that of x[i % 8], by exchanges
+// that halve the numbers a lane has.
+template <typename A>
+FEDPEFT_DEVICE A sums_of_eight(A (&x)[8], int lane, int lanes) {
+#pragma unroll
+  for (int bit = 4; bit > 0; bit /= 2) {
+    const bool upper = lane & bit;
+#pragma unroll
+    for (int j = 0; j < bit; ++j) {
+      const A keep = upper ? x[j + bit] : x[j], give = upper ? x[j] : x[j + bit];
+      x[j] = keep + __shfl_xor_sync(kFullMask, give, bit);
+    }
+  }
+  A sum = x[0];
+  for (int bit = 8; bit < lanes; bit *= 2) sum += __shfl_xor_sync(kFullMask, sum, bit);
+  return sum;
+}
+
 // Lanes that share a row of `columns` items: a power of two up to a warp.
 __host__ __device__ inline int lanes_for(int64_t columns) {
   int lanes = 1;

@@ -1,4 +1,4 @@
-// Copies that pass by: into shared memory without registers, and out without staying in the caches.
+// Copies into shared memory that pass by the registers.
 #pragma once
 
 #include "common/device.cuh"
@@ -26,21 +26,6 @@ FEDPEFT_DEVICE void copies_done() {
   __pipeline_commit();
   __pipeline_wait_prior(0);
 #endif
-}
-
-// Stores a sum that nothing reads soon.
-template <typename T, typename A, int V>
-FEDPEFT_DEVICE void store_streaming(T* p, const Sum<A, V>& sum) {
-#if defined(__CUDACC__)
-  if constexpr (sizeof(Pack<T, V>) == 16) {
-    Pack<T, V> pack;
-#pragma unroll
-    for (int v = 0; v < V; ++v) pack.at[v] = from_acc<T>(sum.at[v]);
-    __stcs(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(&pack));
-    return;
-  }
-#endif
-  sum.store(p);
 }
 
 }  // namespace fedpeft::gpu

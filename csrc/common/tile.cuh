@@ -93,21 +93,22 @@ FEDPEFT_DEVICE void copy_tile(int rows, int columns, const Place& place, const G
   }
 }
 
+// Places row after row, each of Packs vectors of V.
+template <int Packs, int V>
+FEDPEFT_DEVICE void place_in_rows(int e, int* row, int* column) {
+  *row = e / Packs;
+  *column = e % Packs * V;
+}
+
 // Fills Rows x Columns elements of shared memory, `stride` apart from row to row.
 template <int Rows, int Columns, int V, int Batch = 8, typename A, typename Get>
 FEDPEFT_DEVICE void fill(A* to, int stride, int rows, int columns, const Get& get) {
   constexpr int kPacks = Columns / V, kTurns = Rows * kPacks / kTileThreads;
   static_assert(kTurns * kTileThreads == Rows * kPacks);
-  copy_tile<kTurns, Batch, A, V>(
-      rows, columns,
-      [](int e, int* row, int* column) {
-        *row = e / kPacks;
-        *column = e % kPacks * V;
-      },
-      get,
-      [&](int row, int column, const Sum<A, V>& values) {
-        put<V>(to + row * stride + column, values);
-      });
+  copy_tile<kTurns, Batch, A, V>(rows, columns, place_in_rows<kPacks, V>, get,
+                                 [&](int row, int column, const Sum<A, V>& values) {
+                                   put<V>(to + row * stride + column, values);
+                                 });
 }
 
 // As fill, transposed: get(row, column) goes to `to`[column * stride + row]. The lanes of a warp

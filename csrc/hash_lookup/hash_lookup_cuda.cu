@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
         if (mine && n + k < total)
-          store_streaming(static_cast<T*>(a.out) + (n + k) * a.D + column, sum[k]);
+          sum[k].store_once(static_cast<T*>(a.out) + (n + k) * a.D + column);
       }
     }
   }
@@ -514,7 +514,7 @@ __global__ void __launch_bounds__(Gated ? 1024 : 320, Gated ? 1 : 3)
               sum.add_scaled(scale, rows + bucket[p * H + h] * width + column);
             }
           }
-          store_streaming(out + column, sum);
+          sum.store_once(out + column);
         }
       }
       __syncthreads();
@@ -704,7 +704,7 @@ FEDPEFT_DEVICE void sum_rows(T* out, const T* values, const HashLookupArgs& a, c
       }
 #pragma unroll
       for (int i = 0; i < V; ++i) sum.at[i] = (sum.at[i] + shift) * scale;
-      store_streaming(out + r * a.D + column, sum);
+      sum.store_once(out + r * a.D + column);
     }
   }
 }
@@ -739,25 +739,6 @@ __global__ void __launch_bounds__(256, 3)
         [](int) { return Coefficients<A>{A(1), A(0)}; }, plain_weight<A>(a));
     __syncthreads();
   }
-}
-
-// The sums over a group of at least 8 lanes of eight values: lane l gets that of value
-// eighth_of(l).
-FEDPEFT_DEVICE int eighth_of(int lane) { return (lane & 1) * 4 + (lane & 2) + (lane >> 2 & 1); }
-template <typename A>
-FEDPEFT_DEVICE A sums_of_eight(A (&v)[8], int lane, int lanes) {
-#pragma unroll
-  for (int bit = 1, half = 4; half > 0; bit *= 2, half /= 2) {
-    const bool upper = (lane & bit) != 0;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const A keep = upper ? v[i + half] : v[i], give = upper ? v[i] : v[i + half];
-      v[i] = keep + __shfl_xor_sync(kFullMask, give, bit);
-    }
-  }
-  A sum = v[0];
-  for (int bit = 8; bit < lanes; bit *= 2) sum += __shfl_xor_sync(kFullMask, sum, bit);
-  return sum;
 }
 
 // All gradients of a client by one block. Its first warp links the entries of each row while the
@@ -832,9 +813,9 @@ __global__ void __launch_bounds__(384, 2)
           }
         }
         const A sum = sums_of_eight(sums, lane, lanes);
-        const int value = eighth_of(lane), to = h + (value & 3);
+        const int to = h + (lane & 3);
         if (lane < 8 && p < P && to < H) {
-          if (value < 4) {
+          if (lane < 4) {
             squeezed[p * H + to] = sum / A(a.D);
           } else {
             product[p * H + to] = sum;

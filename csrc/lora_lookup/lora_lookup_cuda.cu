@@ -156,31 +156,7 @@ struct SourceProducts {
   }
 };
 
-constexpr int kRanks = 8;  // columns of A and B that a pass takes
-
-// Sums over the lanes of a group of x[0], ..., x[7]: with 8 lanes and more, lane i holds that of
-// x[i % 8] in x[0], by exchanges that halve the numbers a lane has; with fewer, every lane has all.
-template <typename A>
-FEDPEFT_DEVICE void group_sums(A (&x)[kRanks], int lane, int lanes) {
-  if (lanes < kRanks) {
-    for (int bits = 1; bits < lanes; bits *= 2) {
-#pragma unroll
-      for (int j = 0; j < kRanks; ++j) x[j] += __shfl_xor_sync(kFullMask, x[j], bits);
-    }
-    return;
-  }
-#pragma unroll
-  for (int bits = kRanks / 2; bits > 0; bits /= 2) {
-    const bool upper = lane & bits;
-#pragma unroll
-    for (int j = 0; j < bits; ++j) {
-      const A theirs = upper ? x[j] : x[j + bits];
-      const A mine = upper ? x[j + bits] : x[j];
-      x[j] = mine + __shfl_xor_sync(kFullMask, theirs, bits);
-    }
-  }
-  for (int bits = kRanks; bits < lanes; bits *= 2) x[0] += __shfl_xor_sync(kFullMask, x[0], bits);
-}
+constexpr int kRanks = 8;  // columns of A and B that a pass takes, as sums_of_eight
 
 // A pass' columns of a row of A, zeros where there are fewer or no row.
 template <int VA, typename T>
@@ -267,18 +243,20 @@ __global__ void __launch_bounds__(kClientThreads, FEDPEFT_TWO_OR_THREE)
                 sum[v][j] += value * factor[u][j];
               }
             }
-            group_sums(product, lane, lanes);
             const int p = turn + group + u * groups;
             const auto keep = [&](int j, A x) {
               A& to = products[p * a.rank + from + j];
               to = base == 0 ? x : to + x;
             };
-            if (p < positions && lanes >= kRanks) {
-              if (lane < ranks) keep(lane, product[0]);
-            } else if (p < positions && lane == 0) {
+            if (lanes >= kRanks) {
+              const A own = sums_of_eight(product, lane, lanes);
+              if (p < positions && lane < ranks) keep(lane, own);
+            } else {
 #pragma unroll
-              for (int j = 0; j < kRanks; ++j)
-                if (j < ranks) keep(j, product[j]);
+              for (int j = 0; j < kRanks; ++j) {
+                const A whole = group_sum(product[j], lanes);
+                if (p < positions && lane == 0 && j < ranks) keep(j, whole);
+              }
             }
           }
         }

@@ -8,8 +8,8 @@ namespace fedpeft::gpu {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kAtOnce = 4;  // positions of a thread whose loads are under way together
-static_assert(kLossBlock <= 32 * kThreads && kLossBlock % (kAtOnce * kThreads) == 0);
+constexpr int kBatch = 4;  // positions of a thread whose loads are under way together
+static_assert(kLossBlock <= 32 * kThreads && kLossBlock % (kBatch * kThreads) == 0);
 
 struct Range {
   int64_t client, begin, end;  // flat positions
@@ -24,14 +24,14 @@ FEDPEFT_DEVICE Range range_of(const LossArgs& a, int64_t task) {
 // The thread's positions that hold an item, a bit each: bit k is its k-th position.
 FEDPEFT_DEVICE uint32_t held_positions(const LossArgs& a, const Range& range) {
   uint32_t held = 0, bit = 1;
-  for (int64_t first = range.begin + threadIdx.x; first < range.end; first += kThreads * kAtOnce) {
-    int64_t at[kAtOnce], item[kAtOnce];
+  for (int64_t first = range.begin + threadIdx.x; first < range.end; first += kThreads * kBatch) {
+    int64_t at[kBatch], item[kBatch];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i)
+    for (int i = 0; i < kBatch; ++i)
       at[i] = first + i * kThreads < range.end ? first + i * kThreads : -1;
     gather(a.items, at, item);
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i, bit <<= 1)
+    for (int i = 0; i < kBatch; ++i, bit <<= 1)
       if (at[i] >= 0 && item[i] != -1) held |= bit;
   }
   return held;
@@ -52,20 +52,20 @@ FEDPEFT_DEVICE void for_scores(const LossArgs& a, const Range& range, uint32_t h
   using A = acc_t<T>;
   const T *positive = static_cast<const T*>(a.positive),
           *negative = static_cast<const T*>(a.negative);
-  for (int64_t first = range.begin + threadIdx.x; first < range.end; first += kThreads * kAtOnce) {
-    A x[kAtOnce], y[kAtOnce];
+  for (int64_t first = range.begin + threadIdx.x; first < range.end; first += kThreads * kBatch) {
+    A x[kBatch], y[kBatch];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < kBatch; ++i) {
       const bool there = held >> i & 1;
       x[i] = there ? to_acc(positive[first + i * kThreads]) : A(0);
       y[i] = there ? to_acc(negative[first + i * kThreads]) : A(0);
     }
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < kBatch; ++i) {
       if (first + i * kThreads < range.end)
         f(first + i * kThreads, x[i], y[i], bool(held >> i & 1));
     }
-    held >>= kAtOnce;
+    held >>= kBatch;
   }
 }
 

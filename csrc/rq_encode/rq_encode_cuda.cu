@@ -68,11 +68,7 @@ FEDPEFT_DEVICE void subtract(const RqEncodeArgs& a, acc_t<T>* from, const T* cod
   using A = acc_t<T>;
   constexpr int kPacks = kDepth<A> / V;
   copy_tile<kTile * kPacks / kTileThreads, 4, A, V>(
-      rows, at_most(a.D - d0, kDepth<A>),
-      [](int e, int* row, int* column) {
-        *row = e / kPacks;
-        *column = e % kPacks * V;
-      },
+      rows, at_most(a.D - d0, kDepth<A>), place_in_rows<kPacks, V>,
       [&](int row, int d) { return values_at<V>(codebook + chosen[row] * a.D + d0 + d); },
       [&](int row, int d, const Sum<A, V>& nearest) {
         A* at = from + row * kDepthStride<A> + d;
