@@ -90,7 +90,7 @@ build: $(BUILT)
 docs: $(READY)
 	$(call say,Building the documentation in build/site)
 	@$(PIP) -r requirements-docs.txt
-	@$(BIN)/mkdocs build --quiet --strict
+	@$(BIN)/mkdocs build --strict  # not --quiet, which hides warnings from --strict
 
 bench: $(BUILT)
 	$(call say,Running the benchmarks)

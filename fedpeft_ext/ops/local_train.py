@@ -336,10 +336,11 @@ def local_train_sum_(
         touched: uint8 [I], contiguous: set to 1 at the rows of `sums.table` and `sums.A` that are added to.
         grid: as in `accumulate_updates_`.
         memory_bytes: of the updates that are held at a time; changes no result.
-        The others as in `local_train`.
+
+    The other arguments are those of `local_train`.
 
     Raises:
-        As `local_train`, and then the sums may hold some of the clients.
+        ValueError, TypeError, IndexError: as `local_train`; the sums may then hold some of the clients.
 
     Example:
         >>> import torch
