@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -53,12 +53,21 @@ _SPOTS = (
 
 @dataclass(frozen=True)
 class Point:
-    """A named place in a scatter plot: an embedding's name decides colour and marker."""
+    """A named place in a scatter plot: the embedding decides colour and marker, a bar shows y ± spread."""
 
     label: str
     embedding: str
     x: float
     y: float
+    spread: float = 0.0
+
+
+class Place(NamedTuple):
+    """A place on a line; a band around it shows y ± spread."""
+
+    x: float
+    y: float
+    spread: float = 0.0
 
 
 def plot_accuracy_against_bytes(
@@ -98,6 +107,9 @@ def plot_points(points: Sequence[Point], path: str | Path, *, xlabel: str, ylabe
         if members:
             x, y = [point.x for point in members], [point.y for point in members]
             axes.scatter(x, y, s=64, marker=marker, color=color, label=label, zorder=3)
+            if any(point.spread for point in members):
+                spreads = [point.spread for point in members]
+                axes.errorbar(x, y, yerr=spreads, fmt="none", ecolor=color, elinewidth=1.2, zorder=2)
     for point in points:
         if point.embedding == "full":
             axes.axhline(point.y, color=_GREY, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
@@ -111,7 +123,7 @@ def plot_points(points: Sequence[Point], path: str | Path, *, xlabel: str, ylabe
     axes.set_ylabel(ylabel)
     axes.set_title(title, loc="left")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9)
-    _label_points(axes, [(point.x, point.y) for point in points], [point.label for point in points])
+    _label_points(axes, points)
     return _save(figure, path)
 
 
@@ -131,7 +143,7 @@ def plot_learning_curves(
 
 
 def plot_lines(
-    lines: Mapping[str, Sequence[tuple[float, float]]],
+    lines: Mapping[str, Sequence[tuple[float, float] | Place]],
     path: str | Path,
     *,
     xlabel: str,
@@ -142,6 +154,7 @@ def plot_lines(
     """Draw named lines of (x, y) and write them to `path` as PNG; the line `full` is black.
 
     Args:
+        lines: places in order; a `Place` may have a spread, drawn as a band.
         log_x: logarithmic x axis; places at 0 or below are then left out.
 
     Raises:
@@ -153,14 +166,18 @@ def plot_lines(
     ends: dict[str, tuple[float, str]] = {}
     drawn: list[float] = []
     for index, (name, places) in enumerate(lines.items()):
-        shown = [(x, y) for x, y in places if x > 0 or not log_x]
+        shown = [place for place in (Place(*each) for each in places) if place.x > 0 or not log_x]
         if not shown:
             raise ValueError(f"lines: expected places to draw, got none for {name!r}")
-        x, y = zip(*shown, strict=True)
+        x, y, spreads = zip(*shown, strict=True)
         color = _FULL if name == "full" else _PALETTE[index % len(_PALETTE)]
         style = ("-", "--", ":")[index // len(_PALETTE) % 3]
         marker = "o" if len(x) <= 30 else None
         axes.plot(x, y, color=color, linestyle=style, linewidth=2, marker=marker, markersize=4)
+        if any(spreads):
+            below = [place.y - place.spread for place in shown]
+            above = [place.y + place.spread for place in shown]
+            axes.fill_between(x, below, above, color=color, alpha=0.15, linewidth=0)
         ends[name] = (y[-1], color)
         drawn += x
     low, high = min(drawn), max(drawn)
@@ -217,18 +234,25 @@ def _figure() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _label_points(axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
-    """Name each point in the first spot around it that touches no point, line, label or edge."""
+def _label_points(axes: Axes, points: Sequence[Point]) -> None:
+    """Name each point in the first spot around it that touches no point, bar, line, label or edge."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # fixes the layout, so that places in pixels are final
     frame = axes.get_window_extent()
     radius = 6 * figure.dpi / 72
-    taken = [Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
-             for x, y in axes.transData.transform(points)]  # fmt: skip
+    taken = []
+    for point in points:
+        x, y = axes.transData.transform((point.x, point.y))
+        taken.append(Bbox.from_extents(x - radius, y - radius, x + radius, y + radius))
+        if point.spread:
+            bar = axes.transData.transform(
+                [(point.x, point.y - point.spread), (point.x, point.y + point.spread)]
+            )
+            taken.append(Bbox(bar).padded(2))
     taken += [line.get_window_extent().padded(1) for line in axes.lines]
-    for point, label in zip(points, labels, strict=True):
-        candidates = [_annotate(axes, point, label, spot) for spot in _SPOTS]
+    for point in points:
+        candidates = [_annotate(axes, (point.x, point.y), point.label, spot) for spot in _SPOTS]
         boxes = [candidate.get_window_extent().padded(2) for candidate in candidates]
         # Where every spot is taken, the one that hides least.
         costs = [

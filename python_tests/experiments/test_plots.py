@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from PIL import Image
 
 from fedpeft_ext.experiments import plots
-from fedpeft_ext.experiments.plots import plot_accuracy_against_bytes, plot_learning_curves
+from fedpeft_ext.experiments.plots import Place, Point, plot_accuracy_against_bytes, plot_learning_curves
 from fedpeft_ext.experiments.results import RunResult
 
 Maker = Callable[..., RunResult]
@@ -139,3 +140,16 @@ def test_x_axes_fit_what_is_drawn(
     inside = [tick.get_text() for tick in axes.get_xticklabels() if low <= tick.get_position()[0] <= high]
     assert len(inside) >= 3
     assert ticks is None or ticks <= set(inside)
+
+
+def test_spreads_are_drawn_where_they_are_known(tmp_path: Path, figures: list[Figure]) -> None:
+    known = {"a": [Place(1, 0.5, 0.1), Place(2, 0.6, 0.05)], "b": [(1, 0.2), (2, 0.3)]}
+    plots.plot_lines(known, tmp_path / "x.png", xlabel="x", ylabel="y", title="")
+    (band,) = figures[0].axes[0].collections
+    _, low, _, high = band.get_datalim(figures[0].axes[0].transData).extents
+    assert (low, high) == pytest.approx((0.4, 0.65))
+
+    points = [Point("a", "p-rq", 10, 0.5, 0.1), Point("b", "full", 20, 0.6)]
+    plots.plot_points(points, tmp_path / "y.png", xlabel="x", ylabel="y", title="")
+    (bars,) = [lines for lines in figures[1].axes[0].collections if isinstance(lines, LineCollection)]
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [pytest.approx([0.4, 0.6])]

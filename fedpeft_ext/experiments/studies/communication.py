@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
+from fedpeft_ext.experiments.plots import Place
 from fedpeft_ext.experiments.studies.pictures import line_picture
 from fedpeft_ext.experiments.studies.study import (
     GOALS,
@@ -36,12 +37,15 @@ def run(context: Context) -> Findings:
         infer_schema_length=None,
     )
     label = f"{metric} on {context.dataset.name}"
+    lines = {str(variant.labels["embedding"]): _sent(trained, variant, metric) for variant in variants}
+    large = max((place.x for places in lines.values() for place in places), default=0) >= 10_000 * MB
+    unit, size = ("GB", 1_000 * MB) if large else ("MB", MB)
     pictures = line_picture(
         "communication",
-        {str(variant.labels["embedding"]): _sent(trained, variant, metric) for variant in variants},
-        caption=f"{label} against everything sent so far.",
+        {name: [place._replace(x=place.x / size) for place in places] for name, places in lines.items()},
+        caption=f"{label} against everything sent so far",
         title=label,
-        xlabel="sent by all clients and the server so far (MB, log scale)",
+        xlabel=f"sent by all clients and the server so far ({unit}, log scale)",
         ylabel=metric,
         log_x=True,
     )
@@ -82,12 +86,14 @@ def _reached(trained: Trained, variant: Variant, metric: str, goal: float) -> li
     return rows
 
 
-def _sent(trained: Trained, variant: Variant, metric: str) -> list[tuple[float, float]]:
-    """(MB sent so far, metric) of every evaluation, means over seeds."""
-    results = trained.of(variant)
-    curve = trained.curve(variant, metric)
-    sent = [dict(result.bytes_until()) for result in results]
-    return [(sum(one[round] for one in sent) / len(sent) / MB, value) for round, value in curve if round > 0]
+def _sent(trained: Trained, variant: Variant, metric: str) -> list[Place]:
+    """(bytes sent so far, metric) of every evaluation, means over seeds."""
+    sent = [dict(result.bytes_until()) for result in trained.of(variant)]
+    return [
+        place._replace(x=sum(one[int(place.x)] for one in sent) / len(sent))
+        for place in trained.curve(variant, metric)
+        if place.x > 0
+    ]
 
 
 STUDY = Study(

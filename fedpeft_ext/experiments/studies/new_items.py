@@ -22,7 +22,7 @@ from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.experiments.runner import run_name
 from fedpeft_ext.experiments.studies.pictures import line_picture
-from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table
+from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table, mean_place
 from fedpeft_ext.pretrain import Pretrained, TfidfEncoder, text_features
 from fedpeft_ext.simulation import Simulator
 from fedpeft_ext.simulation.client_batch import Interactions
@@ -231,7 +231,7 @@ def run(context: Context) -> Findings:
                 row[f"{key} {when} sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
         rows.append({**row, "seeds": len(results)})
         lines[name] = [
-            (float(places[0]["round"]), float(np.mean([place[f"new {metric}"] for place in places])))
+            mean_place(places[0]["round"], [place[f"new {metric}"] for place in places])
             for places in zip(*(result["curve"] for result in results), strict=True)
         ]
     title = f"New items, {context.config.backbone.name} on {context.dataset.name}"
@@ -246,7 +246,7 @@ def run(context: Context) -> Findings:
         line_picture(
             "new-items",
             lines,
-            caption=f"{title}: {metric} of new items from their arrival on.",
+            caption=f"{title}: {metric} of new items from their arrival on",
             title=title,
             xlabel="round",
             ylabel=f"{metric} of new items",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import polars as pl
 
-from fedpeft_ext.experiments.studies.pictures import line_picture
+from fedpeft_ext.experiments.plots import Place
+from fedpeft_ext.experiments.studies.pictures import line_picture, spread_of
 from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table, Variant
 from fedpeft_ext.pretrain import pretrain
 
@@ -39,10 +40,10 @@ def run(context: Context) -> Findings:
     means = trained.means([metric, f"NDCG@{context.k}", f"full/{metric}"]).join(
         quality, on="full embeddings", how="left", maintain_order="left"
     )
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, list[Place]] = {}
     for row in means.filter(pl.col(metric).is_not_null()).iter_rows(named=True):
         if row["explained variance"] is not None:
-            place = (row["explained variance"], row[metric])
+            place = Place(row["explained variance"], row[metric], spread_of(row, metric))
             lines.setdefault(f"{row['embedding']}, warm-up {row['warm-up']}", []).append(place)
     title = f"Pre-training, {context.config.backbone.name} on {context.dataset.name}"
 
@@ -50,7 +51,7 @@ def run(context: Context) -> Findings:
     pictures = line_picture(
         "pretraining",
         lines,
-        caption=f"{title}: {metric} by quality.",
+        caption=f"{title}: {metric} by quality",
         title=title,
         xlabel="variance of item features that the AutoEncoder explains",
         ylabel=metric,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import polars as pl
 
-from fedpeft_ext.experiments.studies.pictures import line_picture
+from fedpeft_ext.experiments.plots import Place
+from fedpeft_ext.experiments.studies.pictures import line_picture, spread_of
 from fedpeft_ext.experiments.studies.study import Context, Findings, Picture, Study, Table, Variant
 
 EMBEDDINGS = ("full", "p-lora", "p-hash", "p-rq")
@@ -55,15 +56,17 @@ def run(context: Context) -> Findings:
 
 def _picture(context: Context, means: pl.DataFrame, mode: str, metric: str) -> list[Picture]:
     rows = means.filter((pl.col("privacy") == mode) & pl.col(metric).is_not_null())
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, list[Place]] = {}
     for row in rows.iter_rows(named=True):
-        lines.setdefault(row["embedding"], []).append((row["noise"], row[metric]))
+        lines.setdefault(row["embedding"], []).append(
+            Place(row["noise"], row[metric], spread_of(row, metric))
+        )
     title = f"{'Central' if mode == 'cdp' else 'Local'} noise on {context.dataset.name}"
 
     return line_picture(
         f"privacy-{mode}",
         lines,
-        caption=f"{title}: {metric} by noise multiplier.",
+        caption=f"{title}: {metric} by noise multiplier",
         title=title,
         xlabel="noise multiplier (log scale)",
         ylabel=metric,

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import polars as pl
 
-from fedpeft_ext.experiments.studies.pictures import line_picture
+from fedpeft_ext.experiments.plots import Place
+from fedpeft_ext.experiments.studies.pictures import line_picture, spread_of
 from fedpeft_ext.experiments.studies.study import Context, Findings, Picture, Study, Table, Variant
 from fedpeft_ext.nn import parse_spec
 
@@ -56,17 +57,17 @@ def run(context: Context) -> Findings:
 
 def _picture(context: Context, name: str, means: pl.DataFrame, metric: str) -> list[Picture]:
     size, _, other, _ = _AXES[parse_spec(name).parts[0].partition("+")[0]]
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, list[Place]] = {}
     for row in means.iter_rows(named=True):
         line = name if other is None else f"{other.replace('num_', '')} {row[other]}"
-        lines.setdefault(line, []).append((row[size], row[metric]))
+        lines.setdefault(line, []).append(Place(row[size], row[metric], spread_of(row, metric)))
     title = f"{name} with {context.config.backbone.name} on {context.dataset.name}"
 
     axis = size.replace("_", " ")
     return line_picture(
         f"sensitivity-{name}",
         lines,
-        caption=f"{title}: {metric} by size.",
+        caption=f"{title}: {metric} by size",
         title=title,
         xlabel=axis if other is None else f"{axis} (log scale)",
         ylabel=metric,

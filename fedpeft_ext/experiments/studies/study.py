@@ -7,6 +7,7 @@ again goes on where it stopped, and studies that share the folder share their ru
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import polars as pl
 
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
+from fedpeft_ext.experiments.plots import Place
 from fedpeft_ext.experiments.results import RunResult, headline_k
 from fedpeft_ext.experiments.runner import fingerprint, is_done, run_all, run_name
 from fedpeft_ext.simulation import Callback
@@ -185,12 +187,11 @@ class Trained:
         hits = [first_reaching(result, metric, level) for result in self.of(variant)]
         return [hit for hit in hits if hit is not None]
 
-    def curve(self, variant: Variant, metric: str) -> list[tuple[int, float]]:
-        """(round, mean over seeds) of every evaluation."""
+    def curve(self, variant: Variant, metric: str) -> list[Place]:
+        """(round, mean over seeds, their standard deviation) of every evaluation."""
         curves = [result.curve(metric) for result in self.of(variant)]
         return [
-            (places[0][0], sum(value for _, value in places) / len(places))
-            for places in zip(*curves, strict=True)
+            mean_place(places[0][0], [value for _, value in places]) for places in zip(*curves, strict=True)
         ]
 
 
@@ -273,6 +274,11 @@ class Context:
         trained = Trained(variants, seeds, results, [place.name for place in places])
         self.all_runs.append(trained)
         return trained
+
+
+def mean_place(x: float, values: Sequence[float]) -> Place:
+    """The mean of one or more values at `x`, and their standard deviation."""
+    return Place(x, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
 
 
 def first_reaching(result: RunResult, metric: str, level: float) -> tuple[int, int] | None:

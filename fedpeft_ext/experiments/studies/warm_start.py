@@ -49,7 +49,7 @@ def run(context: Context) -> Findings:
             " ".join(str(label) for label in variant.labels.values()): trained.curve(variant, metric)
             for variant in variants
         },
-        caption=f"{title}: {metric} over the rounds.",
+        caption=f"{title}: {metric} over the rounds",
         title=title,
         xlabel="round",
         ylabel=metric,
