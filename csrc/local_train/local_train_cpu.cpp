@@ -29,7 +29,7 @@ class Trainer {
     if (a.table) table.lay_out(memory, a, a.table, a.num_items, a.D, 1, draws, false);
     if (a.A) lora.lay_out(memory, a, draws);
     if (a.codebooks) codewords.lay_out(memory, a, a.codebooks, a.L * a.K, a.D, a.L, draws, false);
-    if (a.buckets && a.w1) senet.lay_out(memory, a, draws);
+    if (a.buckets && a.w1) senet.lay_out(memory, a, draws, batch);
     if (a.buckets && !a.w1) {
       hashed.lay_out(memory, a, a.buckets, a.M, a.D, a.H, draws, false);
       hashed.scale = a.mean ? T(1) / T(a.H) : T(1);

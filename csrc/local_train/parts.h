@@ -216,17 +216,24 @@ struct LoraPart {
   }
 };
 
-// Hashed rows weighted by SENet: gates = sigmoid(w2 relu(w1 z + b1) + b2) of the rows' means z.
+// Hashed rows weighted by SENet: gates = sigmoid(w2 relu(w1 z + b1) + b2) of the rows' means z. A
+// vector holds a batch's scores, not hidden units: so nothing is summed within a vector but the
+// weights' gradients, once a step.
 template <typename T>
 struct SenetPart {
+  using V = vec_t<T>;
+  static constexpr int64_t N = kLanes<T>;
+  static constexpr int64_t kBlocks = 2;  // vectors of scores at a time
+  static constexpr int64_t kHashes = 8;  // sums over the hidden layer that are kept in registers
+
   RowsPart<T> table;
   DensePart<T> w1, b1, w2, b2;
-  int64_t H = 0, stride = 0;                            // of the hidden layer
-  T *w1_columns = nullptr, *w1_columns_grad = nullptr;  // [H, stride]
-  T *hidden = nullptr, *hidden_grad = nullptr, *gates = nullptr, *means = nullptr,
-    *averaging = nullptr;
+  int64_t H = 0, pitch = 0;
+  T *gates = nullptr, *dots_at = nullptr, *means_at = nullptr, *slopes = nullptr,
+    *betas = nullptr;                        // [H, pitch] of a batch
+  T *means = nullptr, *averaging = nullptr;  // of rows
 
-  void lay_out(Memory& memory, const LocalTrainArgs& a, int64_t draws) {
+  void lay_out(Memory& memory, const LocalTrainArgs& a, int64_t draws, int64_t batch) {
     H = a.H;
     table.lay_out(memory, a, a.buckets, a.M, a.D, H, draws, true);
     w1.lay_out(memory, a, a.w1, a.S, H);
@@ -234,12 +241,9 @@ struct SenetPart {
     w2.lay_out(memory, a, a.w2, H, a.S);
     b2.lay_out(memory, a, a.b2, 1, H);
     Arena& arena = memory.work;
-    stride = b1.stride;
-    w1_columns = arena.take<T>(H * stride);
-    w1_columns_grad = arena.take<T>(H * stride);
-    hidden = arena.take<T>(stride);
-    hidden_grad = arena.take<T>(stride);
-    gates = arena.take<T>(draws * H);
+    pitch = in_blocks(batch);
+    T** const parts[] = {&gates, &dots_at, &means_at, &slopes, &betas};
+    for (T** part : parts) *part = arena.take<T>(H * pitch);
     means = arena.take<T>(table.slots.capacity);
     averaging = arena.take<T>(table.slots.stride);
   }
@@ -249,8 +253,6 @@ struct SenetPart {
     b1.load_start();
     w2.load_start();
     b2.load_start();
-    zero_row(w1_columns, H * stride);
-    zero_row(w1_columns_grad, H * stride);
     for (int64_t d = 0; d < table.slots.stride; ++d)
       averaging[d] = d < table.slots.width ? T(1) / T(table.slots.width) : T(0);
   }
@@ -258,65 +260,130 @@ struct SenetPart {
   void begin(const T* user) {
     table.begin(user);
     dot_rows(table.slots.p, table.slots.count, table.slots.stride, averaging, means);
-    for (int64_t h = 0; h < H; ++h) {
-      for (int64_t k = 0; k < w1.rows; ++k) w1_columns[h * stride + k] = w1.p[k * w1.stride + h];
-    }
-  }
-
-  FEDPEFT_INLINE void hide(const int32_t* s) const {
-    copy_row(hidden, b1.p, stride);
-    for (int64_t h = 0; h < H; ++h)
-      add_scaled(hidden, means[s[h]], w1_columns + h * stride, stride);
-    for (int64_t k = 0; k < stride; ++k) hidden[k] = hidden[k] > 0 ? hidden[k] : T(0);
   }
 
   void add_scores(const Batch& batch, T* scores) {
-    for (int64_t k = 0; k < batch.size; ++k) {
-      hide(table.at + batch.draws[k] * H);
-      for (int64_t h = 0; h < H; ++h)
-        gates[k * H + h] = b2.p[h] + dot(w2.p + h * stride, hidden, stride);
+    const int64_t all = in_blocks(batch.size);
+    for (int64_t h = 0; h < H; ++h) {
+      T *const dot_of = dots_at + h * pitch, *const mean_of = means_at + h * pitch;
+      for (int64_t k = 0; k < batch.size; ++k) {
+        const int32_t s = table.at[batch.draws[k] * H + h];
+        dot_of[k] = table.slots.dots[s];
+        mean_of[k] = means[s];
+      }
+      zero_row(dot_of + batch.size, all - batch.size);
+      zero_row(mean_of + batch.size, all - batch.size);
     }
-    for (int64_t i = 0; i < batch.size * H; ++i) gates[i] = sigmoid(gates[i]);  // in vectors
-    for (int64_t k = 0; k < batch.size; ++k) {
-      const int32_t* s = table.at + batch.draws[k] * H;
-      T sum = 0;
-      for (int64_t h = 0; h < H; ++h) sum += gates[k * H + h] * table.slots.dots[s[h]];
-      scores[k] += sum;
+    with_fixed_count<T>(H, [&](auto count) { open_gates(count, all); });
+    for (int64_t h = 0; h < H; ++h) {
+      T *const gate = gates + h * pitch, *const dot_of = dots_at + h * pitch;
+      for (int64_t k = 0; k < all; ++k) gate[k] = sigmoid(gate[k]);
+      for (int64_t k = 0; k < batch.size; ++k) scores[k] += gate[k] * dot_of[k];
     }
   }
 
   void add_gradients(const Batch& batch, const T* coefficients) {
+    const int64_t all = in_blocks(batch.size);
+    for (int64_t h = 0; h < H; ++h) {
+      const T *const gate = gates + h * pitch, *const dot_of = dots_at + h * pitch;
+      T* const slope = slopes + h * pitch;
+      for (int64_t k = 0; k < batch.size; ++k)
+        slope[k] = coefficients[k] * dot_of[k] * gate[k] * (1 - gate[k]);
+      zero_row(slope + batch.size, all - batch.size);
+      V sum = {};
+      for (int64_t k = 0; k < all; k += N) sum += load(slope + k);
+      b2.grad[h] += lane_sum<T>(sum);
+      zero_row(betas + h * pitch, all);
+    }
+    with_fixed_count<T>(H, [&](auto count) { add_weight_gradients(count, all); });
     for (int64_t k = 0; k < batch.size; ++k) {
       const int32_t* s = table.at + batch.draws[k] * H;
-      hide(s);
-      zero_row(hidden_grad, stride);
       for (int64_t h = 0; h < H; ++h) {
-        const T gate = gates[k * H + h];
-        table.slots.alpha[s[h]] += coefficients[k] * gate;
-        const T slope = coefficients[k] * table.slots.dots[s[h]] * gate * (1 - gate);
-        add_scaled(w2.grad + h * stride, slope, hidden, stride);
-        b2.grad[h] += slope;
-        add_scaled(hidden_grad, slope, w2.p + h * stride, stride);
-      }
-      for (int64_t i = 0; i < stride; ++i) hidden_grad[i] = hidden[i] > 0 ? hidden_grad[i] : T(0);
-      add_row(b1.grad, hidden_grad, stride);
-      for (int64_t h = 0; h < H; ++h) {
-        add_scaled(w1_columns_grad + h * stride, means[s[h]], hidden_grad, stride);
-        table.slots.beta[s[h]] += dot(w1_columns + h * stride, hidden_grad, stride);
+        table.slots.alpha[s[h]] += coefficients[k] * gates[h * pitch + k];
+        table.slots.beta[s[h]] += betas[h * pitch + k];
       }
     }
   }
 
   void step(const T* user, const LocalStep<T>& step, T l2, T* user_grad) {
     table.step(user, step, l2, user_grad, averaging);
-    for (int64_t k = 0; k < w1.rows; ++k) {
-      for (int64_t h = 0; h < H; ++h) w1.grad[k * w1.stride + h] = w1_columns_grad[h * stride + k];
-    }
-    zero_row(w1_columns_grad, H * stride);
     w1.step(step, l2);
     b1.step(step, l2);
     w2.step(step, l2);
     b2.step(step, l2);
+  }
+
+ private:
+  static FEDPEFT_INLINE int64_t in_blocks(int64_t scores) {
+    return (scores + kBlocks * N - 1) / (kBlocks * N) * (kBlocks * N);
+  }
+
+  // A hidden unit of the vector of scores from `k` on.
+  FEDPEFT_INLINE V hidden(int64_t unit, int64_t hashes, int64_t k) const {
+    V sum = V{} + b1.p[unit];
+    for (int64_t h = 0; h < hashes; ++h)
+      sum += w1.p[unit * w1.stride + h] * load(means_at + h * pitch + k);
+    return sum > 0 ? sum : V{};
+  }
+
+  // The gates before the sigmoid.
+  template <typename Count>
+  FEDPEFT_INLINE void open_gates(Count, int64_t all) {
+    const int64_t hashes = Count::or_else(H), S = w1.rows;
+    constexpr int64_t most = Count::value ? Count::value : kHashes;
+    for (int64_t from = 0; from < hashes; from += most) {
+      const int64_t here = Count::or_else(hashes - from < most ? hashes - from : most);
+      for (int64_t k = 0; k < all; k += kBlocks * N) {
+        V sum[most][kBlocks];
+        for (int64_t h = 0; h < here; ++h) {
+          for (int64_t b = 0; b < kBlocks; ++b) sum[h][b] = V{} + b2.p[from + h];
+        }
+        for (int64_t unit = 0; unit < S; ++unit) {
+          V x[kBlocks];
+          for (int64_t b = 0; b < kBlocks; ++b) x[b] = hidden(unit, hashes, k + b * N);
+          for (int64_t h = 0; h < here; ++h) {
+            const T weight = w2.p[(from + h) * w2.stride + unit];
+            for (int64_t b = 0; b < kBlocks; ++b) sum[h][b] += weight * x[b];
+          }
+        }
+        for (int64_t h = 0; h < here; ++h) {
+          for (int64_t b = 0; b < kBlocks; ++b)
+            store(gates + (from + h) * pitch + k + b * N, sum[h][b]);
+        }
+      }
+    }
+  }
+
+  // From the gates' slopes, the gradients of w1, b1 and w2 and, in `betas`, of the rows' means.
+  template <typename Count>
+  FEDPEFT_INLINE void add_weight_gradients(Count, int64_t all) {
+    const int64_t hashes = Count::or_else(H), S = w1.rows;
+    constexpr int64_t most = Count::value ? Count::value : kHashes;
+    for (int64_t from = 0; from < hashes; from += most) {
+      const int64_t here = Count::or_else(hashes - from < most ? hashes - from : most);
+      for (int64_t unit = 0; unit < S; ++unit) {
+        V into_w1[most] = {}, into_w2[most] = {}, into_b1 = {};
+        for (int64_t k = 0; k < all; k += N) {
+          const V x = hidden(unit, hashes, k);
+          V grad = {};
+          for (int64_t h = 0; h < hashes; ++h)
+            grad += w2.p[h * w2.stride + unit] * load(slopes + h * pitch + k);
+          grad = x > 0 ? grad : V{};
+          into_b1 += grad;
+          for (int64_t h = 0; h < here; ++h) {
+            const int64_t i = (from + h) * pitch + k;
+            into_w2[h] += load(slopes + i) * x;
+            into_w1[h] += load(means_at + i) * grad;
+            store(betas + i, load(betas + i) + w1.p[unit * w1.stride + from + h] * grad);
+          }
+        }
+        if (from == 0) b1.grad[unit] += lane_sum<T>(into_b1);
+        for (int64_t h = 0; h < here; ++h) {
+          w1.grad[unit * w1.stride + from + h] += lane_sum<T>(into_w1[h]);
+          w2.grad[(from + h) * w2.stride + unit] += lane_sum<T>(into_w2[h]);
+        }
+      }
+    }
   }
 };
 
