@@ -7,14 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from fedpeft_ext.config import load_config
 from fedpeft_ext.data import load_dataset
+from fedpeft_ext.experiments.plots import Place, plot_lines
+from fedpeft_ext.experiments.studies.study import mean_place
 from fedpeft_ext.simulation import Simulator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +27,7 @@ SEEDS, ROUNDS, EVERY = (0, 1, 2), 400, 20
 
 def main() -> None:
     dataset = load_dataset("ml-100k")
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    lines: dict[str, list[Place]] = {}
     for label, changes in RUNS.items():
         curves = []
         for seed in SEEDS:
@@ -47,17 +43,13 @@ def main() -> None:
             evaluations = Simulator(config, dataset).run().evaluations
             curves.append([evaluation["HR@10"] for evaluation in evaluations])
         rounds = [int(evaluation["round"]) for evaluation in evaluations]
-        hits = np.array(curves)
-        (line,) = axes.plot(rounds, hits.mean(0), label=label)
-        axes.fill_between(rounds, hits.min(0), hits.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
-        at = [f"{hits[:, rounds.index(r)].mean():.3f}" for r in (20, 60, 120, 200, ROUNDS)]
-        print(
-            f"| {label} | {' | '.join(at)} | {hits[:, -1].min():.3f} to {hits[:, -1].max():.3f} |", flush=True
-        )
-    axes.set(xlabel="rounds", ylabel="HR@10, 100 sampled items", xlim=(0, ROUNDS), ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", ncols=2, fontsize="small")
-    figure.savefig(ROOT / "docs/curves.png", dpi=130)
+        lines[label] = [
+            mean_place(place, values) for place, values in zip(rounds, zip(*curves, strict=True), strict=True)
+        ]
+        at = [f"{lines[label][rounds.index(place)].y:.3f}" for place in (20, 60, 120, 200, ROUNDS)]
+        ends = [curve[-1] for curve in curves]
+        print(f"| {label} | {' | '.join(at)} | {min(ends):.3f} to {max(ends):.3f} |", flush=True)
+    plot_lines(lines, ROOT / "docs/curves.png", xlabel="round", ylabel="HR@10", title="fedmf on ml-100k")
 
 
 if __name__ == "__main__":

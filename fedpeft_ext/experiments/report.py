@@ -21,6 +21,7 @@ from fedpeft_ext.experiments.compare import JSON as COMPARE
 from fedpeft_ext.experiments.plots import plot_learning_curves
 from fedpeft_ext.experiments.results import KB, RunResult, headline_k
 from fedpeft_ext.experiments.studies.output import STUDY
+from fedpeft_ext.experiments.tables import metric_heading
 from fedpeft_ext.simulation.output import SUMMARY
 
 
@@ -131,7 +132,7 @@ def _comparison(file: Path) -> _Section:
         ]
         for result in results
     ]
-    headings = ["embedding", *(f"{name} %" for name in names), "KB down", "KB up", "saved against Full"]
+    headings = ["embedding", *map(metric_heading, names), "KB down", "KB up", "saved against Full"]
     first = results[0]
     title = f"{first['backbone']} on {first['dataset']}, {first['rounds']:,} rounds"
     pictures = [

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 _HEADINGS = ("embedding", "HR@{k}", "NDCG@{k}", "KB down", "KB up", "saved against Full", "clients/s")
 
 
+def metric_heading(name: str) -> str:
+    """The heading of a metric in percent: "HR@10 %"; "HR@10 %, all items" for 'full/HR@10'."""
+    return f"{name.removeprefix('full/')} %{', all items' if name.startswith('full/') else ''}"
+
+
 def markdown_table(results: Sequence[RunResult], k: int = 10) -> str:
     """A GitHub Markdown table, numbers aligned right, ending with a newline."""
     rows = [

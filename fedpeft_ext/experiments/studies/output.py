@@ -11,6 +11,7 @@ import polars as pl
 
 from fedpeft_ext.experiments.results import KB
 from fedpeft_ext.experiments.studies.study import Context, Findings, Study
+from fedpeft_ext.experiments.tables import metric_heading
 
 STUDY, RUNS = "study.json", "runs.csv"
 _METRICS = ("HR@", "NDCG@", "MRR")
@@ -54,7 +55,7 @@ def _heading(name: str) -> str:
         return "KB " + name.removeprefix("bytes_").removesuffix(" bytes")
     if name == "saving":
         return "saved against Full"
-    return name + " %" if _is_metric(name) else name
+    return metric_heading(name) if _is_metric(name) else name
 
 
 def _cell(name: str, value: Any) -> str:
@@ -158,6 +159,6 @@ def _setting(context: Context) -> str:
         f"{dataset.name}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
         f"{dataset.num_interactions:,} interactions. {training.rounds:,} rounds{warmup}, {clients} of the "
         f"clients a round, {training.optimizer}, {which}. Metrics in percent: HR and NDCG among "
-        f"{config.evaluation.num_negatives} sampled items, full/ in the whole catalogue; ± one standard "
+        f"{config.evaluation.num_negatives} sampled items, or all that the user never met; ± one standard "
         "deviation over seeds. KB are 1,000 bytes, per client and round unless said otherwise."
     )

@@ -121,7 +121,10 @@ def run(context: Context) -> Findings:
         return Findings(tables, (), answers)
     grid = context.train(everything)
     table, sentence = _check(context, grid, chosen, metric, seconds)
-    labels = [f"{row['size']}{' (chosen)' * _is(row, chosen)}" for row in table.frame.rows(named=True)]
+    labels = [
+        f"{row['embedding']} {row['size']}{' (chosen)' * _is(row, chosen)}"
+        for row in table.frame.rows(named=True)
+    ]
     pictures = bytes_picture(
         "select",
         table.frame.with_columns(pl.Series("label", labels)),
