@@ -5,15 +5,17 @@
     ... --results                                                  # write benchmarks/results/cpu-<machine>.*
 
 A case is an op, a shape, a direction and a number of threads. Contenders take turns, so that what else the
-machine does hits all alike: pytest-benchmark times the op, and before each of its rounds every rival runs and
-is timed once. Rivals start from the same inputs as the op, but may have made a table of each item's rows (its
-codes or buckets) once before. The bound, where there is one, is no rival: PyTorch's lookup alone, which gets
-the flat index of every row of this very batch for free. Ops are called through their public functions, checks
-included.
+machine does hits all alike: in each of pytest-benchmark's rounds of the op every rival runs and is timed
+once, all in an order drawn anew, for what ran before decides what lies in the caches. They also share their
+tensors, since a tensor's place in memory alone changes times by 8 %. Rivals start from the same inputs as the
+op, but may have made a table of each item's rows (its codes or buckets) once before. The bound, where there
+is one, is no rival: PyTorch's lookup alone, which gets the flat index of every row of this very batch for
+free. Ops are called through their public functions, checks included.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -280,15 +282,11 @@ def rq_encode(s: Shape) -> Contest:
 
 
 def client_adam_(s: Shape) -> Contest:
-    def state() -> list[Tensor]:
-        values = s.parameter(s.L * s.K, s.D)
-        values = values.unsqueeze(0) if s.C is None else values
-        wide = values.double() if s.dtype == torch.float64 else values.float()
-        return [values, 0.01 * torch.randn_like(values), torch.zeros_like(wide), torch.zeros_like(wide)]
-
-    mine, twin = state(), state()
-    fused = [t.clone() for t in state()]
-    fused[2], fused[3] = fused[2].to(s.dtype), fused[3].to(s.dtype)
+    values = s.parameter(s.L * s.K, s.D)
+    values = values.unsqueeze(0) if s.C is None else values
+    wide = values.double() if s.dtype == torch.float64 else values.float()
+    state = [values, 0.01 * torch.randn_like(values), torch.zeros_like(wide), torch.zeros_like(wide)]
+    fused = [t.to(s.dtype) for t in state]  # torch's kernel keeps moments in the dtype of parameters
     steps, step = torch.ones(s.clients, dtype=torch.int64), torch.ones(())
 
     def torch_fused() -> None:
@@ -310,19 +308,19 @@ def client_adam_(s: Shape) -> Contest:
         )
 
     return Contest(
-        lambda: ops.client_adam_(*mine, steps),
-        {"twin": lambda: reference.client_adam_(*twin, steps), "torch._fused_adam_": torch_fused},
+        lambda: ops.client_adam_(*state, steps),
+        {"twin": lambda: reference.client_adam_(*state, steps), "torch._fused_adam_": torch_fused},
         None,
     )
 
 
 def client_sgd_(s: Shape) -> Contest:
-    param, twin, plain, fused = (s.parameter(s.L * s.K, s.D).reshape(s.clients, -1, s.D) for _ in range(4))
+    param = s.parameter(s.L * s.K, s.D).reshape(s.clients, -1, s.D)
     grad = torch.randn_like(param)
 
     def torch_fused() -> None:
         torch._fused_sgd_(
-            [fused],
+            [param],
             [grad],
             [],
             weight_decay=0.0,
@@ -337,8 +335,8 @@ def client_sgd_(s: Shape) -> Contest:
     return Contest(
         lambda: ops.client_sgd_(param, grad, lr=1e-6),
         {
-            "twin": lambda: reference.client_sgd_(twin, grad, lr=1e-6),
-            "add_": lambda: plain.add_(grad, alpha=-1e-6),
+            "twin": lambda: reference.client_sgd_(param, grad, lr=1e-6),
+            "add_": lambda: param.add_(grad, alpha=-1e-6),
             "torch._fused_sgd_": torch_fused,
         },
         None,
@@ -399,24 +397,24 @@ def accumulate_updates_(s: Shape, with_rows: bool) -> Contest:
     if with_rows:
         R, items = max(s.P // 8, 4) if s.C is None else s.P, 20_000
         updates, rows = torch.randn(C, R, s.D).to(s.dtype), torch.randint(items, (C, R))
-        mine, twin, other = (torch.zeros(items, s.D, dtype=s.dtype) for _ in range(3))
+        total = torch.zeros(items, s.D, dtype=s.dtype)
 
         def rival() -> None:
             scaled = updates * weights.to(s.dtype)[:, None, None]
-            other.index_add_(0, rows.flatten(), scaled.flatten(0, 1))
+            total.index_add_(0, rows.flatten(), scaled.flatten(0, 1))
 
         name = "multiply and index_add_"
     else:
         updates, rows = torch.randn(C, 3000, s.D).to(s.dtype), None
-        mine, twin, other = (torch.zeros(3000, s.D, dtype=s.dtype) for _ in range(3))
+        total = torch.zeros(3000, s.D, dtype=s.dtype)
 
         def rival() -> None:
-            other.view(-1).addmv_(updates.flatten(1).T, weights.to(s.dtype))
+            total.view(-1).addmv_(updates.flatten(1).T, weights.to(s.dtype))
 
         name = "addmv_"
     return Contest(
-        lambda: ops.accumulate_updates_(mine, updates, weights, rows),
-        {"twin": lambda: reference.accumulate_updates_(twin, updates, weights, rows), name: rival},
+        lambda: ops.accumulate_updates_(total, updates, weights, rows),
+        {"twin": lambda: reference.accumulate_updates_(total, updates, weights, rows), name: rival},
         None,
     )
 
@@ -501,18 +499,29 @@ def test_kernel(
         except (RuntimeError, NotImplementedError):
             del others[BOUND]
     times: dict[str, list[float]] = {other: [] for other in others}
+    order, turn = random.Random(0), list(others)
+    before = 0  # how many take their turn before the op in this round
 
-    def run_others() -> None:
-        for rival, run in others.items():
+    def take_turns(names: list[str]) -> None:
+        for rival in names:
             begin = time.perf_counter()
-            run()
+            others[rival]()
             times[rival].append(time.perf_counter() - begin)
+
+    def run_before() -> None:
+        nonlocal before
+        order.shuffle(turn)
+        before = order.randint(0, len(turn))
+        take_turns(turn[:before])
+
+    def run_after() -> None:
+        take_turns(turn[before:])
 
     def run_ours() -> None:
         contest.ours()  # its result dies within the call, as the rivals' do, so that all reuse memory alike
 
     rounds = int(min(max(SECONDS / spent, ROUNDS[0]), ROUNDS[1]))
-    benchmark.pedantic(run_ours, setup=run_others, rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(run_ours, setup=run_before, teardown=run_after, rounds=rounds, warmup_rounds=1)
     mine = list(benchmark.stats.stats.data)
     result = {
         "op": name,

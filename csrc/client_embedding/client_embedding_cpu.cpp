@@ -6,35 +6,72 @@
 namespace fedpeft::FEDPEFT_ISA {
 namespace {
 
-// Arguments come by value, see rq_lookup.
-template <typename T, int64_t width>
-FEDPEFT_INLINE void forward_as(ClientEmbeddingArgs a, Fixed<width>, int64_t begin, int64_t end) {
-  const int64_t D = Fixed<width>::or_else(a.D), table = a.per_client ? a.num_rows * D : 0;
+FEDPEFT_INLINE void copy_bytes(char* out, const char* from, int64_t bytes) {
+  constexpr int64_t N = FEDPEFT_VEC_BYTES;
+  if (bytes < N) {
+    memcpy(out, from, size_t(bytes));
+    return;
+  }
+  int64_t b = 0;
+  for (; b + N <= bytes; b += N) memcpy(out + b, from + b, N);
+  if (b < bytes) memcpy(out + bytes - N, from + bytes - N, N);
+}
+
+// Groups of rows: those of the next group are asked for, then those of this one copied, so that a
+// row costs little more than its copy. Arguments come by value, see rq_lookup.
+template <typename Index, int64_t width>
+FEDPEFT_INLINE void forward_as(ClientEmbeddingArgs a, const Index* rows, int64_t row_bytes,
+                               Fixed<width>, int64_t begin, int64_t end) {
+  constexpr int64_t kGroup = 8;
+  const int64_t bytes = Fixed<width>::or_else(row_bytes);
+  const int64_t table = a.per_client ? a.num_rows * bytes : 0;
+  const char* weight = static_cast<const char*>(a.weight);
   ClientCursor cursor(a.positions, begin);
-  const auto resolve = [&](int64_t n, const T** slot) {
-    cursor.advance(n);
-    const int64_t row = a.rows[n];
-    const Position kind = classify(row, a.num_rows);
-    if (kind == Position::bad) a.bad_row->report(n);
-    *slot = nullptr;
-    if (kind != Position::item) return;
-    *slot = static_cast<const T*>(a.weight) + cursor.client * table + row * D;
-    prefetch_row(*slot, D);
-  };
-  const auto combine = [&](int64_t n, const T* const* slot) {
-    T* out = static_cast<T*>(a.out) + n * D;
-    if (*slot) {
-      copy_row(out, *slot, D);
-    } else {
-      zero_row(out, D);
+  const char* from[2][kGroup] = {};  // null: padding
+  const auto find = [&](int64_t first, const char** found) {
+    const int64_t count = end - first < kGroup ? end - first : kGroup;
+    for (int64_t i = 0; i < count; ++i) {
+      cursor.advance(first + i);
+      const int64_t row = rows[first + i];
+      found[i] = nullptr;
+      if (uint64_t(row) < uint64_t(a.num_rows)) [[likely]] {
+        found[i] = weight + cursor.client * table + row * bytes;
+        prefetch_row(found[i], bytes);
+      } else if (row != -1) {
+        a.bad_row->report(first + i);
+      }
     }
+    return count;
   };
-  pipeline<const T*>(begin, end, 1, resolve, combine, D * int64_t(sizeof(T)));
+  int64_t count = find(begin, from[0]);
+  for (int64_t first = begin, turn = 0; first < end; first += kGroup, turn ^= 1) {
+    const int64_t next = first + kGroup < end ? find(first + kGroup, from[turn ^ 1]) : 0;
+    char* out = static_cast<char*>(a.out) + first * bytes;
+    for (int64_t i = 0; i < count; ++i, out += bytes) {
+      if (const char* row = from[turn][i]) {
+        copy_bytes(out, row, bytes);
+      } else {
+        zero_row(out, bytes);
+      }
+    }
+    count = next;
+  }
+}
+
+template <typename Index>
+FEDPEFT_INLINE void forward_of(const ClientEmbeddingArgs& a, int64_t bytes, int64_t begin,
+                               int64_t end) {
+  const auto* rows = static_cast<const Index*>(a.rows.data);
+  if (bytes == 128) return forward_as(a, rows, bytes, Fixed<128>{}, begin, end);
+  if (bytes == 256) return forward_as(a, rows, bytes, Fixed<256>{}, begin, end);
+  forward_as(a, rows, bytes, Fixed<0>{}, begin, end);
 }
 
 template <typename T>
 void forward(const ClientEmbeddingArgs& a, int64_t begin, int64_t end) {
-  with_fixed_width<T>(a.D, [&](auto width) { forward_as<T>(a, width, begin, end); });
+  const int64_t bytes = a.D * int64_t(sizeof(T));
+  a.rows.bytes == 8 ? forward_of<int64_t>(a, bytes, begin, end)
+                    : forward_of<int32_t>(a, bytes, begin, end);
 }
 
 template <typename T>
@@ -60,8 +97,15 @@ void backward(const ClientEmbeddingArgs& a, int64_t begin, int64_t end) {
 
 template <typename T>
 void backward_entries(const ClientEmbeddingArgs& a, const int64_t* positions, int64_t count) {
+  constexpr int64_t kAhead = 8;
+  acc_t<T>* into = static_cast<acc_t<T>*>(a.grad_weight);
   for (int64_t i = 0; i < count; ++i) {
-    add_position<T>(a, static_cast<acc_t<T>*>(a.grad_weight), positions ? positions[i] : i);
+    if (i + kAhead < count) {
+      const int64_t soon = positions ? positions[i + kAhead] : i + kAhead, row = a.rows[soon];
+      if (uint64_t(row) < uint64_t(a.num_rows)) prefetch_row(into + row * a.D, a.D);
+      if (positions) prefetch_row(static_cast<const T*>(a.grad) + soon * a.D, a.D);
+    }
+    add_position<T>(a, into, positions ? positions[i] : i);
   }
 }
 

@@ -21,31 +21,20 @@ struct Arrays {
   acc_t<T>*first, *second;
 
   // Steps elements [begin, end) in vectors, the last one filled up, so that an element's arithmetic
-  // does not depend on where a stretch begins. What comes next is asked for across the borders of
-  // pages, where the processor's own prefetching stops.
+  // does not depend on where a stretch begins. Without moments a cache line at a time, since that
+  // little arithmetic would wait for memory in between. No prefetches: they slow down what the
+  // processor fetches ahead of streams by itself.
   template <int moments, typename Step>
   FEDPEFT_INLINE void step(int64_t begin, int64_t end, const Step& step_vector) const {
-    constexpr int64_t N = kLanes<acc_t<T>>, kAhead = 4096 / int64_t(sizeof(T));
-    Element<T> e{};
+    constexpr int64_t N = kLanes<acc_t<T>>, kLine = 64 / int64_t(sizeof(T));
     int64_t i = begin;
-    for (; i + N <= end; i += N) {
-      if ((i - begin) * int64_t(sizeof(T)) % 64 == 0) {
-        __builtin_prefetch(param + i + kAhead, 1);
-        __builtin_prefetch(grad + i + kAhead);
-        if constexpr (moments > 0) __builtin_prefetch(first + i + kAhead, 1);
-        if constexpr (moments > 1) __builtin_prefetch(second + i + kAhead, 1);
-      }
-      e.param = load(static_cast<const T*>(param) + i);
-      e.grad = load(grad + i);
-      if constexpr (moments > 0) e.first = load(static_cast<const acc_t<T>*>(first) + i);
-      if constexpr (moments > 1) e.second = load(static_cast<const acc_t<T>*>(second) + i);
-      step_vector(e);
-      store(param + i, e.param);
-      if constexpr (moments > 0) store(first + i, e.first);
-      if constexpr (moments > 1) store(second + i, e.second);
+    if constexpr (moments == 0) {
+      for (; i + kLine <= end; i += kLine) step_vectors<moments, kLine / N>(i, step_vector);
     }
+    for (; i + N <= end; i += N) step_vectors<moments, 1>(i, step_vector);
     const int64_t left = end - i;
     if (left == 0) return;
+    Element<T> e{};
     e.param = load_part(static_cast<const T*>(param) + i, left);
     e.grad = load_part(grad + i, left);
     if constexpr (moments > 0) e.first = load_part(static_cast<const acc_t<T>*>(first) + i, left);
@@ -54,6 +43,26 @@ struct Arrays {
     store_part(param + i, e.param, left);
     if constexpr (moments > 0) store_part(first + i, e.first, left);
     if constexpr (moments > 1) store_part(second + i, e.second, left);
+  }
+
+  template <int moments, int V, typename Step>
+  FEDPEFT_INLINE void step_vectors(int64_t i, const Step& step_vector) const {
+    constexpr int64_t N = kLanes<acc_t<T>>;
+    Element<T> e[V];
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = i + v * N;
+      e[v].param = load(static_cast<const T*>(param) + at);
+      e[v].grad = load(grad + at);
+      if constexpr (moments > 0) e[v].first = load(static_cast<const acc_t<T>*>(first) + at);
+      if constexpr (moments > 1) e[v].second = load(static_cast<const acc_t<T>*>(second) + at);
+    }
+    for (int v = 0; v < V; ++v) step_vector(e[v]);
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = i + v * N;
+      store(param + at, e[v].param);
+      if constexpr (moments > 0) store(first + at, e[v].first);
+      if constexpr (moments > 1) store(second + at, e[v].second);
+    }
   }
 
   // touched: the gradient moves the row. coasting: moments alone do. still: nothing does, as in
@@ -72,15 +81,15 @@ struct Arrays {
   }
 
   // Calls step(begin, end, l2) for all but still rows. Without l2 and with `harmless` steps (a
-  // still row stays as it is), only the ends of a stretch are looked at: to look into every row
-  // first would spoil the one pass in order that memory is fastest at.
+  // still row stays as it is), only the first element of a long stretch is looked at: to look
+  // further ahead would spoil the one pass in order that memory is fastest at.
   template <int moments, typename Step>
   FEDPEFT_INLINE void stretches(int64_t begin, int64_t end, int64_t row, double l2, bool harmless,
                                 const Step& step_stretch) const {
-    constexpr int64_t kStretch = 1024;
+    constexpr int64_t kStretch = 16384;
     for (int64_t i = begin; i < end;) {
       const int64_t far = i + kStretch < end ? i + kStretch : end;
-      if (l2 == 0 && harmless && (nonzero(grad[i]) || nonzero(grad[far - 1]))) {
+      if (l2 == 0 && harmless && nonzero(grad[i])) {
         step_stretch(i, far, acc_t<T>(0));
         i = far;
         continue;
@@ -94,15 +103,18 @@ struct Arrays {
   }
 };
 
-// Calls run(client, first, last) for the part of a client's elements that is work item `item`.
+// Calls run(client, first, last) for the part of each client's elements that is in work items
+// [begin, end).
 template <typename Run>
 FEDPEFT_INLINE void for_items(const ClientOptimArgs& a, int64_t begin, int64_t end,
                               const Run& run) {
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t client = item / a.blocks;
-    const int64_t first = (item % a.blocks) * a.rows * a.row;
-    const int64_t last = first + a.rows * a.row < a.size ? first + a.rows * a.row : a.size;
-    run(client, first, last);
+  const int64_t elements = a.rows * a.row;
+  for (int64_t item = begin; item < end;) {
+    const int64_t client = item / a.blocks, block = item % a.blocks;
+    const int64_t blocks = a.blocks - block < end - item ? a.blocks - block : end - item;
+    const int64_t last = (block + blocks) * elements;
+    run(client, block * elements, last < a.size ? last : a.size);
+    item += blocks;
   }
 }
 

@@ -267,7 +267,11 @@ void backward_entries(const HashLookupArgs& a, const int64_t* entries, int64_t c
   using A = acc_t<T>;
   const bool senet = a.w1 != nullptr;
   const Modulus modulus(a.M);
+  constexpr int64_t kAhead = 8;
   for (int64_t i = 0; i < count; ++i) {
+    if (entries && i + kAhead < count) {
+      prefetch_row(static_cast<const T*>(a.grad) + entries[i + kAhead] / a.H * a.D, a.D);
+    }
     const int64_t entry = entries ? entries[i] : i, n = entry / a.H, h = entry % a.H;
     if (!valid_position(a, n)) continue;
     const int64_t bucket = modulus(

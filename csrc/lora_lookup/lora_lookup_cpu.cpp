@@ -128,7 +128,11 @@ void backward_entries(const LoraLookupArgs& a, const int64_t* positions, int64_t
   using A = acc_t<T>;
   A* Bt = static_cast<A*>(scratch);
   transpose_B<T>(a, 0, Bt);
+  constexpr int64_t kAhead = 8;
   for (int64_t i = 0; i < count; ++i) {
+    if (positions && i + kAhead < count) {
+      prefetch_row(static_cast<const T*>(a.grad) + positions[i + kAhead] * a.D, a.D);
+    }
     const int64_t n = positions ? positions[i] : i;
     const int64_t row = checked_row(a, n);
     if (row < 0) continue;

@@ -120,6 +120,9 @@ template <typename T>
 void backward_entries(const RqLookupArgs& a, const int64_t* entries, int64_t count) {
   acc_t<T>* into = static_cast<acc_t<T>*>(a.grad_codebooks);
   for (int64_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) {
+      prefetch_row(static_cast<const T*>(a.grad) + entries[i + kAhead] / a.L * a.D, a.D);
+    }
     const int64_t level = entries[i] % a.L;
     add_levels<T>(a, into, entries[i] / a.L, level, level + 1);
   }
