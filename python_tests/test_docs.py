@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 import runpy
 import shlex
@@ -114,6 +116,28 @@ def test_links_lead_somewhere(page: Path) -> None:
                 assert heading in [
                     re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines
                 ], target
+
+
+def test_api_pages_have_every_public_name() -> None:
+    """Functions called like their module, which a package's page leaves out, have lines of their own."""
+    shown: set[str] = set()
+    for page in (ROOT / "docs" / "api").glob("*.md"):
+        shown |= set(re.findall(r"^::: ([\w.]+)", page.read_text(), re.M))
+    for name in (
+        "ops",
+        "nn",
+        "backbones",
+        "data",
+        "pretrain",
+        "simulation",
+        "experiments",
+        "experiments.studies",
+    ):
+        package = importlib.import_module(f"fedpeft_ext.{name}")
+        own = {each.rpartition(".")[2] for each in shown if each.startswith(f"{package.__name__}.")}
+        modules = {each.name for each in pkgutil.iter_modules(package.__path__)}
+        hidden = modules if package.__name__ in shown else set(package.__all__)
+        assert set(package.__all__) & hidden <= own, name
 
 
 def test_requirements_pin_exact_versions() -> None:
