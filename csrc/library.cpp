@@ -84,7 +84,7 @@ STABLE_TORCH_LIBRARY(FEDPEFT_LIBRARY, m) {
       "sum_w1, Tensor(g!)? sum_b1, Tensor(h!)? sum_w2, Tensor(i!)? sum_b2, Tensor(j!)? touched,"
       " bool mean, int epochs, int batch_size, bool bpr, bool adam, float lr, float beta1, "
       "float beta2, float eps, float l2_user, float l2_items, float prox, int seed, int round, "
-      "float grid, int memory_bytes) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float grid) -> (Tensor, Tensor, Tensor, Tensor)");
 
   // Between clients and the server.
   m.def("touched_rows(Tensor items) -> (Tensor, Tensor)");

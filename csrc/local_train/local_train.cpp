@@ -1,5 +1,6 @@
 // Binding of local_train: checks, allocation, dispatch.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <functional>
 #include <numeric>
@@ -61,37 +62,30 @@ std::vector<int64_t> largest_first(const std::vector<int64_t>& sizes) {
 
 const void* data_of(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
 
-// Trains clients [begin, end), the largest first, each as one task taken by whichever thread is
-// free. `kept_at(c)`: where its sums are made from; null for a place of the thread's own.
-template <typename KeptAt>
-[[maybe_unused]] void train_on_cpu(const LocalTrainArgs& a, int64_t begin, int64_t end, int dtype,
-                                   const Tensor& like, const KeptAt& kept_at) {
+// Trains the clients of the call in `order`, each as one task taken by whichever of `threads` is
+// free. `train(thread, c, scratch)`: trains client c with memory of the thread's own.
+template <typename Train>
+[[maybe_unused]] void train_on_cpu(const LocalTrainArgs& a, const std::vector<int64_t>& sizes,
+                                   const std::vector<int64_t>& order, int64_t threads, DType dtype,
+                                   const Tensor& like, const Train& train) {
   const LocalTrainKernels& kernels = select_local_train_kernels();
-  const int64_t C = end - begin;
-  std::vector<int64_t> sizes(static_cast<size_t>(C));
-  for (int64_t c = 0; c < C; ++c) sizes[size_t(c)] = items_of(a, begin + c);
-  const std::vector<int64_t> order = largest_first(sizes);
+  const int64_t C = int64_t(order.size());
   // Not always the most for the most items: the maps of rows change their kind.
-  int64_t scratch_bytes = 0, kept_bytes = 0;
-  for (int64_t i = 0; i < C; ++i) {
-    const int64_t n = sizes[size_t(order[size_t(i)])];
-    if (i > 0 && n == sizes[size_t(order[size_t(i - 1)])]) continue;
-    scratch_bytes = std::max(scratch_bytes, kernels.scratch[dtype](a, n));
-    if (a.sum_tasks == 0) kept_bytes = std::max(kept_bytes, kernels.kept[dtype](a, n));
+  int64_t bytes = 0, known = -1;
+  for (const int64_t c : order) {
+    const int64_t n = sizes[size_t(c)];
+    if (n != known) bytes = std::max(bytes, kernels.scratch[int(dtype)](a, known = n));
   }
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), C);
-  Tensor room =
-      torch::stable::new_empty(like, {threads, scratch_bytes + kept_bytes}, ScalarType::Byte);
+  Tensor room = torch::stable::new_empty(like, {threads, bytes}, ScalarType::Byte);
   char* memory = static_cast<char*>(room.mutable_data_ptr());
   std::atomic<int64_t> next{0};
   parallel_tasks(threads, [&](int64_t t) {
-    char* scratch = memory + t * (scratch_bytes + kept_bytes);
-    for (int64_t i = next++; i < C; i = next++) {
-      const int64_t c = begin + order[size_t(i)];
-      char* kept = kept_at(c);
-      kernels.train[dtype](a, c, scratch, kept ? kept : scratch + scratch_bytes);
-    }
+    for (int64_t i = next++; i < C; i = next++) train(t, order[size_t(i)], memory + t * bytes);
   });
+}
+
+[[maybe_unused]] int64_t threads_for(int64_t C) {
+  return std::min<int64_t>(torch::stable::get_num_threads(), C);
 }
 
 void check_range(const LocalTrainArgs& a, int64_t client, int64_t first, int64_t last) {
@@ -392,7 +386,10 @@ local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
   run_on(
       user,
       [&](auto) {
-        train_on_cpu(a, 0, C, int(call.dtype), user, [](int64_t) -> char* { return nullptr; });
+        const auto train = select_local_train_kernels().train[int(call.dtype)];
+        train_on_cpu(
+            a, call.sizes, largest_first(call.sizes), threads_for(C), call.dtype, user,
+            [&](int64_t, int64_t c, char* scratch) { train(a, c, scratch, nullptr, 0.0); });
         raise_errors(a);
       },
       [&](auto stream) { train_on_gpu(a, call.sizes, call.dtype, user, stream); });
@@ -414,6 +411,72 @@ double* sum_of(const Optional& total, const Optional& parameter, const char* nam
   return static_cast<double*>(Tensor(*total).mutable_data_ptr());
 }
 
+// Sums over clients that several threads add to, in any order, since they are exact. A thread has
+// its own copy of a small one, of which its clients fill a good part; one of many rows is shared,
+// behind locks.
+class SharedSums {
+ public:
+  struct Part {
+    double* total;
+    int64_t rows, width, reads;  // rows that one draw touches
+  };
+
+  SharedSums(const std::array<Part, kParts>& parts, const LocalSums& alone, int64_t draws,
+             int64_t threads)
+      : parts_(parts), threads_(size_t(threads), alone) {
+    if (threads == 1) return;
+    int64_t room = 0;
+    for (int part = 0; part < kParts; ++part) {
+      const auto [total, rows, width, reads] = parts[size_t(part)];
+      if (!total) continue;
+      const bool own = rows * width * int64_t(sizeof(double)) <= kOwnBytes &&
+                       2 * rows * threads <= draws * reads;
+      if (own || reads == 0) {
+        at_[size_t(part)] = room;
+        room += (rows * width + kLine - 1) / kLine * kLine;
+      } else {
+        locks_[size_t(part)].resize(size_t(kTotalLocks));
+        for (LocalSums& sums : threads_) sums.locks[part] = locks_[size_t(part)].data();
+      }
+    }
+    own_.resize(size_t(threads));
+    for (size_t t = 0; t < own_.size(); ++t) {
+      own_[t].resize(size_t(room + kLine));
+      for (int part = 0; part < kParts; ++part) {
+        if (at_[size_t(part)] >= 0) threads_[t].totals[part] = own_[t].data() + at_[size_t(part)];
+      }
+    }
+  }
+
+  LocalSums& of(int64_t thread) { return threads_[size_t(thread)]; }
+
+  // Brings the threads' own copies together, and returns which parts were broken.
+  uint32_t gather() {
+    uint32_t broken = 0;
+    for (const LocalSums& sums : threads_) broken |= sums.broken;
+    if (own_.empty()) return broken;
+    for (int part = 0; part < kParts; ++part) {
+      const int64_t at = at_[size_t(part)];
+      if (at < 0) continue;
+      const auto [total, rows, width, reads] = parts_[size_t(part)];
+      for (int64_t i = 0; i < rows * width; ++i) {
+        for (const std::vector<double>& own : own_) total[i] += own[size_t(at + i)];
+      }
+    }
+    return broken;
+  }
+
+ private:
+  static constexpr int64_t kOwnBytes = 1 << 20;
+  static constexpr int64_t kLine = 8;  // doubles of a cache line
+
+  std::array<Part, kParts> parts_;
+  std::vector<LocalSums> threads_;
+  std::array<int64_t, kParts> at_ = {-1, -1, -1, -1, -1, -1, -1, -1, -1};
+  std::array<std::vector<uint8_t>, kParts> locks_;
+  std::vector<std::vector<double>> own_;
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(
     const Tensor& clients, const Tensor& weights, const Tensor& indptr, const Tensor& items,
     const Tensor& positives, int64_t num_items, const Tensor& user, const Optional& base,
@@ -425,7 +488,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(
     const Optional& sum_w2, const Optional& sum_b2, const Optional& touched, bool mean,
     int64_t epochs, int64_t batch_size, bool bpr, bool adam, double lr, double beta1, double beta2,
     double eps, double l2_user, double l2_items, double prox, int64_t seed, int64_t round,
-    double grid, int64_t memory_bytes) {
+    double grid) {
   Call call;
   prepare(call, clients, indptr, items, positives, num_items, user, base, table, A, B, codes,
           codebooks, buckets, hashes, w1, b1, w2, b2, mean, epochs, batch_size, bpr, adam, lr,
@@ -434,16 +497,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(
   const int64_t C = clients.size(0);
   check_weights(weights, C, user, "user");
   const Tensor weights_ = dense(weights);
-  a.weights = static_cast<const double*>(weights_.const_data_ptr());
-  a.sum_table = sum_of(sum_table, table, "sum_table", "table");
-  a.sum_A = sum_of(sum_A, A, "sum_A", "A");
-  a.sum_B = sum_of(sum_B, B, "sum_B", "B");
-  a.sum_codebooks = sum_of(sum_codebooks, codebooks, "sum_codebooks", "codebooks");
-  a.sum_buckets = sum_of(sum_buckets, buckets, "sum_buckets", "buckets");
-  a.sum_w1 = sum_of(sum_w1, w1, "sum_w1", "w1");
-  a.sum_b1 = sum_of(sum_b1, b1, "sum_b1", "b1");
-  a.sum_w2 = sum_of(sum_w2, w2, "sum_w2", "w2");
-  a.sum_b2 = sum_of(sum_b2, b2, "sum_b2", "b2");
+  const double* const weight_of = static_cast<const double*>(weights_.const_data_ptr());
+  const std::array<SharedSums::Part, kParts> parts = {{
+      {sum_of(sum_table, table, "sum_table", "table"), num_items, a.D, 1},
+      {sum_of(sum_A, A, "sum_A", "A"), num_items, a.rank, 1},
+      {sum_of(sum_B, B, "sum_B", "B"), a.D, a.rank, 0},
+      {sum_of(sum_codebooks, codebooks, "sum_codebooks", "codebooks"), a.L * a.K, a.D, a.L},
+      {sum_of(sum_buckets, buckets, "sum_buckets", "buckets"), a.M, a.D, a.H},
+      {sum_of(sum_w1, w1, "sum_w1", "w1"), a.S, a.H, 0},
+      {sum_of(sum_b1, b1, "sum_b1", "b1"), 1, a.S, 0},
+      {sum_of(sum_w2, w2, "sum_w2", "w2"), a.H, a.S, 0},
+      {sum_of(sum_b2, b2, "sum_b2", "b2"), 1, a.H, 0},
+  }};
+  LocalSums sums{};
+  for (int part = 0; part < kParts; ++part) sums.totals[part] = parts[size_t(part)].total;
   if (touched) {
     check_value(table || A, "touched: expected together with table or A, got only touched");
     check_dim(*touched, 1, "touched", "[I]");
@@ -452,61 +519,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(
                torch::headeronly::toString(touched->scalar_type()));
     check_same_device(*touched, user, "touched", "user");
     check_value(touched->is_contiguous(), "touched: expected a contiguous tensor");
-    a.touched = static_cast<uint8_t*>(Tensor(*touched).mutable_data_ptr());
+    sums.touched = static_cast<uint8_t*>(Tensor(*touched).mutable_data_ptr());
   }
-  a.shift = shift_of(grid);
+  sums.shift = shift_of(grid);
   Tensor new_user = torch::stable::new_empty(user, {C, a.D});
   a.new_user = new_user.mutable_data_ptr();
   Tensor losses = torch::stable::new_empty(user, {C}, ScalarType::Double);
   a.losses = static_cast<double*>(losses.mutable_data_ptr());
-  a.sum_tasks = torch::stable::get_num_threads();
 
-  // Blocks of clients: trained in parallel, then added in the order of clients, in parallel over
-  // rows.
-  const int dtype = int(call.dtype);
-  const LocalTrainKernels& kernels = select_local_train_kernels();
-  std::vector<int64_t> at(static_cast<size_t>(C)), fresh;
-  std::vector<uint32_t> broken(size_t(a.sum_tasks), 0);
-  int64_t known_size = -1, known_bytes = 0;
-  for (int64_t begin = 0, end = 0; begin < C; begin = end) {
-    int64_t bytes = 0;
-    for (; end < C; ++end) {
-      const int64_t n = items_of(a, end);
-      if (n != known_size) known_bytes = kernels.kept[dtype](a, known_size = n);
-      if (end > begin && bytes + known_bytes > memory_bytes) break;
-      at[size_t(end)] = bytes;
-      bytes += known_bytes;
-    }
-    Tensor room = torch::stable::new_empty(user, {bytes}, ScalarType::Byte);
-    char* memory = static_cast<char*>(room.mutable_data_ptr());
-    const auto kept_at = [&](int64_t c) { return memory + at[size_t(c)]; };
-    train_on_cpu(a, begin, end, dtype, user, kept_at);
-    raise_errors(a);
-
-    std::vector<int64_t> rows(size_t(a.sum_tasks) + 1, 0);  // of each task, then where they begin
-    for (int64_t t = 0; a.touched && t < a.sum_tasks; ++t) {
-      for (int64_t c = begin; c < end; ++c)
-        rows[size_t(t) + 1] += kernels.task_rows[dtype](a, c, t, kept_at(c));
-      rows[size_t(t) + 1] += rows[size_t(t)];
-    }
-    std::vector<int64_t> found(size_t(rows.back())), counts(size_t(a.sum_tasks), 0);
-    parallel_tasks(a.sum_tasks, [&](int64_t t) {
-      int64_t *const first = found.data() + rows[size_t(t)], *last = first;
-      for (int64_t c = begin; c < end; ++c)
-        broken[size_t(t)] |= kernels.sum[dtype](a, c, t, kept_at(c), last);
-      counts[size_t(t)] = last - first;
-    });
-    for (int64_t t = 0; t < a.sum_tasks; ++t) {
-      const auto first = found.begin() + rows[size_t(t)];
-      fresh.insert(fresh.end(), first, first + counts[size_t(t)]);
-    }
+  // Sums that are rounded have an order, that of the clients, and so one thread.
+  const int64_t threads = grid > 0 ? threads_for(C) : std::min<int64_t>(C, 1);
+  std::vector<int64_t> order;
+  if (grid > 0) {
+    order = largest_first(call.sizes);
+  } else {
+    order.resize(size_t(C));
+    std::iota(order.begin(), order.end(), int64_t{0});
   }
+  int64_t draws = 0;
+  for (const int64_t n : call.sizes) draws += n * (1 + epochs);
+  SharedSums shared(parts, sums, draws, threads);
+  std::vector<std::vector<int64_t>> fresh(static_cast<size_t>(threads));  // rows; as many as `counts` are filled
+  std::vector<int64_t> counts(static_cast<size_t>(threads), 0);
+  const auto train = select_local_train_kernels().train[int(call.dtype)];
+  train_on_cpu(a, call.sizes, order, threads, call.dtype, user,
+               [&](int64_t t, int64_t c, char* scratch) {
+                 LocalSums& mine = shared.of(t);
+                 int64_t& count = counts[size_t(t)];
+                 std::vector<int64_t>& rows = fresh[size_t(t)];
+                 if (mine.touched) {
+                   const int64_t most = std::min(num_items, call.sizes[size_t(c)] * (1 + epochs));
+                   if (int64_t(rows.size()) < count + most) rows.resize(size_t(2 * count + most));
+                   mine.fresh = rows.data() + count;
+                 }
+                 train(a, c, scratch, &mine, weight_of[c]);
+                 if (mine.touched) count = mine.fresh - rows.data();
+               });
+  const uint32_t any = shared.gather();
+  raise_errors(a);
 
-  Tensor rows = torch::stable::new_empty(user, {int64_t(fresh.size())}, ScalarType::Long);
-  std::copy(fresh.begin(), fresh.end(), static_cast<int64_t*>(rows.mutable_data_ptr()));
+  int64_t marked = 0;
+  for (const int64_t count : counts) marked += count;
+  Tensor rows = torch::stable::new_empty(user, {marked}, ScalarType::Long);
+  int64_t* out = static_cast<int64_t*>(rows.mutable_data_ptr());
+  for (size_t t = 0; t < fresh.size(); ++t) out = std::copy_n(fresh[t].begin(), counts[t], out);
   Tensor bad = torch::stable::new_empty(user, {kParts}, ScalarType::Bool);
-  uint32_t any = 0;
-  for (const uint32_t bits : broken) any |= bits;
   for (int part = 0; part < kParts; ++part)
     static_cast<bool*>(bad.mutable_data_ptr())[part] = any >> part & 1;
   return {new_user, losses, rows, bad};

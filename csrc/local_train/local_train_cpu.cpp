@@ -11,10 +11,8 @@ namespace {
 template <typename T>
 class Trainer {
  public:
-  Trainer(const LocalTrainArgs& args, int64_t n, void* scratch, void* kept)
-      : a(args), size(n), memory{Arena(scratch), Arena(kept)} {
+  Trainer(const LocalTrainArgs& args, int64_t n, void* scratch) : a(args), size(n), arena(scratch) {
     const int64_t draws = n * (1 + a.epochs), batch = 2 * n;
-    Arena& arena = memory.work;
     items = arena.take<int64_t>(draws);
     batch_draws = arena.take<int32_t>(batch);
     scores = arena.take<T>(batch);
@@ -25,30 +23,32 @@ class Trainer {
       spare = arena.take<int32_t>(n);
       keys = arena.take<uint64_t>(n);
     }
-    user.lay_out(memory, a, a.user, 1, a.D, false);
-    if (a.table) table.lay_out(memory, a, a.table, a.num_items, a.D, 1, draws, false);
-    if (a.A) lora.lay_out(memory, a, draws);
-    if (a.codebooks) codewords.lay_out(memory, a, a.codebooks, a.L * a.K, a.D, a.L, draws, false);
-    if (a.buckets && a.w1) senet.lay_out(memory, a, draws, batch);
+    user.lay_out(arena, a, a.user, 1, a.D, false);
+    if (a.table) table.lay_out(arena, a, a.table, a.num_items, a.D, 1, draws, false, false);
+    if (a.A) lora.lay_out(arena, a, draws);
+    if (a.codebooks)
+      codewords.lay_out(arena, a, a.codebooks, a.L * a.K, a.D, a.L, draws, false, true);
+    if (a.buckets && a.w1) senet.lay_out(arena, a, draws, batch);
     if (a.buckets && !a.w1) {
-      hashed.lay_out(memory, a, a.buckets, a.M, a.D, a.H, draws, false);
+      hashed.lay_out(arena, a, a.buckets, a.M, a.D, a.H, draws, false, true);
       hashed.scale = a.mean ? T(1) / T(a.H) : T(1);
     }
   }
 
-  int64_t scratch() const { return memory.work.used(); }
-  int64_t kept() const { return memory.kept.used(); }
+  int64_t scratch() const { return arena.used(); }
 
-  void train(int64_t c) {
+  void train(int64_t c, LocalSums* sums, double weight) {
     client = a.clients[c];
     first = a.indptr[client];
+    if (sums) add_to(*sums, weight);
     if (!start()) return;
     double loss = 0;
+    const int64_t most = a.batch > 0 ? a.batch : size;
+    const int64_t all = size ? a.epochs * ((size + most - 1) / most) : 0;
     int64_t steps = 0;
     for (int64_t epoch = 0; epoch < a.epochs; ++epoch) {
       if (!draw_negatives(epoch)) return;
       if (a.batch > 0) shuffle(epoch);
-      const int64_t most = a.batch > 0 ? a.batch : size;
       for (int64_t at = 0; at < size; at += most) {
         const int64_t count = size - at < most ? size - at : most;
         for (int64_t i = 0; i < count; ++i) {
@@ -56,73 +56,22 @@ class Trainer {
           batch_draws[2 * i] = int32_t(positive);
           batch_draws[2 * i + 1] = int32_t((1 + epoch) * size + positive);
         }
-        loss += take_step(Batch{batch_draws, 2 * count}, ++steps);
+        loss += take_step(Batch{batch_draws, 2 * count}, LocalStep<T>(a, ++steps, all));
       }
     }
     a.losses[c] = steps ? loss / double(steps) : 0.0;
-    if (a.sum_tasks == 0) {
+    copy_row(static_cast<T*>(a.new_user) + c * a.D, user.p, a.D);
+    if (sums) {
+      add_up(*sums);
+    } else {
       write(c);
-      return;
     }
-    for_slots([](Slots<T>& slots) {
-      slots.settle();
-      slots.group_by_task();
-    });
-    if (a.A) lora.B.settle();
-    if (a.buckets && a.w1) {
-      senet.w1.settle();
-      senet.b1.settle();
-      senet.w2.settle();
-      senet.b2.settle();
-    }
-  }
-
-  // Of a client that was trained with the same `kept`.
-  int64_t task_rows(int64_t task) {
-    const Slots<T>& slots = a.table ? table.slots : lora.A.slots;
-    return a.table || a.A ? slots.first_of[task + 1] - slots.first_of[task] : 0;
-  }
-
-  uint32_t sum(int64_t c, int64_t task, int64_t*& fresh) {
-    const Addition by{a.weights[c], a.shift};
-    uint32_t broken = 0;
-    const auto add_rows = [&](const Slots<T>& slots, double* total, BrokenPart part) {
-      broken |= uint32_t(slots.add_to(total, task, by)) << part;
-    };
-    const auto add_dense = [&](const DensePart<T>& dense, double* total, BrokenPart part) {
-      if (task == 0) broken |= uint32_t(dense.add_to(total, by)) << part;
-    };
-    if (a.table || a.A) {
-      const Slots<T>& slots = a.table ? table.slots : lora.A.slots;
-      for (int32_t i = a.touched ? slots.first_of[task] : slots.first_of[task + 1];
-           i < slots.first_of[task + 1]; ++i) {
-        const int64_t row = slots.rows[slots.by_task[i]];
-        *fresh = row;
-        fresh += !a.touched[row];
-        a.touched[row] = 1;
-      }
-    }
-    if (a.table) add_rows(table.slots, a.sum_table, broken_table);
-    if (a.A) {
-      add_rows(lora.A.slots, a.sum_A, broken_A);
-      add_dense(lora.B, a.sum_B, broken_B);
-    }
-    if (a.codebooks) add_rows(codewords.slots, a.sum_codebooks, broken_codebooks);
-    if (a.buckets) add_rows(a.w1 ? senet.table.slots : hashed.slots, a.sum_buckets, broken_buckets);
-    if (a.buckets && a.w1) {
-      add_dense(senet.w1, a.sum_w1, broken_w1);
-      add_dense(senet.b1, a.sum_b1, broken_b1);
-      add_dense(senet.w2, a.sum_w2, broken_w2);
-      add_dense(senet.b2, a.sum_b2, broken_b2);
-    }
-    if (task == 0) copy_row(static_cast<T*>(a.new_user) + c * a.D, user.p, a.D);
-    return broken;
   }
 
  private:
   const LocalTrainArgs& a;
   const int64_t size;
-  Memory memory;
+  Arena arena;
   int64_t client = 0, first = 0;
   int64_t* items;        // [draws]: the positives, then each epoch's negatives
   int32_t* batch_draws;  // positives and negatives alternating, so that what cancels in a pair
@@ -161,6 +110,41 @@ class Trainer {
     return resolve(0, size);
   }
 
+  // The trained parts with their names.
+  template <typename F>
+  FEDPEFT_INLINE void for_parts(const F& f) {
+    if (a.table) f(table.slots, broken_table);
+    if (a.A) f(lora.A.slots, broken_A);
+    if (a.A) f(lora.B, broken_B);
+    if (a.codebooks) f(codewords.slots, broken_codebooks);
+    if (a.buckets) f(a.w1 ? senet.table.slots : hashed.slots, broken_buckets);
+    if (!a.w1) return;
+    f(senet.w1, broken_w1);
+    f(senet.b1, broken_b1);
+    f(senet.w2, broken_w2);
+    f(senet.b2, broken_b2);
+  }
+
+  void add_to(const LocalSums& sums, double weight) {
+    for_parts([&](auto& part, BrokenPart name) {
+      part.total = {sums.totals[name], sums.locks[name], {weight, sums.shift}};
+    });
+  }
+
+  void add_up(LocalSums& sums) {
+    for_parts([&](auto& part, BrokenPart name) {
+      part.add_up();
+      sums.broken |= uint32_t(part.total.broken) << name;
+    });
+    if (!sums.touched) return;
+    const Slots<T>& slots = a.table ? table.slots : lora.A.slots;
+    for (int64_t s = 0; s < slots.count; ++s) {
+      uint8_t* mark = sums.touched + slots.rows[s];
+      if (__atomic_load_n(mark, __ATOMIC_RELAXED)) continue;
+      if (!__atomic_exchange_n(mark, uint8_t(1), __ATOMIC_RELAXED)) *sums.fresh++ = slots.rows[s];
+    }
+  }
+
   template <typename F>
   FEDPEFT_INLINE void for_slots(const F& f) {
     if (a.table) f(table.slots);
@@ -186,16 +170,7 @@ class Trainer {
       for (int64_t i = 0; i < count; ++i) items[begin + p + i] = drawn[i];
     }
     prefetch(begin, begin + size);
-    int64_t settled[5] = {}, i = 0;
-    for_slots([&](Slots<T>& slots) { settled[i++] = slots.count; });
-    if (!resolve(begin, begin + size)) return false;
-    i = 0;
-    // The first epoch's rows get their moments from the first step.
-    for_slots([&](Slots<T>& slots) {
-      if (epoch > 0) slots.zero_moments(settled[i], slots.count);
-      ++i;
-    });
-    return true;
+    return resolve(begin, begin + size);
   }
 
   FEDPEFT_INLINE void prefetch(int64_t begin, int64_t end) const {
@@ -207,19 +182,35 @@ class Trainer {
     }
   }
 
+  template <typename F>
+  FEDPEFT_INLINE void with_codes(const F& f) const {
+    switch (a.codes.bytes) {
+      case 8:
+        return f(static_cast<const int64_t*>(a.codes.data));
+      case 4:
+        return f(static_cast<const int32_t*>(a.codes.data));
+      case 2:
+        return f(static_cast<const int16_t*>(a.codes.data));
+      default:
+        return f(static_cast<const uint8_t*>(a.codes.data));
+    }
+  }
+
   bool resolve(int64_t begin, int64_t end) {
     if (a.table) table.resolve(begin, end, [&](int64_t n, int64_t) { return items[n]; });
     if (a.A) lora.A.resolve(begin, end, [&](int64_t n, int64_t) { return items[n]; });
     bool known = true;
     if (a.codebooks) {
-      codewords.resolve(begin, end, [&](int64_t n, int64_t level) {
-        int64_t code = a.codes[items[n] * a.L + level];
-        if (uint64_t(code) >= uint64_t(a.K)) [[unlikely]] {
-          a.bad_code->report(items[n] * a.L + level);
-          known = false;
-          code = 0;
-        }
-        return level * a.K + code;
+      with_codes([&](const auto* codes) {
+        codewords.resolve(begin, end, [&](int64_t n, int64_t level) {
+          int64_t code = codes[items[n] * a.L + level];
+          if (uint64_t(code) >= uint64_t(a.K)) [[unlikely]] {
+            a.bad_code->report(items[n] * a.L + level);
+            known = false;
+            code = 0;
+          }
+          return level * a.K + code;
+        });
       });
     }
     if (a.buckets) {
@@ -288,13 +279,15 @@ class Trainer {
     return total / double(2 * pairs);
   }
 
-  double take_step(const Batch& batch, int64_t number) {
-    const LocalStep<T> step(a, number);
+  double take_step(const Batch& batch, const LocalStep<T>& step) {
     const BasePart<T> base{static_cast<const T*>(a.base), items, a.D};
     const T* u = user.p;
     const T l2 = T(a.l2_items);
-    zero_row(scores, batch.size);
-    if (a.base) base.add_scores(batch, u, scores);
+    if (a.base) {
+      base.set_scores(batch, u, scores);
+    } else {
+      zero_row(scores, batch.size);
+    }
     if (a.table) {
       table.begin(u);
       table.add_scores(batch, scores);
@@ -348,8 +341,9 @@ class Trainer {
   // Rows of an item table, [R, width] of client c.
   void write_rows(const Slots<T>& slots, int64_t c, void* delta) const {
     T* out = static_cast<T*>(delta) + c * a.R * slots.width;
-    for (int64_t s = 0; s < slots.count; ++s) slots.write_delta(out + s * slots.width, s);
-    zero_row(out + slots.count * slots.width, (a.R - slots.count) * slots.width);
+    const int64_t changed = slots.moved ? slots.count : 0;
+    for (int64_t s = 0; s < changed; ++s) slots.write_delta(out + s * slots.width, s);
+    zero_row(out + changed * slots.width, (a.R - changed) * slots.width);
     int64_t* rows = a.rows + c * a.R;
     for (int64_t s = 0; s < a.R; ++s) rows[s] = s < slots.count ? slots.rows[s] : -1;
   }
@@ -364,7 +358,6 @@ class Trainer {
   }
 
   void write(int64_t c) const {
-    copy_row(static_cast<T*>(a.new_user) + c * a.D, user.p, a.D);
     if (a.table) write_rows(table.slots, c, a.d_table);
     if (a.A) {
       write_rows(lora.A.slots, c, a.d_A);
@@ -388,35 +381,19 @@ FEDPEFT_INLINE int64_t items_of(const LocalTrainArgs& a, int64_t c) {
 
 template <typename T>
 int64_t scratch(const LocalTrainArgs& a, int64_t n) {
-  return Trainer<T>(a, n, nullptr, nullptr).scratch();
+  return Trainer<T>(a, n, nullptr).scratch();
 }
 
 template <typename T>
-int64_t kept(const LocalTrainArgs& a, int64_t n) {
-  return Trainer<T>(a, n, nullptr, nullptr).kept();
-}
-
-template <typename T>
-void train(const LocalTrainArgs& a, int64_t c, void* scratch, void* kept) {
-  Trainer<T>(a, items_of(a, c), scratch, kept).train(c);
-}
-
-template <typename T>
-uint32_t sum(const LocalTrainArgs& a, int64_t c, int64_t task, void* kept, int64_t*& fresh) {
-  return Trainer<T>(a, items_of(a, c), nullptr, kept).sum(c, task, fresh);
-}
-
-template <typename T>
-int64_t task_rows(const LocalTrainArgs& a, int64_t c, int64_t task, void* kept) {
-  return Trainer<T>(a, items_of(a, c), nullptr, kept).task_rows(task);
+void train(const LocalTrainArgs& a, int64_t c, void* scratch, LocalSums* sums, double weight) {
+  Trainer<T>(a, items_of(a, c), scratch).train(c, sums, weight);
 }
 
 }  // namespace
 
 const LocalTrainKernels local_train_kernels = {
-    {scratch<float>, scratch<double>},     {kept<float>, kept<double>},
-    {train<float>, train<double>},         {sum<float>, sum<double>},
-    {task_rows<float>, task_rows<double>},
+    {scratch<float>, scratch<double>},
+    {train<float>, train<double>},
 };
 
 }  // namespace fedpeft::FEDPEFT_ISA

@@ -53,15 +53,6 @@ struct LocalTrainArgs {
   void* d_buckets;
   void *d_w1, *d_b1, *d_w2, *d_b2;
 
-  // Sums over clients in place of their uploads, which then are null; each sum null where the model
-  // has no such part.
-  int64_t sum_tasks;      // tasks that the additions to rows are cut into; 0 for uploads
-  const double* weights;  // [C]
-  double shift;           // 1.5 * 2^52 * grid: x + shift - shift rounds x to the grid; 0 leaves x
-  double *sum_table, *sum_A, *sum_B, *sum_codebooks, *sum_buckets;  // shapes of the parameters
-  double *sum_w1, *sum_b1, *sum_w2, *sum_b2;
-  uint8_t* touched;  // [I]: whether a row of sum_table and sum_A was added to; null: not asked
-
   FirstError *bad_item, *bad_order;  // positions in items, in positives
   FirstError* no_negative;           // client id
   FirstError* bad_code;              // position in codes
@@ -81,20 +72,23 @@ enum BrokenPart : uint32_t {
   broken_parts
 };
 
+// Where a thread adds the updates of its clients in place of uploads; of parts that the model lacks
+// null.
+constexpr int64_t kTotalLocks = 16384;
+struct LocalSums {
+  double* totals[broken_parts];  // shapes of the parameters
+  uint8_t* locks[broken_parts];  // [kTotalLocks], where other threads add to the same rows
+  double shift;      // 1.5 * 2^52 * grid: x + shift - shift rounds x to the grid; 0 leaves x
+  uint8_t* touched;  // [I]: marks rows of table and A that are added to; null: not asked
+  int64_t* fresh;    // takes the rows that were not marked, and is moved on
+  uint32_t broken;   // bits of BrokenPart
+};
+
 struct LocalTrainKernels {
-  // Bytes that a client of n items needs to train (index by dtype: f32, f64), and those of them
-  // that its sums are made from.
+  // Bytes that training a client of n items needs (index by dtype: f32, f64).
   int64_t (*scratch[2])(const LocalTrainArgs&, int64_t n);
-  int64_t (*kept[2])(const LocalTrainArgs&, int64_t n);
-  // Trains client c of the call and writes its upload or, with sum_tasks, leaves what sums need in
-  // `kept`.
-  void (*train[2])(const LocalTrainArgs&, int64_t c, void* scratch, void* kept);
-  // Adds client c to the sums: a task's rows, and for task 0 what is not in rows, with its new user
-  // vector. Rows that were touched for the first time go to `fresh`, which is moved on. Returns the
-  // broken parts.
-  uint32_t (*sum[2])(const LocalTrainArgs&, int64_t c, int64_t task, void* kept, int64_t*& fresh);
-  // Rows of item tables that a trained client has for a task.
-  int64_t (*task_rows[2])(const LocalTrainArgs&, int64_t c, int64_t task, void* kept);
+  // Trains client c of the call, and writes its upload or adds it, with its weight, to the sums.
+  void (*train[2])(const LocalTrainArgs&, int64_t c, void* scratch, LocalSums* sums, double weight);
 };
 
 FEDPEFT_DECLARE_KERNELS(LocalTrainKernels, local_train_kernels)

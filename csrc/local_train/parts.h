@@ -28,11 +28,15 @@ struct BasePart {
   int64_t D;
 
   FEDPEFT_INLINE const T* row(int32_t draw) const { return rows + items[draw] * D; }
-  void add_scores(const Batch& batch, const T* user, T* scores) const {
-    constexpr int64_t kAhead = 6;
-    for (int64_t k = 0; k < batch.size; ++k) {
-      if (k + kAhead < batch.size) prefetch_row(row(batch.draws[k + kAhead]), D);
-      scores[k] += dot(row(batch.draws[k]), user, D);
+
+  // The first to write scores.
+  void set_scores(const Batch& batch, const T* user, T* scores) const {
+    if (D % kLanes<T> == 0) {
+      const BasePart part = *this;
+      const int32_t* const draws = batch.draws;
+      dot_rows(batch.size, D, user, [=](int64_t k) { return part.row(draws[k]); }, scores);
+    } else {
+      for (int64_t k = 0; k < batch.size; ++k) scores[k] = dot(row(batch.draws[k]), user, D);
     }
   }
 
@@ -71,37 +75,52 @@ struct RowsPart {
   T scale = 1;            // of their sum
   int32_t* at = nullptr;  // [draws, reads]: slots
 
-  void lay_out(Memory& memory, const LocalTrainArgs& a, const void* table, int64_t rows,
-               int64_t width, int64_t reads_, int64_t draws, bool with_beta) {
+  void lay_out(Arena& arena, const LocalTrainArgs& a, const void* table, int64_t rows,
+               int64_t width, int64_t reads_, int64_t draws, bool with_beta, bool small) {
     reads = reads_;
-    slots.lay_out(memory, table, rows, width, draws * reads, a.adam, a.prox > 0, with_beta,
-                  a.sum_tasks);
-    at = memory.work.take<int32_t>(draws * reads);
+    slots.lay_out(arena, table, rows, width, draws * reads, a.adam, a.prox > 0, with_beta, small);
+    at = arena.take<int32_t>(draws * reads);
   }
 
   template <typename RowOf>
   FEDPEFT_INLINE void resolve(int64_t begin, int64_t end, const RowOf& row_of) {
-    for (int64_t n = begin; n < end; ++n) {
-      for (int64_t j = 0; j < reads; ++j) at[n * reads + j] = slots.touch(row_of(n, j));
+    int32_t* out = at + begin * reads;
+    if (slots.whole) {
+      for (int64_t n = begin; n < end; ++n) {
+        for (int64_t j = 0; j < reads; ++j) *out++ = int32_t(row_of(n, j));
+      }
+    } else {
+      for (int64_t n = begin; n < end; ++n) {
+        for (int64_t j = 0; j < reads; ++j) *out++ = slots.touch(row_of(n, j));
+      }
     }
   }
 
-  void begin(const T* x) { dot_rows(slots.p, slots.count, slots.stride, x, slots.dots); }
+  void begin(const T* x) { slots.dot_all(x, slots.dots); }
 
   void add_scores(const Batch& batch, T* scores) const {
-    for (int64_t k = 0; k < batch.size; ++k) {
-      const int32_t* s = at + batch.draws[k] * reads;
-      T sum = 0;
-      for (int64_t j = 0; j < reads; ++j) sum += slots.dots[s[j]];
-      scores[k] += scale * sum;
-    }
+    const T *const dots = slots.dots, factor = scale;
+    with_fixed_count<T>(reads, [&](auto count) {
+      const int64_t all = count.or_else(reads);
+      for (int64_t k = 0; k < batch.size; ++k) {
+        const int32_t* s = at + batch.draws[k] * all;
+        T sum = 0;
+        for (int64_t j = 0; j < all; ++j) sum += dots[s[j]];
+        scores[k] += factor * sum;
+      }
+    });
   }
 
   void add_gradients(const Batch& batch, const T* coefficients) {
-    for (int64_t k = 0; k < batch.size; ++k) {
-      const int32_t* s = at + batch.draws[k] * reads;
-      for (int64_t j = 0; j < reads; ++j) slots.alpha[s[j]] += coefficients[k];
-    }
+    T* const alpha = slots.alpha;
+    with_fixed_count<T>(reads, [&](auto count) {
+      const int64_t all = count.or_else(reads);
+      for (int64_t k = 0; k < batch.size; ++k) {
+        const int32_t* s = at + batch.draws[k] * all;
+        const T coefficient = coefficients[k];
+        for (int64_t j = 0; j < all; ++j) alpha[s[j]] += coefficient;
+      }
+    });
   }
 
   // `x`, `y`: the vectors whose multiples alpha and beta are; `into` receives sum_s alpha[s] * row.
@@ -109,9 +128,28 @@ struct RowsPart {
     if (scale != 1) {  // after the sums, so that gradients that cancel do so exactly
       for (int64_t s = 0; s < slots.count; ++s) slots.alpha[s] *= scale;
     }
-    step_rows(RowGradients<T>{slots.count, slots.stride, slots.p, slots.m, slots.v, slots.start,
-                              slots.alpha, x, slots.beta, y, l2, any_nonzero(x, slots.stride)},
-              step, into);
+    RowGradients<T> r{.count = slots.count,
+                      .stride = slots.stride,
+                      .p = slots.p,
+                      .m = slots.m,
+                      .v = slots.v,
+                      .start = slots.start,
+                      .source = slots.in_place ? slots.source : nullptr,
+                      .rows = slots.rows,
+                      .at_source = slots.in_place && !slots.moved,
+                      .proximal = step.prox > 0,
+                      .alpha = slots.alpha,
+                      .x = x,
+                      .beta = slots.beta,
+                      .y = y,
+                      .l2 = l2,
+                      .x_moves = any_nonzero(x, slots.stride)};
+    if (step.last && slots.in_place && slots.total.rows && !slots.total.locks) {
+      r.total = &slots.total;
+      slots.added = true;
+    }
+    step_rows(r, step, into);
+    slots.moved = true;
     slots.forget_gradients();
   }
 };
@@ -122,15 +160,15 @@ struct DensePart {
   int64_t rows = 0, width = 0, stride = 0;
   const T* source = nullptr;
   T *p = nullptr, *m = nullptr, *v = nullptr, *start = nullptr, *grad = nullptr;
+  Total total;
 
-  void lay_out(Memory& memory, const LocalTrainArgs& a, const void* from, int64_t rows_,
+  void lay_out(Arena& arena, const LocalTrainArgs& a, const void* from, int64_t rows_,
                int64_t width_, bool travels = true) {
-    Arena& arena = memory.work;
     source = static_cast<const T*>(from);
     rows = rows_;
     width = width_;
     stride = padded<T>(width);
-    p = memory.kept.take<T>(rows * stride);
+    p = arena.take<T>(rows * stride);
     if (a.adam) {
       m = arena.take<T>(rows * stride);
       v = arena.take<T>(rows * stride);
@@ -155,24 +193,29 @@ struct DensePart {
       const bool pulled =
           any_nonzero(grad + at, stride) || (start && differs(p + at, start + at, stride));
       const T penalty = pulled ? l2 : T(0);
-      step_rows(RowGradients<T>{1, stride, p + at, m ? m + at : nullptr, v ? v + at : nullptr,
-                                start ? start + at : nullptr, &one, grad + at, nullptr, nullptr,
-                                penalty, true},
+      step_rows(RowGradients<T>{.count = 1,
+                                .stride = stride,
+                                .p = p + at,
+                                .m = m ? m + at : nullptr,
+                                .v = v ? v + at : nullptr,
+                                .start = start ? start + at : nullptr,
+                                .proximal = start != nullptr,
+                                .alpha = &one,
+                                .x = grad + at,
+                                .l2 = penalty,
+                                .x_moves = true},
                 step, static_cast<T*>(nullptr));
     }
     zero_row(grad, rows * stride);
   }
 
-  // As of Slots, all of it.
-  void settle() {
-    for (int64_t r = 0; r < rows; ++r) settle_row(p + r * stride, source + r * width, width);
-  }
-
-  bool add_to(double* total, Addition by) const {
+  void add_up() {
+    if (!total.rows) return;
     vec_t<double> broken = {};
     for (int64_t r = 0; r < rows; ++r)
-      add_update(total + r * width, p + r * stride, width, by, broken);
-    return is_broken(broken);
+      add_difference(total.rows + r * width, p + r * stride, source + r * width, width, total.by,
+                     broken);
+    if (is_broken<double>(broken)) total.broken = true;
   }
 
   void write(void* delta) const {
@@ -191,10 +234,9 @@ struct LoraPart {
   DensePart<T> B;
   T *q = nullptr, *mixed = nullptr;  // [padded r]: B^T u, sum_s alpha[s] a_s
 
-  void lay_out(Memory& memory, const LocalTrainArgs& a, int64_t draws) {
-    A.lay_out(memory, a, a.A, a.num_items, a.rank, 1, draws, false);
-    B.lay_out(memory, a, a.B, a.D, a.rank);
-    Arena& arena = memory.work;
+  void lay_out(Arena& arena, const LocalTrainArgs& a, int64_t draws) {
+    A.lay_out(arena, a, a.A, a.num_items, a.rank, 1, draws, false, false);
+    B.lay_out(arena, a, a.B, a.D, a.rank);
     q = arena.take<T>(B.stride);
     mixed = arena.take<T>(B.stride);
   }
@@ -233,14 +275,13 @@ struct SenetPart {
     *betas = nullptr;                        // [H, pitch] of a batch
   T *means = nullptr, *averaging = nullptr;  // of rows
 
-  void lay_out(Memory& memory, const LocalTrainArgs& a, int64_t draws, int64_t batch) {
+  void lay_out(Arena& arena, const LocalTrainArgs& a, int64_t draws, int64_t batch) {
     H = a.H;
-    table.lay_out(memory, a, a.buckets, a.M, a.D, H, draws, true);
-    w1.lay_out(memory, a, a.w1, a.S, H);
-    b1.lay_out(memory, a, a.b1, 1, a.S);
-    w2.lay_out(memory, a, a.w2, H, a.S);
-    b2.lay_out(memory, a, a.b2, 1, H);
-    Arena& arena = memory.work;
+    table.lay_out(arena, a, a.buckets, a.M, a.D, H, draws, true, true);
+    w1.lay_out(arena, a, a.w1, a.S, H);
+    b1.lay_out(arena, a, a.b1, 1, a.S);
+    w2.lay_out(arena, a, a.w2, H, a.S);
+    b2.lay_out(arena, a, a.b2, 1, H);
     pitch = in_blocks(batch);
     T** const parts[] = {&gates, &dots_at, &means_at, &slopes, &betas};
     for (T** part : parts) *part = arena.take<T>(H * pitch);
@@ -259,7 +300,7 @@ struct SenetPart {
 
   void begin(const T* user) {
     table.begin(user);
-    dot_rows(table.slots.p, table.slots.count, table.slots.stride, averaging, means);
+    table.slots.dot_all(averaging, means);
   }
 
   void add_scores(const Batch& batch, T* scores) {

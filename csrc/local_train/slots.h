@@ -6,7 +6,11 @@
 // the mean. So a step needs one number a row, `alpha`, and two passes over the rows: their dot
 // products with the shared vector before the scores, and afterwards, together, their part in the
 // user's gradient and the optimizer's step. Rows that never had a gradient are not here, and a row
-// here without one does not move: Adam is exact at the cost of the touched rows alone.
+// here without one does not move: Adam is exact at the cost of the touched rows alone. For the same
+// reason a small table that a client nearly covers is taken whole.
+//
+// Where rows fill whole vectors, a start is read in the table and never copied, and the last step
+// adds what it leaves straight to the sums over clients.
 #pragma once
 
 #include "common/adam.h"
@@ -32,11 +36,6 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// A client's memory: what training alone needs, and what remains for the sums over clients.
-struct Memory {
-  Arena work, kept;
-};
-
 template <typename T>
 FEDPEFT_INLINE int64_t padded(int64_t width) {
   return (width + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
@@ -45,12 +44,106 @@ FEDPEFT_INLINE int64_t padded(int64_t width) {
 // One optimizer step of a client, the `number`-th.
 template <typename T>
 struct LocalStep : AdamRates<T> {
-  bool adam, first;
+  bool adam, first, last;
   T lr, prox;
 
   template <typename Args>
-  LocalStep(const Args& a, int64_t number)
-      : AdamRates<T>(a, number), adam(a.adam), first(number == 1), lr(T(a.lr)), prox(T(a.prox)) {}
+  LocalStep(const Args& a, int64_t number, int64_t steps)
+      : AdamRates<T>(a, number),
+        adam(a.adam),
+        first(number == 1),
+        last(number == steps),
+        lr(T(a.lr)),
+        prox(T(a.prox)) {}
+};
+
+// How updates are added to sums: weight * update, rounded to a grid by adding and taking away
+// 1.5 * 2^52 times its step.
+struct Addition {
+  double weight, shift;
+};
+
+// Adds N = kLanes<double> updates to `total`.
+template <typename Part>
+FEDPEFT_INLINE void add_part(double* total, Part part, Addition by) {
+  const vec_t<double> x = __builtin_convertvector(part, vec_t<double>);
+  store(total, load(total) + ((by.weight * x + by.shift) - by.shift));
+}
+
+// Adds a vector of updates to `total`.
+FEDPEFT_INLINE void add_vector(double* total, vec_t<double> update, Addition by) {
+  add_part(total, update, by);
+}
+FEDPEFT_INLINE void add_vector(double* total, vec_t<float> update, Addition by) {
+  constexpr int64_t N = kLanes<double>;
+  typedef float Part __attribute__((vector_size(N * sizeof(float))));
+  Part low, high;
+  memcpy(&low, &update, sizeof(Part));
+  memcpy(&high, reinterpret_cast<const char*>(&update) + sizeof(Part), sizeof(Part));
+  add_part(total, low, by);
+  add_part(total + N, high, by);
+}
+
+// Adds now - then [n] to `total`, each difference rounded as an upload of it would be, and gathers
+// in `broken` whether any was NaN or infinite.
+template <typename T>
+FEDPEFT_INLINE void add_difference(double* __restrict total, const T* __restrict now,
+                                   const T* __restrict then, int64_t n, Addition by,
+                                   vec_t<double>& broken) {
+  constexpr int64_t N = kLanes<double>;
+  typedef T Part __attribute__((vector_size(N * sizeof(T))));
+  int64_t i = 0;
+  for (; i + N <= n; i += N) {
+    Part a, b;
+    memcpy(&a, now + i, sizeof(a));
+    memcpy(&b, then + i, sizeof(b));
+    a -= b;
+    add_part(total + i, a, by);
+    const vec_t<double> x = __builtin_convertvector(a, vec_t<double>);
+    broken += x - x;
+  }
+  for (; i < n; ++i) {
+    const double x = double(T(now[i] - then[i]));
+    total[i] += (by.weight * x + by.shift) - by.shift;
+    broken[0] += x - x;
+  }
+}
+
+// Whether a NaN was gathered; what else is gathered is 0.
+template <typename T>
+FEDPEFT_INLINE bool is_broken(vec_t<T> broken) {
+  const T sum = lane_sum<T>(broken);
+  return sum != sum;
+}
+
+// A sum over clients of rows of a table, as one thread adds to it.
+struct Total {
+  double* rows = nullptr;    // null: uploads are asked for
+  uint8_t* locks = nullptr;  // [kTotalLocks]; null: no other thread adds here
+  Addition by{};
+  bool broken = false;  // an update was NaN or infinite
+
+  // Keeps other threads out of a row.
+  FEDPEFT_INLINE uint8_t* lock_of(int64_t row) const {
+    return locks + (uint64_t(row) * 0x9E3779B97F4A7C15u >> 32) % kTotalLocks;
+  }
+  FEDPEFT_INLINE void enter(int64_t row) const {
+    if (!locks) return;
+    uint8_t* lock = lock_of(row);
+    while (__atomic_exchange_n(lock, uint8_t(1), __ATOMIC_ACQUIRE)) {
+      while (__atomic_load_n(lock, __ATOMIC_RELAXED)) {
+      }
+    }
+  }
+  FEDPEFT_INLINE void leave(int64_t row) const {
+    if (locks) __atomic_store_n(lock_of(row), uint8_t(0), __ATOMIC_RELEASE);
+  }
+  FEDPEFT_INLINE void prefetch(int64_t row, int64_t width) const {
+    if (locks) __builtin_prefetch(lock_of(row), 1);
+    const char* at = reinterpret_cast<const char*>(rows + row * width);
+    const int64_t all = width * int64_t(sizeof(double)), size = all < 512 ? all : 512;
+    for (int64_t b = 0; b < size; b += 64) __builtin_prefetch(at + b, 1);
+  }
 };
 
 // Rows [count, stride] with their gradients alpha[s] * x + beta[s] * y + l2 * p + prox * (p -
@@ -59,13 +152,18 @@ template <typename T>
 struct RowGradients {
   int64_t count, stride;
   T *p, *m, *v;
-  const T* start;  // null without a proximal term
+  const T* start = nullptr;       // copied; null: in the table, or no proximal term
+  const T* source = nullptr;      // the table, where its rows fill whole vectors; else null
+  const int64_t* rows = nullptr;  // of the table; null: slot s is row s
+  bool at_source = false;         // p is to be read there
+  bool proximal = false;
   const T* alpha;
   const T* x;
-  const T* beta;  // null: none
-  const T* y;     // with beta
-  T l2;           // on rows with a gradient
-  bool x_moves;   // x is not all zero
+  const T* beta = nullptr;  // null: none
+  const T* y = nullptr;     // with beta
+  T l2;                     // on rows with a gradient
+  bool x_moves;             // x is not all zero
+  Total* total = nullptr;   // takes the rows' updates, in place of p, m and v
 };
 
 template <typename T>
@@ -78,54 +176,72 @@ FEDPEFT_INLINE bool differs(const T* a, const T* b, int64_t n) {
 enum class Rule { sgd, adam_first, adam };
 
 // Adds sum_s alpha[s] * p[s] to `into`, with the rows as they were, and takes the optimizer's step:
-// columns [d, d + W vectors).
+// columns [d, d + W vectors). By value: what is stored to could else be taken for a part of these.
 template <int W, Rule rule, bool Extra, typename T>
-FEDPEFT_INLINE void step_columns(const RowGradients<T>& r, const LocalStep<T>& step, int64_t d,
+FEDPEFT_INLINE void step_columns(const RowGradients<T> r, const LocalStep<T> step, int64_t d,
                                  T* into) {
   using V = vec_t<T>;
   constexpr int64_t N = kLanes<T>;
-  V x[W], sum[W], y[W];
+  constexpr int64_t kAhead = 8;
+  V x[W], sum[W], y[W], broken = {};
   for (int w = 0; w < W; ++w) {
     x[w] = load(r.x + d + w * N);
     sum[w] = into ? load(into + d + w * N) : V{};
     if constexpr (Extra) y[w] = r.beta ? load(r.y + d + w * N) : V{};
   }
+  double* const total = r.total ? r.total->rows : nullptr;
+  const Addition by = r.total ? r.total->by : Addition{};
   for (int64_t s = 0; s < r.count; ++s) {
+    const int64_t row = r.rows ? r.rows[s] : s, at = s * r.stride + d;
+    const T* const began = r.source  ? r.source + row * r.stride + d
+                           : r.start ? r.start + at
+                                     : nullptr;
+    const T* const now = r.at_source ? began : r.p + at;
     const T alpha = r.alpha[s];
     T beta = 0;
     if constexpr (Extra) beta = r.beta ? r.beta[s] : T(0);
     bool pulled = (r.x_moves && alpha != 0) || beta != 0;
     // A row that moved before has the proximal term's gradient.
-    if (Extra && r.start && !pulled)
-      pulled = differs(r.p + s * r.stride, r.start + s * r.stride, r.stride);
+    if (Extra && r.proximal && !pulled) pulled = differs(now - d, began - d, r.stride);
     const T l2 = pulled ? r.l2 : T(0);
-    const int64_t at = s * r.stride + d;
+    if (total && r.rows && s + kAhead < r.count) r.total->prefetch(r.rows[s + kAhead], r.stride);
     for (int w = 0; w < W; ++w) {
       const int64_t i = at + w * N;
-      V p = load(r.p + i);
+      V p = load(now + w * N);
       sum[w] += alpha * p;
       V g = alpha * x[w] + l2 * p;
       if constexpr (Extra) {
         g += beta * y[w];
-        if (r.start) g += step.prox * (p - load(r.start + i));
+        if (r.proximal) g += step.prox * (p - load(began + w * N));
       }
+      V m, v;
       if constexpr (rule == Rule::sgd) {
         p -= step.lr * g;
       } else if constexpr (rule == Rule::adam_first) {
         // The bias corrections of the first step cancel: m / c1 = g, sqrt(v / c2) = |g|.
-        store(r.m + i, step.rest1 * g);
-        store(r.v + i, step.rest2 * g * g);
+        m = step.rest1 * g;
+        v = step.rest2 * g * g;
         const V size = g < 0 ? -g : g;
         p -= step.lr * (g / (size + step.eps));
       } else {
-        V m = load(r.m + i), v = load(r.v + i);
+        m = load(r.m + i);
+        v = load(r.v + i);
         p -= step.step(g, m, v);
+      }
+      if (total) {
+        const V update = p - load(began + w * N);
+        broken += update - update;
+        add_vector(total + row * r.stride + d + w * N, update, by);
+        continue;
+      }
+      store(r.p + i, p);
+      if constexpr (rule != Rule::sgd) {
         store(r.m + i, m);
         store(r.v + i, v);
       }
-      store(r.p + i, p);
     }
   }
+  if (total && is_broken<T>(broken)) r.total->broken = true;
   if (into) {
     for (int w = 0; w < W; ++w) store(into + d + w * N, sum[w]);
   }
@@ -141,7 +257,7 @@ void step_rows(const RowGradients<T>& r, const LocalStep<T>& step, T* into) {
 
 template <typename T>
 FEDPEFT_INLINE void step_rows(const RowGradients<T>& r, const LocalStep<T>& step, T* into) {
-  const bool extra = r.beta || r.start;
+  const bool extra = r.beta || r.proximal;
   const Rule rule = !step.adam ? Rule::sgd : step.first ? Rule::adam_first : Rule::adam;
   switch (rule) {
     case Rule::sgd:
@@ -156,67 +272,71 @@ FEDPEFT_INLINE void step_rows(const RowGradients<T>& r, const LocalStep<T>& step
   }
 }
 
-// out[s] = x . p[s]. The order of a sum depends on the stride alone.
+// The sum of each of kLanes vectors, in the order of lane_sum.
 template <typename T>
-FEDPEFT_INLINE void dot_rows(const T* p, int64_t count, int64_t stride, const T* x, T* out) {
-  constexpr int64_t N = kLanes<T>;
-  for (int64_t s = 0; s < count; ++s) {
-    const T* row = p + s * stride;
-    vec_t<T> even = {}, odd = {};
-    int64_t d = 0;
-    for (; d + 2 * N <= stride; d += 2 * N) {
-      even += load(row + d) * load(x + d);
-      odd += load(row + d + N) * load(x + d + N);
+FEDPEFT_INLINE vec_t<T> lane_sums(const vec_t<T> (&v)[kLanes<T>]) {
+#if FEDPEFT_VEC_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    __m256 half[4];  // of rows i and i + 4
+    for (int i = 0; i < 4; ++i) {
+      const __m256 a = (__m256)v[i], b = (__m256)v[i + 4];
+      half[i] =
+          _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
     }
-    if (d < stride) even += load(row + d) * load(x + d);
-    out[s] = lane_sum<T>(even + odd);
+    const __m256 first = _mm256_add_ps(_mm256_unpacklo_ps(half[0], half[1]),
+                                       _mm256_unpackhi_ps(half[0], half[1])),
+                 second = _mm256_add_ps(_mm256_unpacklo_ps(half[2], half[3]),
+                                        _mm256_unpackhi_ps(half[2], half[3]));
+    return (vec_t<T>)_mm256_add_ps(_mm256_shuffle_ps(first, second, 0x44),
+                                   _mm256_shuffle_ps(first, second, 0xee));
   }
+#endif
+  vec_t<T> sums = {};
+  for (int64_t i = 0; i < kLanes<T>; ++i) sums[i] = lane_sum<T>(v[i]);
+  return sums;
 }
 
-// How updates are added to sums: weight * update, rounded to a grid by adding and taking away
-// 1.5 * 2^52 times its step.
-struct Addition {
-  double weight, shift;
-};
-
-// Makes p [n] what it changed by, rounded as an upload of it would be.
-template <typename T>
-FEDPEFT_INLINE void settle_row(T* __restrict p, const T* __restrict start, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) p[i] -= start[i];
-}
-
-// Adds updates to `total`, and gathers in `broken` whether any was NaN or infinite.
-template <typename T>
-FEDPEFT_INLINE void add_update(double* __restrict total, const T* __restrict update, int64_t n,
-                               Addition by, vec_t<double>& broken) {
-  constexpr int64_t N = kLanes<double>;
-  typedef T Part __attribute__((vector_size(N * sizeof(T))));
-  int64_t i = 0;
-  for (; i + N <= n; i += N) {
-    Part part;
-    memcpy(&part, update + i, sizeof(part));
-    const vec_t<double> x = __builtin_convertvector(part, vec_t<double>);
-    store(total + i, load(total + i) + ((by.weight * x + by.shift) - by.shift));
-    broken += x - x;
+// x . row, lane by lane. The order of a sum depends on the stride alone.
+template <typename T, typename Width>
+FEDPEFT_INLINE vec_t<T> dot_lanes(const T* row, const T* x, int64_t stride, Width) {
+  constexpr int64_t N = kLanes<T>;
+  const int64_t all = Width::or_else(stride);
+  vec_t<T> even = {}, odd = {};
+  int64_t d = 0;
+  for (; d + 2 * N <= all; d += 2 * N) {
+    even += load(row + d) * load(x + d);
+    odd += load(row + d + N) * load(x + d + N);
   }
-  for (; i < n; ++i) {
-    const double x = double(update[i]);
-    total[i] += (by.weight * x + by.shift) - by.shift;
-    broken[0] += x - x;
-  }
+  if (d < all) even += load(row + d) * load(x + d);
+  return even + odd;
 }
 
-// Whether a NaN was gathered; what else is gathered is 0.
-FEDPEFT_INLINE bool is_broken(vec_t<double> broken) {
-  const double sum = lane_sum<double>(broken);
-  return sum != sum;
+// out[s] = x . row(s), rows of whole vectors.
+template <typename T, typename Row>
+FEDPEFT_INLINE void dot_rows(int64_t count, int64_t stride, const T* x, const Row& row, T* out) {
+  constexpr int64_t N = kLanes<T>;
+  const auto run = [&](auto width) {
+    int64_t s = 0;
+    for (; s + N <= count; s += N) {
+      vec_t<T> lanes[N];
+      for (int64_t i = 0; i < N; ++i) lanes[i] = dot_lanes(row(s + i), x, stride, width);
+      store(out + s, lane_sums<T>(lanes));
+    }
+    for (; s < count; ++s) out[s] = lane_sum<T>(dot_lanes(row(s), x, stride, width));
+  };
+  if (stride == N) return run(Fixed<N>{});
+  with_fixed_width<T>(stride, run);
 }
 
-// Touched rows of a table [rows, width], in order of first touch.
+// Touched rows of a table [rows, width], in order of first touch, or the whole table.
 template <typename T>
 struct Slots {
   int64_t table_rows = 0, width = 0, stride = 0, capacity = 0;
   const T* source = nullptr;
+  bool whole = false;     // slot s is row s
+  bool in_place = false;  // rows fill vectors: their start is read in the table
+  bool moved = false;     // a step was taken: p holds the rows
+  bool added = false;     // their updates are in `total`
   // Row -> slot: an array over the table where that is small, else a hash table with linear
   // probing.
   bool direct = true;
@@ -224,56 +344,54 @@ struct Slots {
   int64_t* keys = nullptr;
   int32_t* slot_of = nullptr;
 
-  int64_t* rows = nullptr;  // [capacity]
-  // For sums over clients: slots grouped by the task that adds their rows, and where each task's
-  // begin.
-  int32_t *by_task = nullptr, *first_of = nullptr;  // [capacity], [tasks + 1]
-  int64_t tasks = 0;
+  int64_t* rows = nullptr;  // [capacity]; null with `whole`
   T *p = nullptr, *m = nullptr, *v = nullptr, *start = nullptr;
   T *alpha = nullptr, *beta = nullptr, *dots = nullptr;
   int64_t count = 0;
+  Total total;
 
-  void lay_out(Memory& memory, const void* table, int64_t table_rows_, int64_t width_,
-               int64_t touches, bool adam, bool prox, bool with_beta, int64_t tasks_) {
-    Arena &arena = memory.work, &kept = memory.kept;
+  // `small`: untouched rows may be here too.
+  void lay_out(Arena& arena, const void* table, int64_t table_rows_, int64_t width_,
+               int64_t touches, bool adam, bool prox, bool with_beta, bool small) {
     source = static_cast<const T*>(table);
     table_rows = table_rows_;
     width = width_;
     stride = padded<T>(width);
+    in_place = width == stride;
+    whole = small && touches >= table_rows;
     capacity = touches < table_rows ? touches : table_rows;
-    map_size = 16;
-    while (map_size < 2 * capacity) map_size *= 2;
-    direct = table_rows <= 4 * map_size;  // clearing more would cost more than probing
-    if (direct) map_size = table_rows;
-    keys = direct ? nullptr : arena.take<int64_t>(map_size);
-    slot_of = arena.take<int32_t>(map_size);
-    rows = kept.take<int64_t>(capacity);
-    tasks = tasks_;
-    if (tasks > 0) {
-      by_task = kept.take<int32_t>(capacity);
-      first_of = kept.take<int32_t>(tasks + 1);
+    if (!whole) {
+      map_size = 16;
+      while (map_size < 2 * capacity) map_size *= 2;
+      direct = table_rows <= 4 * map_size;  // clearing more would cost more than probing
+      if (direct) map_size = table_rows;
+      keys = direct ? nullptr : arena.take<int64_t>(map_size);
+      slot_of = arena.take<int32_t>(map_size);
+      rows = arena.take<int64_t>(capacity);
     }
-    p = kept.take<T>(capacity * stride);
+    p = arena.take<T>(capacity * stride);
     if (adam) {
       m = arena.take<T>(capacity * stride);
       v = arena.take<T>(capacity * stride);
     }
-    if (prox) start = arena.take<T>(capacity * stride);
+    if (prox && !in_place) start = arena.take<T>(capacity * stride);
     alpha = arena.take<T>(capacity);
     if (with_beta) beta = arena.take<T>(capacity);
     dots = arena.take<T>(capacity);
   }
 
   void clear() {
-    count = 0;
-    memset(slot_of, 0xff, sizeof(int32_t) * size_t(map_size));
+    moved = added = false;
+    count = whole ? table_rows : 0;
+    if (!whole) memset(slot_of, 0xff, sizeof(int32_t) * size_t(map_size));
+    for (int64_t s = 0; s < count && !in_place; ++s) copy_in(s, s);
     zero_row(alpha, capacity);
     if (beta) zero_row(beta, capacity);
   }
 
   FEDPEFT_INLINE void prefetch(int64_t row) const { prefetch_row(source + row * width, width); }
 
-  // Slot of a row, which is copied at its first touch.
+  // Slot of a row, which is copied at its first touch where it has to be.
   FEDPEFT_INLINE int32_t touch(int64_t row) {
     int64_t at = row;
     if (direct) {
@@ -288,21 +406,36 @@ struct Slots {
     const int64_t s = count++;
     slot_of[at] = int32_t(s);
     rows[s] = row;
-    copy_in(p + s * stride, row);
-    if (start) copy_in(start + s * stride, row);
+    if (!in_place || moved) copy_in(s, row);
     return int32_t(s);
   }
 
-  FEDPEFT_INLINE void copy_in(T* to, int64_t row) const {
+  FEDPEFT_INLINE void copy_in(int64_t s, int64_t row) const {
+    pad_row(p + s * stride, row);
+    if (start) pad_row(start + s * stride, row);
+    if (m && moved) {  // the first step makes the moments of the rows that it finds
+      zero_row(m + s * stride, stride);
+      zero_row(v + s * stride, stride);
+    }
+  }
+
+  FEDPEFT_INLINE void pad_row(T* to, int64_t row) const {
     copy_row(to, source + row * width, width);
     for (int64_t d = width; d < stride; ++d) to[d] = 0;
   }
 
-  // Moments of rows first touched after the first step start at zero.
-  void zero_moments(int64_t from, int64_t to) {
-    if (!m || from >= to) return;
-    zero_row(m + from * stride, (to - from) * stride);
-    zero_row(v + from * stride, (to - from) * stride);
+  FEDPEFT_INLINE int64_t row_of(int64_t s) const { return rows ? rows[s] : s; }
+
+  // out[s] = x . row of slot s.
+  void dot_all(const T* x, T* out) const {
+    const T* const now = moved || !in_place ? p : source;
+    const int64_t step = stride;
+    if (now == p || whole) {
+      dot_rows(count, stride, x, [=](int64_t s) { return now + s * step; }, out);
+    } else {
+      const int64_t* const at = rows;
+      dot_rows(count, stride, x, [=](int64_t s) { return now + at[s] * step; }, out);
+    }
   }
 
   void forget_gradients() {
@@ -311,64 +444,42 @@ struct Slots {
   }
 
   FEDPEFT_INLINE void write_delta(T* out, int64_t s) const {
-    const T *now = p + s * stride, *then = source + rows[s] * width;
+    const T *now = p + s * stride, *then = source + row_of(s) * width;
     for (int64_t d = 0; d < width; ++d) out[d] = now[d] - then[d];
   }
 
-  // Rows in groups of 8, whose totals share no cache line with another group's, to tasks.
-  FEDPEFT_INLINE int64_t task_of(int64_t row) const {
-    const uint32_t mixed = uint32_t(uint64_t(row >> 3) * 0x9E3779B97F4A7C15u >> 32);
-    return int64_t(uint64_t(mixed) * uint64_t(tasks) >> 32);
-  }
-
-  void group_by_task() {
-    for (int64_t t = 0; t <= tasks; ++t) first_of[t] = 0;
-    for (int64_t s = 0; s < count; ++s) ++first_of[task_of(rows[s])];
-    int32_t begin = 0;
-    for (int64_t t = 0; t <= tasks; ++t) {
-      const int32_t size = first_of[t];
-      first_of[t] = begin;
-      begin += size;
-    }
-    for (int64_t s = 0; s < count; ++s) by_task[first_of[task_of(rows[s])]++] = int32_t(s);
-    for (int64_t t = tasks; t > 0; --t)
-      first_of[t] = first_of[t - 1];  // where they were filled from
-    first_of[0] = 0;
-  }
-
-  // Leaves in `p` what each row changed by, for add_to.
-  void settle() {
-    for (int64_t s = 0; s < count; ++s) settle_row(p + s * stride, source + rows[s] * width, width);
-  }
-
-  // Adds a task's rows, settled, to `total` [table_rows, width]. True where one is NaN or infinite.
-  bool add_to(double* total, int64_t task, Addition by) const {
-    constexpr int64_t kAhead = 32;  // the rows are in no order, and may have to come from memory
-    const int32_t *slot = by_task + first_of[task], *stop = by_task + first_of[task + 1];
-    for (const int32_t* next = slot; next < stop && next < slot + kAhead; ++next)
-      prefetch_row(total + rows[*next] * width, width);
+  // Adds to `total` what the rows changed by, unless the last step did.
+  void add_up() {
+    if (added || !moved || !total.rows) return;
+    constexpr int64_t kAhead = 8;  // the rows are in no order, and may have to come from memory
+    for (int64_t s = 0; s < count && s < kAhead; ++s) total.prefetch(row_of(s), width);
     vec_t<double> broken = {};
-    for (; slot < stop; ++slot) {
-      if (stop - slot > kAhead) prefetch_row(total + rows[slot[kAhead]] * width, width);
-      const int64_t s = *slot;
-      add_update(total + rows[s] * width, p + s * stride, width, by, broken);
+    for (int64_t s = 0; s < count; ++s) {
+      if (s + kAhead < count) total.prefetch(row_of(s + kAhead), width);
+      const int64_t row = row_of(s);
+      total.enter(row);
+      add_difference(total.rows + row * width, p + s * stride, source + row * width, width,
+                     total.by, broken);
+      total.leave(row);
     }
-    return is_broken(broken);
+    if (is_broken<double>(broken)) total.broken = true;
   }
 
   // [table_rows, width], zero where nothing was touched.
   void write_table(void* delta) const {
     T* out = static_cast<T*>(delta);
-    if (!direct) {
+    if (!moved) return zero_row(out, table_rows * width);
+    if (!whole && !direct) {
       zero_row(out, table_rows * width);
       for (int64_t s = 0; s < count; ++s) write_delta(out + rows[s] * width, s);
       return;
     }
     for (int64_t row = 0; row < table_rows; ++row) {
-      if (slot_of[row] < 0) {
+      const int64_t s = whole ? row : slot_of[row];
+      if (s < 0) {
         zero_row(out + row * width, width);
       } else {
-        write_delta(out + row * width, slot_of[row]);
+        write_delta(out + row * width, s);
       }
     }
   }

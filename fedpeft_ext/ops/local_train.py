@@ -102,7 +102,8 @@ class SumResult(NamedTuple):
     Attributes:
         user: [C, D], new values.
         losses: float64 [C], mean over a client's steps; 0 for a client without items.
-        rows: int64 [N], distinct: the items that this call marked in `touched`; empty without it.
+        rows: int64 [N], distinct, in any order: the items that this call marked in `touched`; empty without
+            it.
         broken: bool [9], whether an update was NaN or infinite, of table, A, B, codebooks, buckets, w1, b1,
             w2, b2.
     """
@@ -325,17 +326,16 @@ def local_train_sum_(
     seed: int,
     round: int,
     grid: float = 0.0,
-    memory_bytes: int = 2**24,
 ) -> SumResult:
     """`local_train`, then `accumulate_updates_` of each part: for a server that needs no upload for itself,
     which then is never written. CPU only.
 
     Args:
         weights: float64 [C].
-        sums: float64, contiguous: weights[c] times client c's update is added, in the order of clients.
+        sums: float64, contiguous: weights[c] times client c's update is added.
         touched: uint8 [I], contiguous: set to 1 at the rows of `sums.table` and `sums.A` that are added to.
-        grid: as in `accumulate_updates_`.
-        memory_bytes: of the updates that are held at a time; changes no result.
+        grid: as in `accumulate_updates_`. With 0 sums have an order, that of the clients, and one thread
+            makes them.
 
     The other arguments are those of `local_train`.
 
@@ -372,7 +372,6 @@ def local_train_sum_(
         l2_items=l2_items,
         prox=prox,
         seed=seed,
-        memory_bytes=memory_bytes,
     )
     return training(clients, weights, round=round, grid=grid)
 
@@ -406,7 +405,6 @@ class SumTraining:
         l2_items: float = 0.0,
         prox: float = 0.0,
         seed: int,
-        memory_bytes: int = 2**24,
     ) -> None:
         _check(indptr, items, positives, num_items, user, parts)
         settings = _settings(epochs, batch_size, loss, optimizer, lr, betas, eps, l2_user, l2_items, prox)
@@ -417,16 +415,13 @@ class SumTraining:
         mean = parts.reduce == "mean"
         data = (indptr, items, positives, num_items, user)
         self._arguments = (*data, *_tensors(parts), *totals, mean, *settings, seed)
-        self._memory_bytes = memory_bytes
 
     def __call__(self, clients: Tensor, weights: Tensor, *, round: int, grid: float = 0.0) -> SumResult:
         """See `local_train_sum_`."""
         _check_clients(clients, self._user)
         _check_weights(weights, clients, grid)
         check_draw(0, round)
-        return SumResult(
-            *_LOCAL_TRAIN_SUM(clients, weights, *self._arguments, round, grid, self._memory_bytes)
-        )
+        return SumResult(*_LOCAL_TRAIN_SUM(clients, weights, *self._arguments, round, grid))
 
 
 def _check_weights(weights: Tensor, clients: Tensor, grid: float) -> None:
@@ -647,7 +642,6 @@ def local_train_sum_reference_(
     touched: Tensor | None = None,
     *,
     grid: float = 0.0,
-    memory_bytes: int = 2**24,
     **settings: Any,
 ) -> SumResult:
     """`local_train_sum_` by `local_train_reference` and `accumulate_updates_reference_`."""

@@ -33,9 +33,6 @@ from fedpeft_ext.simulation.local_training import (
 CHUNK_OVERHEAD = 40_000
 """Fixed cost of a chunk in touched rows: every client of a chunk takes the room of its largest."""
 
-SUM_BYTES = 2**24
-"""Updates held at a time where they are added up in the op: what fits in a processor's last cache."""
-
 _SENET = SENetWeights._fields
 
 
@@ -140,7 +137,6 @@ class FusedEngine:
             **self._arguments(),
             sums=ItemSums(**parts, senet=senet),
             touched=marks if self._roles.rows else None,
-            memory_bytes=int(min(self._chunk_bytes, SUM_BYTES)),
         )
 
     def _train_chunk(
