@@ -31,6 +31,12 @@ STABLE_TORCH_LIBRARY(FEDPEFT_LIBRARY, m) {
   m.def(
       "client_layer_backward(Tensor grad, Tensor x, Tensor weight, Tensor out, Tensor items, float "
       "p) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "client_mlp(Tensor x, Tensor[] weights, Tensor[] biases, Tensor output, Tensor items, Tensor "
+      "clients, float p, int seed, int round, int epoch) -> (Tensor, Tensor)");
+  m.def(
+      "client_mlp_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor output, Tensor hidden, "
+      "Tensor items, float p) -> (Tensor, Tensor[], Tensor[], Tensor)");
   m.def("bpr_loss(Tensor positive, Tensor negative, Tensor items) -> Tensor");
   m.def(
       "bpr_loss_backward(Tensor grad, Tensor positive, Tensor negative, Tensor items) -> (Tensor, "

@@ -6,6 +6,7 @@ from .ops.aggregate import apply_updates_reference_ as apply_updates_
 from .ops.aggregate import touched_rows_reference as touched_rows
 from .ops.client_embedding import client_embedding_reference as client_embedding
 from .ops.client_layer import client_layer_reference as client_layer
+from .ops.client_mlp import client_mlp_reference as client_mlp
 from .ops.dot_scores import dot_scores_reference as dot_scores
 from .ops.hash_lookup import SENetWeights, make_hashes
 from .ops.hash_lookup import hash_buckets_reference as hash_buckets
@@ -38,6 +39,7 @@ __all__ = [
     "client_dropout",
     "client_embedding",
     "client_layer",
+    "client_mlp",
     "client_sgd_",
     "dot_scores",
     "hash_buckets",

@@ -12,6 +12,7 @@
 namespace fedpeft::FEDPEFT_ISA {
 
 typedef uint64_t Lanes __attribute__((vector_size(FEDPEFT_VEC_BYTES)));
+typedef int64_t SignedLanes __attribute__((vector_size(FEDPEFT_VEC_BYTES)));
 constexpr int64_t kPerVector = FEDPEFT_VEC_BYTES / 8;
 constexpr int64_t kVectors = 4;  // enough independent chains to hide the multiplier's latency
 constexpr int64_t kDrawBatch = kVectors * kPerVector;
@@ -29,19 +30,17 @@ FEDPEFT_INLINE Lanes multiply_low(Lanes a, Lanes b) {
 #endif
 }
 
-// kDrawBatch blocks of counters (c0, c1, round, stream): words 0 and 1 of each into low, 2 and 3
-// into high (the even word is the low half). Only the low halves of the lanes have a meaning.
-FEDPEFT_INLINE void philox_lanes(Lanes (&c0)[kVectors], Lanes (&c1)[kVectors], uint32_t round,
-                                 uint32_t stream, uint64_t seed, uint64_t* low, uint64_t* high) {
-  Lanes c2[kVectors], c3[kVectors];
-  for (int64_t v = 0; v < kVectors; ++v) {
-    c2[v] = Lanes{} + round;
-    c3[v] = Lanes{} + stream;
-  }
+// The blocks of V vectors of counters (c0, c1, c2, c3), in place. Only the low halves of the lanes
+// have a meaning. Two vectors fit in the registers of any set. Unrolled, so that the compiler
+// leaves out words that are not used, and what lanes have in common in the first rounds.
+template <int64_t V>
+FEDPEFT_INLINE void philox_lanes(Lanes (&c0)[V], Lanes (&c1)[V], Lanes (&c2)[V], Lanes (&c3)[V],
+                                 uint64_t seed) {
   const Lanes m0 = Lanes{} + kPhiloxM0, m1 = Lanes{} + kPhiloxM1;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round_ = 0; round_ < kPhiloxRounds; ++round_) {
-    for (int64_t v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 10
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    for (int64_t v = 0; v < V; ++v) {
       const Lanes product0 = multiply_low(m0, c0[v]), product1 = multiply_low(m1, c2[v]);
       c0[v] = (product1 >> 32) ^ c1[v] ^ k0;
       c1[v] = product1;
@@ -51,12 +50,35 @@ FEDPEFT_INLINE void philox_lanes(Lanes (&c0)[kVectors], Lanes (&c1)[kVectors], u
     k0 += kPhiloxW0;
     k1 += kPhiloxW1;
   }
+}
+
+// The blocks of kDrawBatch counters (c0, c1, round, stream): words 0 and 1 of each into low, 2 and
+// 3 into high (the even word is the low half).
+FEDPEFT_INLINE void philox_words(Lanes (&c0)[kVectors], Lanes (&c1)[kVectors], uint32_t round,
+                                 uint32_t stream, uint64_t seed, uint64_t* low, uint64_t* high) {
+  Lanes c2[kVectors], c3[kVectors];
+  for (int64_t v = 0; v < kVectors; ++v) {
+    c2[v] = Lanes{} + round;
+    c3[v] = Lanes{} + stream;
+  }
+  philox_lanes(c0, c1, c2, c3, seed);
   for (int64_t v = 0; v < kVectors; ++v) {
     const Lanes words01 = (c0[v] & 0xffffffffu) | c1[v] << 32,
                 words23 = (c2[v] & 0xffffffffu) | c3[v] << 32;
     memcpy(low + v * kPerVector, &words01, sizeof(Lanes));
     memcpy(high + v * kPerVector, &words23, sizeof(Lanes));
   }
+}
+
+// Whether any bit is set.
+FEDPEFT_INLINE bool any_lane(SignedLanes lanes) {
+#if FEDPEFT_VEC_BYTES == 64
+  return _mm512_test_epi64_mask((__m512i)lanes, (__m512i)lanes) != 0;
+#elif FEDPEFT_VEC_BYTES == 32
+  return !_mm256_testz_si256((__m256i)lanes, (__m256i)lanes);
+#else
+  return (lanes[0] | lanes[1]) != 0;
+#endif
 }
 
 // Blocks `first` to first + kDrawBatch - 1 of a client.
@@ -69,7 +91,7 @@ FEDPEFT_INLINE void philox_batch(uint64_t first, uint32_t client, uint32_t round
     c0[v] = lane + (first + uint64_t(v * kPerVector));
     c1[v] = Lanes{} + client;
   }
-  philox_lanes(c0, c1, round, stream, seed, low, high);
+  philox_words(c0, c1, round, stream, seed, low, high);
 }
 
 // One block of each of kDrawBatch clients.
@@ -81,7 +103,7 @@ FEDPEFT_INLINE void philox_of_clients(const uint64_t* clients, uint32_t index, u
     c0[v] = Lanes{} + index;
     memcpy(&c1[v], clients + v * kPerVector, sizeof(Lanes));
   }
-  philox_lanes(c0, c1, round, stream, seed, low, high);
+  philox_words(c0, c1, round, stream, seed, low, high);
 }
 
 // The k-th (from 0) of the items that are not among the n ascending `positives`: k + j for the

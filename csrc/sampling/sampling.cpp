@@ -1,7 +1,9 @@
 // Binding of sample_negatives, client_dropout and sample_clients: checks, allocation, dispatch.
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cmath>
-#include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -140,7 +142,38 @@ Tensor client_dropout(const Tensor& x, const Tensor& clients, double p, int64_t 
   return out;
 }
 
-#if !defined(FEDPEFT_EMULATOR)  // on the CPU alone
+#if !defined(FEDPEFT_EMULATOR)               // on the CPU alone
+using Keyed = std::pair<uint64_t, int64_t>;  // key, place: equal keys go by place
+
+// The clients whose keys have high halves of at most `bound`, in any order.
+std::vector<Keyed> smallest_keys(const ClientKeysArgs& a, int64_t n, uint32_t bound) {
+  const SamplingKernels& kernels = select_sampling_kernels();
+  std::vector<Keyed> smallest;
+  std::mutex mutex;
+  std::atomic<bool> bad_id = false;
+  parallel_ranges(n, 4, [&](int64_t begin, int64_t end) {
+    std::vector<Keyed> own;
+    std::array<int64_t, kKeysBlock> places, ids;
+    std::array<uint64_t, kKeysBlock> keys;
+    for (int64_t block = begin; block < end; block += kKeysBlock) {
+      bool bad = false;
+      const int64_t found = kernels.smallest_keys(a, block, std::min(block + kKeysBlock, end),
+                                                  bound, places.data(), &bad);
+      if (bad) bad_id = true;
+      for (int64_t i = 0; i < found; ++i) ids[size_t(i)] = a.clients[places[size_t(i)]];
+      ClientKeysArgs of_found = a;
+      of_found.clients = {ids.data(), 8};
+      of_found.keys = keys.data();
+      kernels.client_keys(of_found, 0, found);
+      for (int64_t i = 0; i < found; ++i) own.emplace_back(keys[size_t(i)], places[size_t(i)]);
+    }
+    const std::lock_guard lock(mutex);
+    smallest.insert(smallest.end(), own.begin(), own.end());
+  });
+  if (bad_id) check_clients(a.clients, n, int64_t{1} << 32);  // which names the first
+  return smallest;
+}
+
 // The `count` clients of the smallest keys, ascending by id. Keys are uniform, so that those below
 // a bound hold the smallest ones but for one call in many thousands, which looks at all.
 Tensor sample_clients(const Tensor& clients, int64_t count, int64_t seed, int64_t round,
@@ -154,23 +187,12 @@ Tensor sample_clients(const Tensor& clients, int64_t count, int64_t seed, int64_
   a.seed = uint64_t(seed);
   a.round = check_uint(round, int64_t{1} << 32, "round");
   a.attempt = check_uint(attempt, int64_t{1} << 32, "attempt");
-  check_clients(a.clients, n, int64_t{1} << 32);
-  const std::unique_ptr<uint64_t[]> keys(new uint64_t[static_cast<size_t>(n)]);
-  a.keys = keys.get();
-  const auto kernel = select_sampling_kernels().client_keys;
-  parallel_ranges(n, 16, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 
-  using Keyed = std::pair<uint64_t, int64_t>;  // key, place: equal keys go by place
-  std::vector<Keyed> smallest;
   const double likely = double(count) + 6 * std::sqrt(double(count)) + 16;
-  for (const bool all : {likely >= double(n), true}) {
-    const uint64_t bound = all ? UINT64_MAX : uint64_t(std::ldexp(likely / double(n), 64));
-    smallest.clear();
-    for (int64_t i = 0; i < n; ++i) {
-      if (keys[size_t(i)] <= bound) smallest.emplace_back(keys[size_t(i)], i);
-    }
-    if (int64_t(smallest.size()) >= count) break;
-  }
+  const bool few = likely < double(n);
+  std::vector<Keyed> smallest =
+      smallest_keys(a, n, few ? uint32_t(likely / double(n) * 0x1p32) : UINT32_MAX);
+  if (int64_t(smallest.size()) < count) smallest = smallest_keys(a, n, UINT32_MAX);
   std::nth_element(smallest.begin(), smallest.begin() + count, smallest.end());
   Tensor out = torch::stable::new_empty(clients, {count}, ScalarType::Long);
   int64_t* ids = static_cast<int64_t*>(out.mutable_data_ptr());

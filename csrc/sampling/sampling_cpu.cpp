@@ -95,12 +95,73 @@ void client_keys(const ClientKeysArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// Ids of one vector; of the last, the lanes from `count` on are those of client 0.
+template <typename Id>
+FEDPEFT_INLINE Lanes load_ids(const Id* ids, int64_t count) {
+  Lanes lanes = {};
+  if constexpr (sizeof(Id) == 8) {
+    if (count >= kPerVector) {
+      memcpy(&lanes, ids, sizeof(Lanes));
+      return lanes;
+    }
+  }
+  for (int64_t j = 0; j < kPerVector && j < count; ++j) lanes[j] = uint64_t(int64_t(ids[j]));
+  return lanes;
+}
+
+// Of the last words of the key's block only one is looked at, and lanes differ in one counter word
+// alone: half the work of whole keys.
+template <typename Id>
+int64_t smallest_keys(const ClientKeysArgs& a, int64_t begin, int64_t end, uint32_t bound,
+                      int64_t* places, bool* bad_id) {
+  constexpr int64_t V = 2;
+  const Id* ids = static_cast<const Id*>(a.clients.data);
+  const uint32_t stream = philox_stream(Purpose::client_sampling, 0, 0);
+  const uint32_t attempt = a.attempt, round = a.round;  // which `places` could alias in `a`
+  const uint64_t seed = a.seed;
+  const SignedLanes limit = SignedLanes{} + (int64_t(bound) + 1);
+  Lanes high_bits = {};
+  int64_t found = 0;
+  for (int64_t i = begin; i < end; i += V * kPerVector) {
+    Lanes c0[V], c1[V], c2[V], c3[V];
+    for (int64_t v = 0; v < V; ++v) {
+      c0[v] = Lanes{} + attempt;
+      c1[v] = load_ids(ids + i + v * kPerVector, end - i - v * kPerVector);
+      c2[v] = Lanes{} + round;
+      c3[v] = Lanes{} + stream;
+      high_bits |= c1[v];
+    }
+    philox_lanes(c0, c1, c2, c3, seed);
+    SignedLanes below[V], any = {};
+    for (int64_t v = 0; v < V; ++v) {
+      below[v] = SignedLanes(c1[v] & 0xffffffffu) < limit;
+      any |= below[v];
+    }
+    if (any_lane(any)) [[unlikely]] {
+      const int64_t count = end - i < V * kPerVector ? end - i : V * kPerVector;
+      for (int64_t j = 0; j < count; ++j) {
+        places[found] = i + j;
+        found -= below[j / kPerVector][j % kPerVector];  // -1 where it is below
+      }
+    }
+  }
+  *bad_id = any_lane(SignedLanes(high_bits >> 32));
+  return found;
+}
+
+int64_t smallest_keys_any(const ClientKeysArgs& a, int64_t begin, int64_t end, uint32_t bound,
+                          int64_t* places, bool* bad_id) {
+  return a.clients.bytes == 8 ? smallest_keys<int64_t>(a, begin, end, bound, places, bad_id)
+                              : smallest_keys<int32_t>(a, begin, end, bound, places, bad_id);
+}
+
 }  // namespace
 
 const SamplingKernels sampling_kernels = {
     negatives_any,
     {dropout<float>, dropout<double>, dropout<Half>, dropout<BFloat16>},
     client_keys,
+    smallest_keys_any,
 };
 
 }  // namespace fedpeft::FEDPEFT_ISA

@@ -8,6 +8,7 @@ namespace fedpeft {
 
 constexpr int64_t kNegativesBlock = 1024;  // positions of a work item
 constexpr int64_t kDropoutBlock = 4096;    // elements of a work item; a multiple of 4
+constexpr int64_t kKeysBlock = 2048;       // clients of a call of smallest_keys
 
 struct SampleNegativesArgs {
   IndexArray items;    // [C, P]
@@ -49,6 +50,11 @@ struct SamplingKernels {
   void (*dropout[kDTypes])(const ClientDropoutArgs&, int64_t begin, int64_t end);
   // Clients [begin, end).
   void (*client_keys)(const ClientKeysArgs&, int64_t begin, int64_t end);
+  // Of clients [begin, end) the places, ascending, of those whose keys have high halves of at most
+  // `bound`, and their number; *bad_id: whether an id is not in [0, 2^32). `places` has room for
+  // all.
+  int64_t (*smallest_keys)(const ClientKeysArgs&, int64_t begin, int64_t end, uint32_t bound,
+                           int64_t* places, bool* bad_id);
 };
 
 FEDPEFT_DECLARE_KERNELS(SamplingKernels, sampling_kernels)

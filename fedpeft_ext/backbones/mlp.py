@@ -1,6 +1,6 @@
 """The hidden layers that FedNCF and PFedRec share, on one client or on stacked clients.
 
-A layer's weights are those of an ordinary `torch.nn.Linear`; it is computed by `ops.client_layer`, so that
+A layer's weights are those of an ordinary `torch.nn.Linear`; it is computed by `ops.client_mlp`, so that
 results do not depend on padding or on how clients are grouped. The last layer, from the last hidden width to
 the score, has no bias, as in He et al., "Neural Collaborative Filtering", WWW 2017, eq. 10: a constant added
 to all scores changes no ranking.
@@ -74,13 +74,10 @@ class MLP(nn.Module):
             raise ValueError("context: expected one in training with dropout, which is drawn from its keys")
         keys = (0, 0, 0) if context is None else (context.seed, context.round, context.epoch)
         clients = items.new_zeros(items.shape[:-1]) if context is None else context.client
-        for number, layer in enumerate(self.layers):
-            weight, bias = layer.weight, layer.bias
-            assert isinstance(weight, Tensor)
-            assert isinstance(bias, Tensor)
-            if number == 0 and user is not None:
-                width = user.shape[-1]
-                bias = bias + ops.dot_scores(weight[..., :width], user)
-                weight = weight[..., width:]
-            x = ops.client_layer(x, weight, bias, items, clients, drop, *keys, number)
-        return ops.dot_scores(x, self.output)
+        weights = self.weights()
+        biases: list[Tensor] = [layer.bias for layer in self.layers if isinstance(layer, nn.Linear)]
+        if user is not None:
+            width = user.shape[-1]
+            biases[0] = biases[0] + ops.dot_scores(weights[0][..., :width], user)
+            weights[0] = weights[0][..., width:]
+        return ops.client_mlp(x, weights, biases, self.output, items, clients, drop, *keys)

@@ -10,6 +10,7 @@ from . import _compiled  # noqa: F401  (before all others)
 from .aggregate import accumulate_updates_, apply_updates_, touched_rows
 from .client_embedding import client_embedding
 from .client_layer import client_layer
+from .client_mlp import client_mlp
 from .dot_scores import dot_scores
 from .hash_lookup import SENetWeights, hash_buckets, hash_lookup, make_hashes
 from .local_train import ItemParts, ItemSums, LocalUpdates, SumResult, local_train, local_train_sum_
@@ -34,6 +35,7 @@ __all__ = [
     "client_dropout",
     "client_embedding",
     "client_layer",
+    "client_mlp",
     "client_sgd_",
     "dot_scores",
     "hash_buckets",

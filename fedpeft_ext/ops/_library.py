@@ -45,7 +45,7 @@ class EagerOp:
         self.written: tuple[int, ...] = ()  # arguments that the op writes into
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _plain(args):
+        if torch.compiler.is_compiling() or not is_plain(args):
             return self._op(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self._op(*args) if self.apply is None else self.apply(*args)
@@ -68,7 +68,8 @@ def eager_op(name: str) -> EagerOp:
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float})
 
 
-def _plain(args: tuple[Any, ...]) -> bool:
+def is_plain(args: tuple[Any, ...]) -> bool:
+    """Whether all tensors are of torch's own types, and nothing but autograd transforms or records calls."""
     if (
         _FORWARD_AD._current_level >= 0
         or torch._C._are_functorch_transforms_active()

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -209,6 +210,20 @@ def client_layer(d: Inputs) -> Call:
     )
 
 
+def client_mlp(d: Inputs) -> Call:
+    (lead, positions), widths = clients_and_positions(d), [d.width() for _ in range(d.one_of(2, 3, 4))]
+    return differentiable(
+        d.reals(*lead, positions, widths[0]),
+        tuple(d.reals(*lead, outputs, inputs) for inputs, outputs in pairwise(widths)),
+        tuple(d.reals(*lead, outputs) for outputs in widths[1:]),
+        d.reals(*lead, widths[-1]),
+        d.items(9, *lead, positions),
+        d.clients(lead[0]) if lead else d.clients(1)[0],
+        d.one_of(0.0, 0.3),
+        **d.draw_of(),
+    )
+
+
 def loss(d: Inputs) -> Call:
     lead, positions = clients_and_positions(d)
     scores = (d.reals(*lead, positions) for _ in range(2))
@@ -387,6 +402,7 @@ CALLS: dict[str, Callable[[Inputs], Call]] = {
     "client_embedding": client_embedding,
     "dot_scores": dot_scores,
     "client_layer": client_layer,
+    "client_mlp": client_mlp,
     "bpr_loss": loss,
     "bce_loss": loss,
     "client_adam_": client_adam_,

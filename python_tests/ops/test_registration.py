@@ -54,6 +54,21 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
         "client_layer_backward",
         (floats(2, 3, 4), floats(2, 3, 5), floats(2, 4, 5), torch.randn(2, 3, 4), ITEMS, 0.4),
     ),
+    (
+        "client_mlp",
+        (
+            *(torch.randn(2, 3, 5), [torch.randn(2, 4, 5), torch.randn(2, 6, 4)]),
+            *([torch.randn(2, 4), torch.randn(2, 6)], torch.randn(2, 6)),
+            *(ITEMS, torch.tensor([1, 2]), 0.4, 1, 2, 3),
+        ),
+    ),
+    (
+        "client_mlp_backward",
+        (
+            *(torch.randn(2, 3), torch.randn(2, 3, 5), [torch.randn(2, 4, 5), torch.randn(2, 6, 4)]),
+            *(torch.randn(2, 6), torch.randn(2, 3 * 10), ITEMS, 0.4),
+        ),
+    ),
     ("bpr_loss", (floats(2, 3), floats(2, 3), ITEMS)),
     ("bpr_loss_backward", (floats(2), floats(2, 3), floats(2, 3), ITEMS)),
     ("bce_loss", (floats(2, 3), floats(2, 3), ITEMS)),
@@ -151,6 +166,7 @@ def test_every_op_has_a_public_function_and_a_twin() -> None:
         "aggregate",
         "client_embedding",
         "client_layer",
+        "client_mlp",
         "dot_scores",
         "hash_lookup",
         "local_train",

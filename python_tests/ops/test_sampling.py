@@ -310,5 +310,9 @@ def test_bad_client_samples() -> None:
                 space.sample_clients(clients, count, seed=0, round=0)  # type: ignore[attr-defined]
         with pytest.raises(IndexError, match="clients: "):
             space.sample_clients(clients - 2, 1, seed=0, round=0)  # type: ignore[attr-defined]
+        for last in (-1, 2**32):  # behind whole vectors of good ones
+            many = torch.cat([torch.arange(5000), torch.tensor([last])])
+            with pytest.raises(IndexError, match="clients: "):
+                space.sample_clients(many, 1, seed=0, round=0)  # type: ignore[attr-defined]
         with pytest.raises(TypeError, match="clients: expected int32 or int64"):
             space.sample_clients(clients.float(), 1, seed=0, round=0)  # type: ignore[attr-defined]

@@ -1,0 +1,218 @@
+"""client_mlp: the scores of each client's own MLP, all layers in one call where that pays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._checks import check_device, check_draw, check_float, check_index, check_like, check_range, check_shape
+from ._library import eager_op, is_plain, promoted, register_fake, register_not_differentiable
+from .client_layer import client_layer, client_layer_reference
+from .dot_scores import dot_scores, dot_scores_reference
+
+_OP = eager_op("client_mlp")
+_BACKWARD = eager_op("client_mlp_backward")
+
+
+def _check_shapes(x: Tensor, weights: Sequence[Tensor], output: Tensor, items: Tensor, p: float) -> None:
+    check_float(x, "x")
+    check_index(items, "items")
+    check_device(items, x, "items", "x")
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x: expected shape [P, I] or [C, P, I], got {list(x.shape)}")
+    check_shape(items, tuple(x.shape[:-1]), "items", "x without I")
+    if len(weights) == 0:
+        raise ValueError("weights: expected at least one layer, got none")
+    width = x.size(-1)
+    for layer, weight in enumerate(weights):
+        name = f"weights[{layer}]"
+        check_like(weight, x, name, "x")
+        if weight.dim() != x.dim():
+            expected = "[C, O, I]" if x.dim() == 3 else "[O, I]"
+            raise ValueError(f"{name}: expected shape {expected}, got {list(weight.shape)}")
+        check_shape(weight, (*x.shape[:-2], weight.size(-2), width), name, "(C,) O and the width before it")
+        width = weight.size(-2)
+    check_like(output, x, "output", "x")
+    check_shape(output, (*x.shape[:-2], width), "output", "(C,) and the O of the last weight")
+    if not 0 <= p < 1:
+        raise ValueError(f"p: expected a probability from 0 to below 1, got {p}")
+
+
+def _check(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output: Tensor,
+    items: Tensor,
+    clients: Tensor,
+    p: float,
+    seed: int,
+    round: int,
+    epoch: int,
+) -> None:
+    _check_shapes(x, weights, output, items, p)
+    if len(biases) != len(weights):
+        raise ValueError(f"biases: expected {len(weights)}, one a layer, got {len(biases)}")
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        check_like(bias, x, f"biases[{layer}]", "x")
+        check_shape(bias, tuple(weight.shape[:-1]), f"biases[{layer}]", "its weight without I")
+    check_index(clients, "clients")
+    check_device(clients, x, "clients", "x")
+    check_shape(clients, tuple(x.shape[:-2]), "clients", "C, or none for one client")
+    check_draw(seed, round)
+    check_range(epoch, 0, 2**16, "epoch")
+
+
+def client_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output: Tensor,
+    items: Tensor,
+    clients: Tensor,
+    p: float = 0.0,
+    seed: int = 0,
+    round: int = 0,
+    epoch: int = 0,
+) -> Tensor:
+    """Scores of each client's own MLP: `client_layer` for every hidden layer, then `dot_scores`.
+
+    On the CPU, for stacked clients, it is one op that takes a client through all layers while they are in the
+    core's cache, which can be differentiated once; elsewhere, and under torch.func, tracing and compilation,
+    it is the calls of the ops that it equals bit for bit.
+
+    Args:
+        x: [C, P, I], or [P, I] for one client; float32, float64, float16 or bfloat16.
+        weights: of each hidden layer [C, O, I] or [O, I], the I of one the O of that before; at most 256.
+        biases: of each hidden layer [C, O] or [O]. output: [C, O] or [O], O of the last layer.
+        items: int32 or int64 [C, P] or [P]; positions of -1 are padding, as in `client_layer`.
+        clients: int32 or int64 [C] or [], the user ids, in [0, 2^32).
+        p: probability of dropping a hidden unit, in [0, 1).
+        seed, round, epoch: as in `client_dropout`, whose layers are numbered from 0.
+
+    Returns:
+        [C, P] or [P], zero at padding. Gradients reach x, weights, biases and output.
+
+    Raises:
+        ValueError: a shape or number does not fit, or the devices differ.
+        TypeError: an argument has the wrong type or dtype.
+        IndexError: a client is not in [0, 2^32).
+
+    Equivalent to::
+
+        for layer, (weight, bias) in enumerate(zip(weights, biases)):
+            x = client_layer(x, weight, bias, items, clients, p, seed, round, epoch, layer)
+        dot_scores(x, output)
+
+    Example:
+        >>> import torch
+        >>> x, weight = torch.tensor([[1., 2.], [3., 4.]]), torch.tensor([[1., 1.], [-1., 0.]])
+        >>> client_mlp(x, [weight], [torch.zeros(2)], torch.ones(2), torch.tensor([7, -1]), torch.tensor(0))
+        tensor([3., 0.])
+    """
+    depth = len(weights)
+    x, output, *layers = promoted(x, output, *weights, *biases)
+    weights, biases = layers[:depth], layers[depth:]
+    _check(x, weights, biases, output, items, clients, p, seed, round, epoch)
+    inputs = (x, output, items, clients, *weights, *biases)
+    if x.dim() == 3 and x.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(inputs):
+        numbers = (p, seed, round, epoch)
+        scores: Tensor = _MLP.apply(x, output, items, clients, numbers, *weights, *biases)  # type: ignore[no-untyped-call]
+        return scores
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = client_layer(x, weight, bias, items, clients, p, seed, round, epoch, layer)
+    return dot_scores(x, output)
+
+
+def client_mlp_reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output: Tensor,
+    items: Tensor,
+    clients: Tensor,
+    p: float = 0.0,
+    seed: int = 0,
+    round: int = 0,
+    epoch: int = 0,
+) -> Tensor:
+    """`client_mlp` in plain PyTorch."""
+    _check(x, weights, biases, output, items, clients, p, seed, round, epoch)
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = client_layer_reference(x, weight, bias, items, clients, p, seed, round, epoch, layer)
+    return dot_scores_reference(x, output)
+
+
+class _MLP(torch.autograd.Function):
+    """The fused op and its gradient: of the op itself, autograd would not see into the lists of layers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        output: Tensor,
+        items: Tensor,
+        clients: Tensor,
+        numbers: tuple[float, int, int, int],
+        *layers: Tensor,
+    ) -> Tensor:
+        depth = len(layers) // 2
+        weights, biases = layers[:depth], layers[depth:]
+        scores, hidden = _OP(x, weights, biases, output, items, clients, *numbers)
+        ctx.p = numbers[0]
+        ctx.save_for_backward(x, output, hidden, items, *weights)
+        result: Tensor = scores
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, output, hidden, items, *weights = ctx.saved_tensors
+        grad_x, grad_weights, grad_biases, grad_output = _BACKWARD(
+            grad, x, weights, output, hidden, items, ctx.p
+        )
+        return grad_x, grad_output, None, None, None, *grad_weights, *grad_biases
+
+
+@register_fake("client_mlp")
+def _fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output: Tensor,
+    items: Tensor,
+    clients: Tensor,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor]:
+    _check(x, weights, biases, output, items, clients, *numbers)
+    hidden = x.size(1) * sum(weight.size(1) for weight in weights)
+    return x.new_empty(x.shape[:2]), x.new_empty(x.size(0), hidden)
+
+
+@register_fake("client_mlp_backward")
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    hidden: Tensor,
+    items: Tensor,
+    p: float,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    _check_shapes(x, weights, output, items, p)
+    for t, name in ((grad, "grad"), (hidden, "hidden")):
+        check_like(t, x, name, "x")
+    return (
+        x.new_empty(x.shape),
+        [weight.new_empty(weight.shape) for weight in weights],
+        [weight.new_empty(weight.shape[:2]) for weight in weights],
+        output.new_empty(output.shape),
+    )
+
+
+register_not_differentiable("client_mlp")
+register_not_differentiable("client_mlp_backward")
