@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._checks import check_device, check_draw, check_float, check_index, check_like, check_range, check_shape
 from ._library import eager_op, is_plain, promoted, register_fake, register_not_differentiable
@@ -82,8 +81,8 @@ def client_mlp(
     """Scores of each client's own MLP: `client_layer` for every hidden layer, then `dot_scores`.
 
     On the CPU, for stacked clients, it is one op that takes a client through all layers while they are in the
-    core's cache, which can be differentiated once; elsewhere, and under torch.func, tracing and compilation,
-    it is the calls of the ops that it equals bit for bit.
+    core's cache; elsewhere, for second derivatives, and under torch.func, tracing and compilation, it is the
+    calls of the ops that it equals bit for bit.
 
     Args:
         x: [C, P, I], or [P, I] for one client; float32, float64, float16 or bfloat16.
@@ -123,6 +122,21 @@ def client_mlp(
         numbers = (p, seed, round, epoch)
         scores: Tensor = _MLP.apply(x, output, items, clients, numbers, *weights, *biases)  # type: ignore[no-untyped-call]
         return scores
+    return _by_layers(x, weights, biases, output, items, clients, p, seed, round, epoch)
+
+
+def _by_layers(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output: Tensor,
+    items: Tensor,
+    clients: Tensor,
+    p: float,
+    seed: int,
+    round: int,
+    epoch: int,
+) -> Tensor:
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         x = client_layer(x, weight, bias, items, clients, p, seed, round, epoch, layer)
     return dot_scores(x, output)
@@ -161,19 +175,28 @@ class _MLP(torch.autograd.Function):
         *layers: Tensor,
     ) -> Tensor:
         depth = len(layers) // 2
-        weights, biases = layers[:depth], layers[depth:]
-        scores, hidden = _OP(x, weights, biases, output, items, clients, *numbers)
-        ctx.p = numbers[0]
-        ctx.save_for_backward(x, output, hidden, items, *weights)
+        scores, hidden = _OP(x, layers[:depth], layers[depth:], output, items, clients, *numbers)
+        ctx.numbers = numbers
+        ctx.save_for_backward(hidden, items, clients, x, output, *layers)
         result: Tensor = scores
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, output, hidden, items, *weights = ctx.saved_tensors
+        hidden, items, clients, x, output, *layers = ctx.saved_tensors
+        depth = len(layers) // 2
+        weights, biases = layers[:depth], layers[depth:]
+        if torch.is_grad_enabled():  # this gradient is to be differentiated
+            inputs = [x, output, *layers]
+            wanted = [place for place, t in enumerate(inputs) if t.requires_grad]
+            scores = _by_layers(x, weights, biases, output, items, clients, *ctx.numbers)
+            found = torch.autograd.grad(scores, [inputs[place] for place in wanted], grad, create_graph=True)
+            grads: list[Tensor | None] = [None] * len(inputs)
+            for place, value in zip(wanted, found, strict=True):
+                grads[place] = value
+            return *grads[:2], None, None, None, *grads[2:]
         grad_x, grad_weights, grad_biases, grad_output = _BACKWARD(
-            grad, x, weights, output, hidden, items, ctx.p
+            grad, x, weights, output, hidden, items, ctx.numbers[0]
         )
         return grad_x, grad_output, None, None, None, *grad_weights, *grad_biases
 
