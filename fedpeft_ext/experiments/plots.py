@@ -241,18 +241,18 @@ def _label_points(axes: Axes, points: Sequence[Point]) -> None:
     figure.draw_without_rendering()  # fixes the layout, so that places in pixels are final
     frame = axes.get_window_extent()
     radius = 6 * figure.dpi / 72
-    taken = []
+    taken, bars = [], []
     for point in points:
-        x, y = axes.transData.transform((point.x, point.y))
+        (x, y), (_, top) = axes.transData.transform([(point.x, point.y), (point.x, point.y + point.spread)])
         taken.append(Bbox.from_extents(x - radius, y - radius, x + radius, y + radius))
         if point.spread:
-            bar = axes.transData.transform(
-                [(point.x, point.y - point.spread), (point.x, point.y + point.spread)]
-            )
-            taken.append(Bbox(bar).padded(2))
+            taken.append(Bbox.from_extents(x - radius, 2 * y - top, x + radius, top))
+        bars.append((top - y) * 72 / figure.dpi)
     taken += [line.get_window_extent().padded(1) for line in axes.lines]
-    for point in points:
-        candidates = [_annotate(axes, (point.x, point.y), point.label, spot) for spot in _SPOTS]
+    for point, bar in zip(points, bars, strict=True):
+        ends = ((0, bar + 4, "center", "bottom"), (0, -bar - 4, "center", "top"))
+        spots = (*_SPOTS, *(ends if bar else ()))
+        candidates = [_annotate(axes, (point.x, point.y), point.label, spot, bar) for spot in spots]
         boxes = [candidate.get_window_extent().padded(2) for candidate in candidates]
         # Where every spot is taken, the one that hides least.
         costs = [
@@ -267,10 +267,10 @@ def _label_points(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _annotate(
-    axes: Axes, point: tuple[float, float], label: str, spot: tuple[int, int, str, str]
+    axes: Axes, point: tuple[float, float], label: str, spot: tuple[float, float, str, str], bar: float
 ) -> Annotation:
     dx, dy, horizontal, vertical = spot
-    far = max(abs(dx), abs(dy)) > 20
+    far = max(abs(dx), abs(dy)) > max(20, bar + 4)
     return axes.annotate(
         label,
         point,
