@@ -13,7 +13,7 @@ class Trainer {
  public:
   Trainer(const LocalTrainArgs& args, int64_t n, void* scratch) : a(args), size(n), arena(scratch) {
     const int64_t draws = n * (1 + a.epochs), batch = 2 * n;
-    items = arena.take<int64_t>(draws);
+    items = arena.take<int64_t>(draws + kDrawBatch);
     batch_draws = arena.take<int32_t>(batch);
     scores = arena.take<T>(batch);
     coefficients = arena.take<T>(batch);
@@ -85,18 +85,33 @@ class Trainer {
   SenetPart<T> senet;
 
   bool start() {
-    for (int64_t i = 0; i < size; ++i) {
-      items[i] = a.items[first + i];
-      if (classify(items[i], a.num_items) != Position::item) {
-        a.bad_item->report(first + i);
-        return false;
+    const bool known = with_type(a.items, [&](const auto* given) {
+      bool ok = true;
+      for (int64_t i = 0; i < size; ++i) {
+        items[i] = given[first + i];
+        ok &= classify(items[i], a.num_items) == Position::item;
       }
-      const int64_t at = a.positives[first + i];
-      if (at >= a.num_items || at <= (i ? a.positives[first + i - 1] : -1)) {
-        a.bad_order->report(first + i);
-        return false;
+      for (int64_t i = 0; i < size && !ok; ++i) {
+        if (classify(items[i], a.num_items) != Position::item) {
+          a.bad_item->report(first + i);
+          break;
+        }
       }
-    }
+      return ok;
+    });
+    const bool ascending = with_type(a.positives, [&](const auto* given) {
+      const auto* const mine = given + first;
+      bool ok = size == 0 || (mine[0] >= 0 && int64_t(mine[size - 1]) < a.num_items);
+      for (int64_t i = 1; i < size; ++i) ok &= mine[i - 1] < mine[i];
+      for (int64_t i = 0; i < size && !ok; ++i) {
+        if (mine[i] >= a.num_items || int64_t(mine[i]) <= (i ? int64_t(mine[i - 1]) : -1)) {
+          a.bad_order->report(first + i);
+          break;
+        }
+      }
+      return ok;
+    });
+    if (!known || !ascending) return false;
     if (size >= a.num_items) {
       a.no_negative->report(client);
       return false;
@@ -161,38 +176,47 @@ class Trainer {
     for (int64_t p = 0; p < size; p += kDrawBatch) {
       uint64_t random[kDrawBatch], unused[kDrawBatch];
       philox_batch(uint64_t(p), uint32_t(client), a.round, stream, a.seed, random, unused);
-      const int64_t count = size - p < kDrawBatch ? size - p : kDrawBatch;
-      int64_t rank[kDrawBatch], drawn[kDrawBatch];
+      int64_t rank[kDrawBatch];
       for (int64_t i = 0; i < kDrawBatch; ++i) rank[i] = int64_t(multiply_high(random[i], choices));
+      // A last batch goes beyond its epoch, where the next one begins or nothing is read.
+      int64_t* const drawn = items + begin + p;
       a.positives.bytes == 8
           ? kth_negatives(static_cast<const int64_t*>(a.positives.data) + first, size, rank, drawn)
           : kth_negatives(static_cast<const int32_t*>(a.positives.data) + first, size, rank, drawn);
-      for (int64_t i = 0; i < count; ++i) items[begin + p + i] = drawn[i];
     }
     prefetch(begin, begin + size);
     return resolve(begin, begin + size);
   }
 
+  // Asks for what draws will read, where it may have to come from beyond a core's own caches.
   FEDPEFT_INLINE void prefetch(int64_t begin, int64_t end) const {
+    constexpr int64_t kNear = 1 << 18;  // bytes
+    const int64_t row = a.D * int64_t(sizeof(T));
+    const bool codes = a.codebooks && a.num_items * a.L * a.codes.bytes > kNear,
+               base = a.base && a.num_items * row > kNear,
+               whole_rows = a.table && a.num_items * row > kNear,
+               low_rank = a.A && a.num_items * a.rank * int64_t(sizeof(T)) > kNear;
+    if (!(codes || base || whole_rows || low_rank)) return;
     for (int64_t n = begin; n < end; ++n) {
-      if (a.codebooks) a.codes.prefetch(items[n] * a.L);
-      if (a.base) prefetch_row(static_cast<const T*>(a.base) + items[n] * a.D, a.D);
-      if (a.table) table.slots.prefetch(items[n]);
-      if (a.A) lora.A.slots.prefetch(items[n]);
+      if (codes) a.codes.prefetch(items[n] * a.L);
+      if (base) prefetch_row(static_cast<const T*>(a.base) + items[n] * a.D, a.D);
+      if (whole_rows) table.slots.prefetch(items[n]);
+      if (low_rank) lora.A.slots.prefetch(items[n]);
     }
   }
 
+  // Calls f with the elements of an index array.
   template <typename F>
-  FEDPEFT_INLINE void with_codes(const F& f) const {
-    switch (a.codes.bytes) {
+  FEDPEFT_INLINE static auto with_type(const IndexArray& index, const F& f) {
+    switch (index.bytes) {
       case 8:
-        return f(static_cast<const int64_t*>(a.codes.data));
+        return f(static_cast<const int64_t*>(index.data));
       case 4:
-        return f(static_cast<const int32_t*>(a.codes.data));
+        return f(static_cast<const int32_t*>(index.data));
       case 2:
-        return f(static_cast<const int16_t*>(a.codes.data));
+        return f(static_cast<const int16_t*>(index.data));
       default:
-        return f(static_cast<const uint8_t*>(a.codes.data));
+        return f(static_cast<const uint8_t*>(index.data));
     }
   }
 
@@ -201,7 +225,7 @@ class Trainer {
     if (a.A) lora.A.resolve(begin, end, [&](int64_t n, int64_t) { return items[n]; });
     bool known = true;
     if (a.codebooks) {
-      with_codes([&](const auto* codes) {
+      with_type(a.codes, [&](const auto* codes) {
         codewords.resolve(begin, end, [&](int64_t n, int64_t level) {
           int64_t code = codes[items[n] * a.L + level];
           if (uint64_t(code) >= uint64_t(a.K)) [[unlikely]] {

@@ -63,10 +63,21 @@ struct Addition {
   double weight, shift;
 };
 
-// Adds N = kLanes<double> updates to `total`.
-template <typename Part>
-FEDPEFT_INLINE void add_part(double* total, Part part, Addition by) {
-  const vec_t<double> x = __builtin_convertvector(part, vec_t<double>);
+// A vector of updates, or as many floats as a vector of doubles has lanes, as doubles.
+typedef float FloatPart __attribute__((vector_size(kLanes<double> * sizeof(float))));
+FEDPEFT_INLINE vec_t<double> as_double(vec_t<double> v) { return v; }
+FEDPEFT_INLINE vec_t<double> as_double(FloatPart v) {
+#if FEDPEFT_VEC_BYTES == 32  // the compiler converts in halves, by way of memory
+  return (vec_t<double>)_mm256_cvtps_pd((__m128)v);
+#elif FEDPEFT_VEC_BYTES == 64
+  return (vec_t<double>)_mm512_cvtps_pd((__m256)v);
+#else
+  return __builtin_convertvector(v, vec_t<double>);
+#endif
+}
+
+// Adds kLanes<double> updates to `total`.
+FEDPEFT_INLINE void add_part(double* total, vec_t<double> x, Addition by) {
   store(total, load(total) + ((by.weight * x + by.shift) - by.shift));
 }
 
@@ -75,13 +86,16 @@ FEDPEFT_INLINE void add_vector(double* total, vec_t<double> update, Addition by)
   add_part(total, update, by);
 }
 FEDPEFT_INLINE void add_vector(double* total, vec_t<float> update, Addition by) {
-  constexpr int64_t N = kLanes<double>;
-  typedef float Part __attribute__((vector_size(N * sizeof(float))));
-  Part low, high;
-  memcpy(&low, &update, sizeof(Part));
-  memcpy(&high, reinterpret_cast<const char*>(&update) + sizeof(Part), sizeof(Part));
-  add_part(total, low, by);
-  add_part(total + N, high, by);
+#if FEDPEFT_VEC_BYTES == 32
+  const FloatPart low = (FloatPart)_mm256_castps256_ps128((__m256)update),
+                  high = (FloatPart)_mm256_extractf128_ps((__m256)update, 1);
+#else
+  FloatPart low, high;
+  memcpy(&low, &update, sizeof(low));
+  memcpy(&high, reinterpret_cast<const char*>(&update) + sizeof(low), sizeof(high));
+#endif
+  add_part(total, as_double(low), by);
+  add_part(total + kLanes<double>, as_double(high), by);
 }
 
 // Adds now - then [n] to `total`, each difference rounded as an upload of it would be, and gathers
@@ -97,9 +111,8 @@ FEDPEFT_INLINE void add_difference(double* __restrict total, const T* __restrict
     Part a, b;
     memcpy(&a, now + i, sizeof(a));
     memcpy(&b, then + i, sizeof(b));
-    a -= b;
-    add_part(total + i, a, by);
-    const vec_t<double> x = __builtin_convertvector(a, vec_t<double>);
+    const vec_t<double> x = as_double(a - b);
+    add_part(total + i, x, by);
     broken += x - x;
   }
   for (; i < n; ++i) {
@@ -177,7 +190,7 @@ enum class Rule { sgd, adam_first, adam };
 
 // Adds sum_s alpha[s] * p[s] to `into`, with the rows as they were, and takes the optimizer's step:
 // columns [d, d + W vectors). By value: what is stored to could else be taken for a part of these.
-template <int W, Rule rule, bool Extra, typename T>
+template <int W, Rule rule, bool Extra, bool Ends, typename T>
 FEDPEFT_INLINE void step_columns(const RowGradients<T> r, const LocalStep<T> step, int64_t d,
                                  T* into) {
   using V = vec_t<T>;
@@ -189,8 +202,8 @@ FEDPEFT_INLINE void step_columns(const RowGradients<T> r, const LocalStep<T> ste
     sum[w] = into ? load(into + d + w * N) : V{};
     if constexpr (Extra) y[w] = r.beta ? load(r.y + d + w * N) : V{};
   }
-  double* const total = r.total ? r.total->rows : nullptr;
-  const Addition by = r.total ? r.total->by : Addition{};
+  double* const total = Ends ? r.total->rows : nullptr;
+  const Addition by = Ends ? r.total->by : Addition{};
   for (int64_t s = 0; s < r.count; ++s) {
     const int64_t row = r.rows ? r.rows[s] : s, at = s * r.stride + d;
     const T* const began = r.source  ? r.source + row * r.stride + d
@@ -204,7 +217,7 @@ FEDPEFT_INLINE void step_columns(const RowGradients<T> r, const LocalStep<T> ste
     // A row that moved before has the proximal term's gradient.
     if (Extra && r.proximal && !pulled) pulled = differs(now - d, began - d, r.stride);
     const T l2 = pulled ? r.l2 : T(0);
-    if (total && r.rows && s + kAhead < r.count) r.total->prefetch(r.rows[s + kAhead], r.stride);
+    if (Ends && r.rows && s + kAhead < r.count) r.total->prefetch(r.rows[s + kAhead], r.stride);
     for (int w = 0; w < W; ++w) {
       const int64_t i = at + w * N;
       V p = load(now + w * N);
@@ -228,48 +241,48 @@ FEDPEFT_INLINE void step_columns(const RowGradients<T> r, const LocalStep<T> ste
         v = load(r.v + i);
         p -= step.step(g, m, v);
       }
-      if (total) {
+      if constexpr (Ends) {
         const V update = p - load(began + w * N);
         broken += update - update;
         add_vector(total + row * r.stride + d + w * N, update, by);
-        continue;
-      }
-      store(r.p + i, p);
-      if constexpr (rule != Rule::sgd) {
-        store(r.m + i, m);
-        store(r.v + i, v);
+      } else {
+        store(r.p + i, p);
+        if constexpr (rule != Rule::sgd) {
+          store(r.m + i, m);
+          store(r.v + i, v);
+        }
       }
     }
   }
-  if (total && is_broken<T>(broken)) r.total->broken = true;
+  if (Ends && is_broken<T>(broken)) r.total->broken = true;
   if (into) {
     for (int w = 0; w < W; ++w) store(into + d + w * N, sum[w]);
   }
 }
 
-template <Rule rule, bool Extra, typename T>
+template <Rule rule, bool Extra, bool Ends, typename T>
 void step_rows(const RowGradients<T>& r, const LocalStep<T>& step, T* into) {
   constexpr int64_t N = kLanes<T>;
   int64_t d = 0;
-  for (; d + 4 * N <= r.stride; d += 4 * N) step_columns<4, rule, Extra>(r, step, d, into);
-  for (; d < r.stride; d += N) step_columns<1, rule, Extra>(r, step, d, into);
+  for (; d + 4 * N <= r.stride; d += 4 * N) step_columns<4, rule, Extra, Ends>(r, step, d, into);
+  for (; d < r.stride; d += N) step_columns<1, rule, Extra, Ends>(r, step, d, into);
+}
+
+template <Rule rule, typename T>
+FEDPEFT_INLINE void step_rows(const RowGradients<T>& r, const LocalStep<T>& step, T* into) {
+  if (r.beta || r.proximal) {
+    r.total ? step_rows<rule, true, true>(r, step, into)
+            : step_rows<rule, true, false>(r, step, into);
+  } else {
+    r.total ? step_rows<rule, false, true>(r, step, into)
+            : step_rows<rule, false, false>(r, step, into);
+  }
 }
 
 template <typename T>
 FEDPEFT_INLINE void step_rows(const RowGradients<T>& r, const LocalStep<T>& step, T* into) {
-  const bool extra = r.beta || r.proximal;
-  const Rule rule = !step.adam ? Rule::sgd : step.first ? Rule::adam_first : Rule::adam;
-  switch (rule) {
-    case Rule::sgd:
-      return extra ? step_rows<Rule::sgd, true>(r, step, into)
-                   : step_rows<Rule::sgd, false>(r, step, into);
-    case Rule::adam_first:
-      return extra ? step_rows<Rule::adam_first, true>(r, step, into)
-                   : step_rows<Rule::adam_first, false>(r, step, into);
-    default:
-      return extra ? step_rows<Rule::adam, true>(r, step, into)
-                   : step_rows<Rule::adam, false>(r, step, into);
-  }
+  if (!step.adam) return step_rows<Rule::sgd>(r, step, into);
+  step.first ? step_rows<Rule::adam_first>(r, step, into) : step_rows<Rule::adam>(r, step, into);
 }
 
 // The sum of each of kLanes vectors, in the order of lane_sum.
@@ -420,8 +433,16 @@ struct Slots {
   }
 
   FEDPEFT_INLINE void pad_row(T* to, int64_t row) const {
-    copy_row(to, source + row * width, width);
-    for (int64_t d = width; d < stride; ++d) to[d] = 0;
+    constexpr int64_t N = kLanes<T>, half = N / 2;
+    const T* const from = source + row * width;
+    if (!in_place) store(to + stride - N, vec_t<T>{});
+    int64_t d = 0;
+    for (; d + N <= width; d += N) store(to + d, load(from + d));
+    if (d + half <= width) {
+      memcpy(to + d, from + d, sizeof(T) * size_t(half));
+      d += half;
+    }
+    for (; d < width; ++d) to[d] = from[d];
   }
 
   FEDPEFT_INLINE int64_t row_of(int64_t s) const { return rows ? rows[s] : s; }
