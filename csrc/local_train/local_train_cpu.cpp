@@ -14,6 +14,7 @@ class Trainer {
   Trainer(const LocalTrainArgs& args, int64_t n, void* scratch) : a(args), size(n), arena(scratch) {
     const int64_t draws = n * (1 + a.epochs), batch = 2 * n;
     items = arena.take<int64_t>(draws + kDrawBatch);
+    gaps = arena.take<int64_t>(n);
     batch_draws = arena.take<int32_t>(batch);
     scores = arena.take<T>(batch);
     coefficients = arena.take<T>(batch);
@@ -74,6 +75,7 @@ class Trainer {
   Arena arena;
   int64_t client = 0, first = 0;
   int64_t* items;        // [draws]: the positives, then each epoch's negatives
+  int64_t* gaps;         // [n]: each positive less the positives before it
   int32_t* batch_draws;  // positives and negatives alternating, so that what cancels in a pair
                          // cancels exactly
   T *scores, *coefficients, *difference;
@@ -112,6 +114,9 @@ class Trainer {
       return ok;
     });
     if (!known || !ascending) return false;
+    with_type(a.positives, [&](const auto* given) {
+      for (int64_t i = 0; i < size; ++i) gaps[i] = int64_t(given[first + i]) - i;
+    });
     if (size >= a.num_items) {
       a.no_negative->report(client);
       return false;
@@ -180,12 +185,25 @@ class Trainer {
       for (int64_t i = 0; i < kDrawBatch; ++i) rank[i] = int64_t(multiply_high(random[i], choices));
       // A last batch goes beyond its epoch, where the next one begins or nothing is read.
       int64_t* const drawn = items + begin + p;
-      a.positives.bytes == 8
-          ? kth_negatives(static_cast<const int64_t*>(a.positives.data) + first, size, rank, drawn)
-          : kth_negatives(static_cast<const int32_t*>(a.positives.data) + first, size, rank, drawn);
+      kth_negatives(rank, drawn);
     }
     prefetch(begin, begin + size);
     return resolve(begin, begin + size);
+  }
+
+  // The items that draws stand for, as in common/draws.h: rank + j for the number j of gaps that
+  // are at most it. Searched for in step, so that their chains of loads overlap, from the gaps,
+  // which are made once a client.
+  FEDPEFT_INLINE void kth_negatives(const int64_t* rank, int64_t* drawn) const {
+    const int64_t* at[kDrawBatch];
+    for (int64_t i = 0; i < kDrawBatch; ++i) at[i] = gaps;
+    int64_t n = size;
+    for (; n > 1; n -= n / 2) {
+      const int64_t half = n / 2;
+      for (int64_t i = 0; i < kDrawBatch; ++i) at[i] += half & -int64_t(at[i][half - 1] <= rank[i]);
+    }
+    for (int64_t i = 0; i < kDrawBatch; ++i)
+      drawn[i] = rank[i] + (at[i] - gaps) + int64_t(n == 1 && *at[i] <= rank[i]);
   }
 
   // Asks for what draws will read, where it may have to come from beyond a core's own caches.
@@ -277,30 +295,42 @@ class Trainer {
 
   // Loss of a step, the mean over its positives; leaves its gradient in `coefficients`.
   double loss_of(int64_t pairs) {
-    T* other = difference + pairs;
-    double total = 0;
+    T* const slope = difference + pairs;
     if (a.bpr) {
       const T share = T(1) / T(pairs);
       for (int64_t i = 0; i < pairs; ++i) difference[i] = scores[2 * i + 1] - scores[2 * i];
-      for (int64_t i = 0; i < pairs; ++i) other[i] = softplus(difference[i]);
-      for (int64_t i = 0; i < pairs; ++i) total += double(other[i]);
-      for (int64_t i = 0; i < pairs; ++i) difference[i] = share * sigmoid(difference[i]);
+      losses_and_slopes(pairs, share, difference, slope);
       for (int64_t i = 0; i < pairs; ++i) {
-        coefficients[2 * i] = -difference[i];
-        coefficients[2 * i + 1] = difference[i];
+        coefficients[2 * i] = -slope[i];
+        coefficients[2 * i + 1] = slope[i];
       }
-      return total / double(pairs);
+      return sum_of(difference, pairs) / double(pairs);
     }
     const T share = T(0.5) / T(pairs);
-    for (int64_t i = 0; i < pairs; ++i) {
-      difference[2 * i] = -scores[2 * i];
-      difference[2 * i + 1] = scores[2 * i + 1];
-    }
-    for (int64_t i = 0; i < 2 * pairs; ++i) scores[i] = softplus(difference[i]);
-    for (int64_t i = 0; i < 2 * pairs; ++i) total += double(scores[i]);
-    for (int64_t i = 0; i < 2 * pairs; ++i) coefficients[i] = share * sigmoid(difference[i]);
+    for (int64_t i = 0; i < pairs; ++i) scores[2 * i] = -scores[2 * i];
+    losses_and_slopes(2 * pairs, share, scores, coefficients);
     for (int64_t i = 0; i < pairs; ++i) coefficients[2 * i] = -coefficients[2 * i];
-    return total / double(2 * pairs);
+    return sum_of(scores, 2 * pairs) / double(2 * pairs);
+  }
+
+  // softplus of x in its place, and share * sigmoid(x).
+  static void losses_and_slopes(int64_t n, T share, T* __restrict x, T* __restrict slope) {
+    for (int64_t i = 0; i < n; ++i) {
+      const T e = exp_nonpositive(-absolute(x[i]));
+      slope[i] = share * ((x[i] < 0 ? e : T(1)) / (T(1) + e));
+      x[i] = (x[i] > 0 ? x[i] : T(0)) + log1p_unit(e);
+    }
+  }
+
+  static double sum_of(const T* x, int64_t n) {
+    constexpr int64_t kChains = 4;
+    double sums[kChains] = {};
+    int64_t i = 0;
+    for (; i + kChains <= n; i += kChains) {
+      for (int64_t j = 0; j < kChains; ++j) sums[j] += double(x[i + j]);
+    }
+    for (; i < n; ++i) sums[0] += double(x[i]);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
 
   double take_step(const Batch& batch, const LocalStep<T>& step) {

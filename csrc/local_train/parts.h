@@ -337,13 +337,19 @@ struct SenetPart {
       zero_row(betas + h * pitch, all);
     }
     with_fixed_count<T>(H, [&](auto count) { add_weight_gradients(count, all); });
-    for (int64_t k = 0; k < batch.size; ++k) {
-      const int32_t* s = table.at + batch.draws[k] * H;
-      for (int64_t h = 0; h < H; ++h) {
-        table.slots.alpha[s[h]] += coefficients[k] * gates[h * pitch + k];
-        table.slots.beta[s[h]] += betas[h * pitch + k];
+    T *const alpha = table.slots.alpha, *const beta = table.slots.beta;
+    with_fixed_count<T>(H, [&](auto count) {
+      const int64_t hashes = count.or_else(H), row = pitch;
+      const T *const gate = gates, *const pull = betas;
+      for (int64_t k = 0; k < batch.size; ++k) {
+        const int32_t* s = table.at + batch.draws[k] * hashes;
+        const T coefficient = coefficients[k];
+        for (int64_t h = 0; h < hashes; ++h) {
+          alpha[s[h]] += coefficient * gate[h * row + k];
+          beta[s[h]] += pull[h * row + k];
+        }
       }
-    }
+    });
   }
 
   void step(const T* user, const LocalStep<T>& step, T l2, T* user_grad) {
@@ -359,19 +365,58 @@ struct SenetPart {
     return (scores + kBlocks * N - 1) / (kBlocks * N) * (kBlocks * N);
   }
 
-  // A hidden unit of the vector of scores from `k` on.
-  FEDPEFT_INLINE V hidden(int64_t unit, int64_t hashes, int64_t k) const {
-    V sum = V{} + b1.p[unit];
-    for (int64_t h = 0; h < hashes; ++h)
-      sum += w1.p[unit * w1.stride + h] * load(means_at + h * pitch + k);
-    return sum > 0 ? sum : V{};
-  }
+  // Weights of one hidden unit and what it reads, by value, since what is stored to could else be
+  // taken for a part of them.
+  template <typename Count>
+  struct Unit {
+    static constexpr int64_t known = Count::value;
+    const T *w1, *w2, *means, *slopes;
+    int64_t H, pitch, w2_stride;
+    V b1, into[known ? known : 1], out[known ? known : 1];
+
+    FEDPEFT_INLINE Unit(const SenetPart& s, int64_t unit)
+        : w1(s.w1.p + unit * s.w1.stride),
+          w2(s.w2.p + unit),
+          means(s.means_at),
+          slopes(s.slopes),
+          H(s.H),
+          pitch(s.pitch),
+          w2_stride(s.w2.stride),
+          b1(V{} + s.b1.p[unit]) {
+      for (int64_t h = 0; h < known; ++h) {
+        into[h] = V{} + w1[h];
+        out[h] = V{} + w2[h * w2_stride];
+      }
+    }
+    FEDPEFT_INLINE V into_of(int64_t h) const {
+      if constexpr (known > 0) return into[h];
+      return V{} + w1[h];
+    }
+    FEDPEFT_INLINE V out_of(int64_t h) const {
+      if constexpr (known > 0) return out[h];
+      return V{} + w2[h * w2_stride];
+    }
+    // The unit for the vector of scores from `k` on.
+    FEDPEFT_INLINE V value(int64_t k) const {
+      V sum = b1;
+      for (int64_t h = 0; h < Count::or_else(H); ++h)
+        sum += into_of(h) * load(means + h * pitch + k);
+      return sum > 0 ? sum : V{};
+    }
+    FEDPEFT_INLINE V gradient(int64_t k, V at) const {
+      V sum = {};
+      for (int64_t h = 0; h < Count::or_else(H); ++h)
+        sum += out_of(h) * load(slopes + h * pitch + k);
+      return at > 0 ? sum : V{};
+    }
+  };
 
   // The gates before the sigmoid.
   template <typename Count>
   FEDPEFT_INLINE void open_gates(Count, int64_t all) {
-    const int64_t hashes = Count::or_else(H), S = w1.rows;
+    const int64_t hashes = Count::or_else(H), S = w1.rows, row = pitch;
     constexpr int64_t most = Count::value ? Count::value : kHashes;
+    T* const into = gates;
     for (int64_t from = 0; from < hashes; from += most) {
       const int64_t here = Count::or_else(hashes - from < most ? hashes - from : most);
       for (int64_t k = 0; k < all; k += kBlocks * N) {
@@ -379,17 +424,17 @@ struct SenetPart {
         for (int64_t h = 0; h < here; ++h) {
           for (int64_t b = 0; b < kBlocks; ++b) sum[h][b] = V{} + b2.p[from + h];
         }
-        for (int64_t unit = 0; unit < S; ++unit) {
+        for (int64_t u = 0; u < S; ++u) {
+          const Unit<Count> unit(*this, u);
           V x[kBlocks];
-          for (int64_t b = 0; b < kBlocks; ++b) x[b] = hidden(unit, hashes, k + b * N);
+          for (int64_t b = 0; b < kBlocks; ++b) x[b] = unit.value(k + b * N);
           for (int64_t h = 0; h < here; ++h) {
-            const T weight = w2.p[(from + h) * w2.stride + unit];
-            for (int64_t b = 0; b < kBlocks; ++b) sum[h][b] += weight * x[b];
+            for (int64_t b = 0; b < kBlocks; ++b) sum[h][b] += unit.out_of(from + h) * x[b];
           }
         }
         for (int64_t h = 0; h < here; ++h) {
           for (int64_t b = 0; b < kBlocks; ++b)
-            store(gates + (from + h) * pitch + k + b * N, sum[h][b]);
+            store(into + (from + h) * row + k + b * N, sum[h][b]);
         }
       }
     }
@@ -398,30 +443,28 @@ struct SenetPart {
   // From the gates' slopes, the gradients of w1, b1 and w2 and, in `betas`, of the rows' means.
   template <typename Count>
   FEDPEFT_INLINE void add_weight_gradients(Count, int64_t all) {
-    const int64_t hashes = Count::or_else(H), S = w1.rows;
+    const int64_t hashes = Count::or_else(H), S = w1.rows, row = pitch;
     constexpr int64_t most = Count::value ? Count::value : kHashes;
+    T* const beta = betas;
     for (int64_t from = 0; from < hashes; from += most) {
       const int64_t here = Count::or_else(hashes - from < most ? hashes - from : most);
-      for (int64_t unit = 0; unit < S; ++unit) {
+      for (int64_t u = 0; u < S; ++u) {
+        const Unit<Count> unit(*this, u);
         V into_w1[most] = {}, into_w2[most] = {}, into_b1 = {};
         for (int64_t k = 0; k < all; k += N) {
-          const V x = hidden(unit, hashes, k);
-          V grad = {};
-          for (int64_t h = 0; h < hashes; ++h)
-            grad += w2.p[h * w2.stride + unit] * load(slopes + h * pitch + k);
-          grad = x > 0 ? grad : V{};
+          const V x = unit.value(k), grad = unit.gradient(k, x);
           into_b1 += grad;
           for (int64_t h = 0; h < here; ++h) {
-            const int64_t i = (from + h) * pitch + k;
-            into_w2[h] += load(slopes + i) * x;
-            into_w1[h] += load(means_at + i) * grad;
-            store(betas + i, load(betas + i) + w1.p[unit * w1.stride + from + h] * grad);
+            const int64_t i = (from + h) * row + k;
+            into_w2[h] += load(unit.slopes + i) * x;
+            into_w1[h] += load(unit.means + i) * grad;
+            store(beta + i, load(beta + i) + unit.into_of(from + h) * grad);
           }
         }
-        if (from == 0) b1.grad[unit] += lane_sum<T>(into_b1);
+        if (from == 0) b1.grad[u] += lane_sum<T>(into_b1);
         for (int64_t h = 0; h < here; ++h) {
-          w1.grad[unit * w1.stride + from + h] += lane_sum<T>(into_w1[h]);
-          w2.grad[(from + h) * w2.stride + unit] += lane_sum<T>(into_w2[h]);
+          w1.grad[u * w1.stride + from + h] += lane_sum<T>(into_w1[h]);
+          w2.grad[(from + h) * w2.stride + u] += lane_sum<T>(into_w2[h]);
         }
       }
     }

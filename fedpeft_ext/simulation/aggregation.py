@@ -336,10 +336,10 @@ class Aggregator:
             for total in self._totals.values():
                 total.zero_()
         if self._marks is not None:
-            if used:
+            if used and 16 * sum(len(rows) for rows in self._marked) < len(self._marks):
                 for rows in self._marked:
                     self._marks.index_fill_(0, rows, 0)
-            else:  # an engine may have failed before it told what it marked
+            else:  # cheaper, and an engine may have failed before it told what it marked
                 self._marks.zero_()
         self._weight = 0.0
         self._uploads = 0
