@@ -4,6 +4,7 @@
     python docs/measure_ml_100k.py backbones runs.jsonl fedmf       # one of the backbones
     python docs/measure_ml_100k.py compression runs.jsonl           # upload compression, FedMF
     python docs/measure_ml_100k.py privacy runs.jsonl               # CDP and LDP, FedMF
+    python docs/measure_ml_100k.py privacy runs.jsonl --picture docs/pictures/privacy.png
     python docs/measure_ml_100k.py algorithms runs.jsonl            # FedAvg, FedProx, SCAFFOLD, FedMF
 
 Every finished run is a line of the file, and is not trained again. One CPU thread.
@@ -22,6 +23,8 @@ import numpy as np
 
 from fedpeft_ext.config import load_config
 from fedpeft_ext.data import load_dataset
+from fedpeft_ext.experiments.plots import Place, plot_lines
+from fedpeft_ext.experiments.studies.study import mean_place
 from fedpeft_ext.simulation import Simulator
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -100,6 +103,21 @@ def cell(runs: list[dict[str, Any]], name: str) -> str:
     return text if len(values) in (0, len(runs)) else f"{text} ({len(values)} of {len(runs)} seeds)"
 
 
+def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """HR@10 by epsilon, means over seeds: a line for each embedding and kind of noise."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        if run.get("epsilon") is not None:
+            rows.setdefault(tuple(run["labels"]), []).append(run)
+    lines: dict[str, list[Place]] = {}
+    for (embedding, privacy), seeds in rows.items():
+        epsilon = float(np.mean([run["epsilon"] for run in seeds]))
+        name = f"{embedding}, {privacy.partition(',')[0].upper()}"
+        lines.setdefault(name, []).append(mean_place(epsilon, [run["HR@10"] for run in seeds]))
+    title = "Privacy, fedmf on ml-100k"
+    plot_lines(lines, path, xlabel="epsilon (log scale)", ylabel="HR@10", title=title, log_x=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", choices=["backbones", "compression", "privacy", "algorithms"])
@@ -107,7 +125,11 @@ def main() -> None:
     parser.add_argument("only", nargs="?", choices=sorted(BACKBONES), help="backbones: train this one alone")
     parser.add_argument("--embeddings", default=",".join(EMBEDDINGS), help="backbones: of these alone")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--picture", type=Path, help="privacy: draw HR@10 by epsilon as PNG")
     options = parser.parse_args()
+    if options.picture is not None and options.table != "privacy":
+        parser.error("--picture: expected the table 'privacy', which alone is drawn")
+    shown = []
     lines = options.file.read_text().splitlines() if options.file.exists() else []
     done = {(record["table"], *record["labels"], record["seed"]): record for record in map(json.loads, lines)}
     dataset = load_dataset("ml-100k")
@@ -121,6 +143,7 @@ def main() -> None:
                 with options.file.open("a") as out:
                     out.write(json.dumps(done[key]) + "\n")
             runs.append(done[key])
+        shown += runs
         columns = [*labels, cell(runs, "HR@10"), cell(runs, "NDCG@10"), cell(runs, "full/NDCG@10")]
         if options.table == "privacy":
             epsilon = runs[0].get("epsilon")
@@ -129,6 +152,8 @@ def main() -> None:
             columns.insert(2, f"{runs[0].get('bytes_up', 0):,}")
         columns.append(f"{np.mean([run['seconds'] for run in runs]):.1f}")
         print(f"| {' | '.join(columns)} |", flush=True)
+    if options.picture is not None:
+        draw(shown, options.picture)
 
 
 if __name__ == "__main__":
