@@ -18,12 +18,14 @@ import argparse
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from fedpeft_ext import ops
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset, load_dataset, synthetic_dataset
 from fedpeft_ext.simulation import Simulator
@@ -83,14 +85,49 @@ def print_costs(title: str, rows: list[tuple[str, str, Cost]]) -> None:
         )
 
 
+def row_costs(items: int, dim: int, rank: int = 4, count: int = 150_000) -> list[float]:
+    """ns that each access of P-LoRA to a row takes by itself, with nothing to compute meanwhile: a row of the
+    base and one of A read, one of the sums added to, and the server's step along it. Rows are random, and
+    asked for ahead of their use, as in training.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(items, (1, count), generator=generator)
+    touched = rows.flatten().unique()
+    touched = touched[torch.randperm(len(touched), generator=generator)]
+    base, A = torch.randn(items, dim), torch.randn(items, rank)
+    sums, updates = torch.zeros(items, rank, dtype=torch.float64), torch.randn(1, count, rank)
+    weights = torch.ones(1, dtype=torch.float64)
+    calls: list[tuple[int, Callable[[], object]]] = [
+        (count, lambda: ops.client_embedding(rows, base)),
+        (count, lambda: ops.client_embedding(rows, A)),
+        (count, lambda: ops.accumulate_updates_(sums, updates, weights, rows)),
+        (len(touched), lambda: ops.apply_updates_(A, sums, touched, scale=1e-3)),
+    ]
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(15):
+        for number, (accesses, call) in enumerate(calls):
+            began = time.process_time()
+            call()
+            times[number].append(1e9 * (time.process_time() - began) / accesses)
+    return [statistics.median(t) for t in times]
+
+
+CATALOGUES = (1_000, 10_000, 100_000, 1_000_000)
+
+
 def over_items(embeddings: list[str], dim: int, rounds: int, warmup: int) -> None:
     rows = []
-    for items in (1_000, 10_000, 100_000, 1_000_000):
+    for items in CATALOGUES:
         data = synthetic_dataset(20_000, items, 50, item_text=False)
         for embedding in embeddings:
             cost = measure(federation(data, embedding, 1000, dim), rounds, warmup)
             rows.append((embedding, f"{items:,}", cost))
     print_costs("items", sorted(rows, key=lambda row: row[0]))
+    print("\n| ns a row, of items | base read | A read | sums added to | server's step |")
+    print("|---:|---:|---:|---:|---:|")
+    for items in CATALOGUES:
+        cells = " | ".join(f"{cost:.1f}" for cost in row_costs(items, dim))
+        print(f"| {items:,} | {cells} |")
 
 
 def over_clients(embeddings: list[str], dim: int, rounds: int, warmup: int) -> None:
