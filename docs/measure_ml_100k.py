@@ -114,6 +114,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
         epsilon = float(np.mean([run["epsilon"] for run in seeds]))
         name = f"{embedding}, {privacy.partition(',')[0].upper()}"
         lines.setdefault(name, []).append(mean_place(epsilon, [run["HR@10"] for run in seeds]))
+    lines = {name: sorted(places) for name, places in lines.items()}
     title = "Privacy, fedmf on ml-100k"
     plot_lines(lines, path, xlabel="epsilon (log scale)", ylabel="HR@10", title=title, log_x=True)
 
