@@ -113,6 +113,26 @@ def test_with_cuda(tmp_path: Path, option: str) -> None:
     assert code == 0, text
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(
+    ("listed", "found"), [("9.0", "sm_90 with"), ("8.0;9.0+PTX", "sm_80,sm_90 with"), ("Hopper", None)]
+)
+def test_architectures_as_torch_is_told(
+    tmp_path: Path, listed: str, found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    nvcc = Path(str(shutil.which("nvcc")))
+    version = re.search(r"release (\d+\.\d+)", subprocess.check_output([str(nvcc), "--version"], text=True))
+    assert version is not None
+    code, text = configure(tmp_path, "AUTO", version[1], nvcc)
+    if found is None:
+        assert code != 0
+        assert "TORCH_CUDA_ARCH_LIST: expected numbers such as 8.0 or 9.0+PTX, got Hopper" in text
+    else:
+        assert code == 0, text
+        assert f"building CUDA kernels for {found}" in text
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
