@@ -95,6 +95,11 @@ void* at(Tensor& t, int64_t client, int64_t element, int64_t offset = 0) {
          (client * (t.size(0) ? t.numel() / t.size(0) : 0) + offset) * element;
 }
 
+// The client that is n-th to be worked on: one from the front and one from the back in turn, so
+// that ranges of clients that are sorted by size, as those of a chunk are, take threads equally
+// long.
+int64_t in_turn(int64_t n, int64_t clients) { return n % 2 ? clients - 1 - n / 2 : n / 2; }
+
 // Arguments of one layer of one client; `hidden` has the outputs [P, O] of all layers.
 ClientLayerArgs layer_args(const Mlp& m, size_t layer, int64_t client, double p, void* hidden) {
   ClientLayerArgs a{};
@@ -161,7 +166,8 @@ std::tuple<Tensor, Tensor> client_mlp(const Tensor& x, std::vector<Tensor> weigh
   const int dtype = int(m.dtype);
   parallel_ranges(m.clients, m.work / 8, [&](int64_t begin, int64_t end) {
     const Room packed_room(packed * accumulator), scratch_room(scratch * accumulator);
-    for (int64_t c = begin; c < end; ++c) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t c = in_turn(n, m.clients);
       void* outputs = at(hidden, c, m.element);
       for (size_t l = 0; l < m.widths.size(); ++l) {
         ClientLayerArgs a = layer_args(m, l, c, p, outputs);
@@ -216,7 +222,8 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor> client_mlp_
     const Room scratch_room(scratch * accumulator);
     const Room above(m.positions * m.widest() * m.element),  // gradients of a layer's output
         below(m.positions * m.widest() * m.element);         // and of its input
-    for (int64_t c = begin; c < end; ++c) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t c = in_turn(n, m.clients);
       // The kernels read `hidden` alone, through a pointer that the forward writes by.
       void* outputs = const_cast<void*>(at(hidden_, c, m.element));
       DotScoresArgs score = score_args(m, c, outputs);

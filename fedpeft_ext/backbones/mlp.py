@@ -77,7 +77,7 @@ class MLP(nn.Module):
         weights = self.weights()
         biases: list[Tensor] = [layer.bias for layer in self.layers if isinstance(layer, nn.Linear)]
         if user is not None:
-            width = user.shape[-1]
-            biases[0] = biases[0] + ops.dot_scores(weights[0][..., :width], user)
-            weights[0] = weights[0][..., width:]
+            parts = torch.split(weights[0], [user.shape[-1], x.shape[-1]], -1)
+            biases[0] = biases[0] + ops.dot_scores(parts[0], user)
+            weights[0] = parts[1]
         return ops.client_mlp(x, weights, biases, self.output, items, clients, drop, *keys)
