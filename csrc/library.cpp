@@ -73,7 +73,8 @@ STABLE_TORCH_LIBRARY(FEDPEFT_LIBRARY, m) {
       "num_items, Tensor user, "
       "Tensor? base, Tensor? table, Tensor? A, Tensor? B, Tensor? codes, Tensor? codebooks, "
       "Tensor? buckets, "
-      "Tensor? hashes, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, bool mean, int epochs, int "
+      "Tensor? hashes, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, bool mean, bool graph, int "
+      "epochs, int "
       "batch_size, "
       "bool bpr, bool adam, float lr, float beta1, float beta2, float eps, float l2_user, float "
       "l2_items, "
@@ -88,7 +89,8 @@ STABLE_TORCH_LIBRARY(FEDPEFT_LIBRARY, m) {
       "w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor(a!)? sum_table, Tensor(b!)? sum_A, "
       "Tensor(c!)? sum_B, Tensor(d!)? sum_codebooks, Tensor(e!)? sum_buckets, Tensor(f!)? "
       "sum_w1, Tensor(g!)? sum_b1, Tensor(h!)? sum_w2, Tensor(i!)? sum_b2, Tensor(j!)? touched,"
-      " bool mean, int epochs, int batch_size, bool bpr, bool adam, float lr, float beta1, "
+      " bool mean, bool graph, int epochs, int batch_size, bool bpr, bool adam, float lr, float "
+      "beta1, "
       "float beta2, float eps, float l2_user, float l2_items, float prox, int seed, int round, "
       "float grid) -> (Tensor, Tensor, Tensor, Tensor)");
 

@@ -197,9 +197,9 @@ void prepare(Call& call, const Tensor& clients, const Tensor& indptr, const Tens
              const Optional& table, const Optional& A, const Optional& B, const Optional& codes,
              const Optional& codebooks, const Optional& buckets, const Optional& hashes,
              const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
-             bool mean, int64_t epochs, int64_t batch_size, bool bpr, bool adam, double lr,
-             double beta1, double beta2, double eps, double l2_user, double l2_items, double prox,
-             int64_t seed, int64_t round) {
+             bool mean, bool graph, int64_t epochs, int64_t batch_size, bool bpr, bool adam,
+             double lr, double beta1, double beta2, double eps, double l2_user, double l2_items,
+             double prox, int64_t seed, int64_t round) {
   check_dim(clients, 1, "clients", "[C]");
   check_dim(indptr, 1, "indptr", "[U + 1]");
   check_value(indptr.size(0) >= 1, "indptr: expected shape [U + 1], got ", shape_text(indptr));
@@ -256,6 +256,7 @@ void prepare(Call& call, const Tensor& clients, const Tensor& indptr, const Tens
   check_table(b1, {S}, user, "b1", "[S]");
   check_table(w2, {H, S}, user, "w2", "[H, S]");
   check_table(b2, {H}, user, "b2", "[H]");
+  check_value(!graph || !w1, "graph: expected false with SENet");
   check_value(epochs >= 0 && epochs < 1 << 16, "epochs: expected 0 to ", (1 << 16) - 1, ", got ",
               epochs);
   check_value(batch_size >= 0, "batch_size: expected at least 0 (0: all positives), got ",
@@ -315,6 +316,7 @@ void prepare(Call& call, const Tensor& clients, const Tensor& indptr, const Tens
   a.H = H;
   a.S = S;
   a.mean = mean;
+  a.graph = graph;
   a.epochs = epochs;
   a.batch = batch_size;
   a.bpr = bpr;
@@ -334,7 +336,10 @@ void prepare(Call& call, const Tensor& clients, const Tensor& indptr, const Tens
   a.bad_code = &call.bad_code;
   run_on(
       user, [&](auto) { call.sizes = sizes_on_cpu(a, clients.size(0)); },
-      [&](auto stream) { call.sizes = sizes_on_gpu(a, clients.size(0), user, stream); });
+      [&](auto stream) {
+        check_value(!graph, "graph: expected false on a GPU, where it has no kernel");
+        call.sizes = sizes_on_gpu(a, clients.size(0), user, stream);
+      });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
@@ -344,13 +349,13 @@ local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
             const Optional& table, const Optional& A, const Optional& B, const Optional& codes,
             const Optional& codebooks, const Optional& buckets, const Optional& hashes,
             const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
-            bool mean, int64_t epochs, int64_t batch_size, bool bpr, bool adam, double lr,
-            double beta1, double beta2, double eps, double l2_user, double l2_items, double prox,
-            int64_t seed, int64_t round) {
+            bool mean, bool graph, int64_t epochs, int64_t batch_size, bool bpr, bool adam,
+            double lr, double beta1, double beta2, double eps, double l2_user, double l2_items,
+            double prox, int64_t seed, int64_t round) {
   Call call;
   prepare(call, clients, indptr, items, positives, num_items, user, base, table, A, B, codes,
-          codebooks, buckets, hashes, w1, b1, w2, b2, mean, epochs, batch_size, bpr, adam, lr,
-          beta1, beta2, eps, l2_user, l2_items, prox, seed, round);
+          codebooks, buckets, hashes, w1, b1, w2, b2, mean, graph, epochs, batch_size, bpr, adam,
+          lr, beta1, beta2, eps, l2_user, l2_items, prox, seed, round);
   LocalTrainArgs& a = call.args;
   const int64_t C = clients.size(0), D = a.D, S = a.S, H = a.H;
   if (table || A) {
@@ -485,14 +490,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(
     const Optional& b1, const Optional& w2, const Optional& b2, const Optional& sum_table,
     const Optional& sum_A, const Optional& sum_B, const Optional& sum_codebooks,
     const Optional& sum_buckets, const Optional& sum_w1, const Optional& sum_b1,
-    const Optional& sum_w2, const Optional& sum_b2, const Optional& touched, bool mean,
+    const Optional& sum_w2, const Optional& sum_b2, const Optional& touched, bool mean, bool graph,
     int64_t epochs, int64_t batch_size, bool bpr, bool adam, double lr, double beta1, double beta2,
     double eps, double l2_user, double l2_items, double prox, int64_t seed, int64_t round,
     double grid) {
   Call call;
   prepare(call, clients, indptr, items, positives, num_items, user, base, table, A, B, codes,
-          codebooks, buckets, hashes, w1, b1, w2, b2, mean, epochs, batch_size, bpr, adam, lr,
-          beta1, beta2, eps, l2_user, l2_items, prox, seed, round);
+          codebooks, buckets, hashes, w1, b1, w2, b2, mean, graph, epochs, batch_size, bpr, adam,
+          lr, beta1, beta2, eps, l2_user, l2_items, prox, seed, round);
   LocalTrainArgs& a = call.args;
   const int64_t C = clients.size(0);
   check_weights(weights, C, user, "user");
@@ -539,7 +544,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(
   int64_t draws = 0;
   for (const int64_t n : call.sizes) draws += n * (1 + epochs);
   SharedSums shared(parts, sums, draws, threads);
-  std::vector<std::vector<int64_t>> fresh(static_cast<size_t>(threads));  // rows; as many as `counts` are filled
+  std::vector<std::vector<int64_t>> fresh(
+      static_cast<size_t>(threads));  // rows; as many as `counts` are filled
   std::vector<int64_t> counts(static_cast<size_t>(threads), 0);
   const auto train = select_local_train_kernels().train[int(call.dtype)];
   train_on_cpu(a, call.sizes, order, threads, call.dtype, user,

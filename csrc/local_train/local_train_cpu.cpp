@@ -25,13 +25,17 @@ class Trainer {
       keys = arena.take<uint64_t>(n);
     }
     user.lay_out(arena, a, a.user, 1, a.D, false);
-    if (a.table) table.lay_out(arena, a, a.table, a.num_items, a.D, 1, draws, false, false);
+    if (a.graph) {
+      T** const vectors[] = {&base_sum, &graph_user, &score_grad, &neighbour_grad};
+      for (T** vector : vectors) *vector = arena.take<T>(user.stride);
+    }
+    if (a.table) table.lay_out(arena, a, a.table, a.num_items, a.D, 1, draws, a.graph, false);
     if (a.A) lora.lay_out(arena, a, draws);
     if (a.codebooks)
-      codewords.lay_out(arena, a, a.codebooks, a.L * a.K, a.D, a.L, draws, false, true);
+      codewords.lay_out(arena, a, a.codebooks, a.L * a.K, a.D, a.L, draws, a.graph, true);
     if (a.buckets && a.w1) senet.lay_out(arena, a, draws, batch);
     if (a.buckets && !a.w1) {
-      hashed.lay_out(arena, a, a.buckets, a.M, a.D, a.H, draws, false, true);
+      hashed.lay_out(arena, a, a.buckets, a.M, a.D, a.H, draws, a.graph, true);
       hashed.scale = a.mean ? T(1) / T(a.H) : T(1);
     }
   }
@@ -81,6 +85,9 @@ class Trainer {
   T *scores, *coefficients, *difference;
   int32_t *order = nullptr, *spare = nullptr;
   uint64_t* keys = nullptr;
+  // Of the graph: the sum of the own items' frozen vectors, the user vector that scores, its
+  // gradient, and that of an own item's vector through it.
+  T *base_sum = nullptr, *graph_user = nullptr, *score_grad = nullptr, *neighbour_grad = nullptr;
   DensePart<T> user;
   RowsPart<T> table, codewords, hashed;
   LoraPart<T> lora;
@@ -127,7 +134,70 @@ class Trainer {
     if (a.A) lora.B.load_start();
     if (a.buckets && a.w1) senet.load_start();
     prefetch(0, size);
-    return resolve(0, size);
+    if (!resolve(0, size)) return false;
+    if (a.graph) meet_neighbours();
+    return true;
+  }
+
+  // What of the graph layer stays the same in all steps.
+  void meet_neighbours() {
+    if (a.table) table.count_reads(size);
+    if (a.A) lora.A.count_reads(size);
+    if (a.codebooks) codewords.count_reads(size);
+    if (a.buckets) hashed.count_reads(size);
+    zero_row(base_sum, user.stride);
+    if (!a.base) return;
+    for (int64_t i = 0; i < size; ++i) {
+      batch_draws[i] = int32_t(i);
+      coefficients[i] = 1;
+    }
+    frozen().step(Batch{batch_draws, size}, coefficients, base_sum);
+  }
+
+  BasePart<T> frozen() const { return {static_cast<const T*>(a.base), items, a.D}; }
+
+  // The user vector after the layer.
+  const T* layer() {
+    T* const sum = graph_user;
+    copy_row(sum, base_sum, user.stride);
+    if (a.table) table.slots.weigh_all(table.slots.beta, sum);
+    if (a.A) lora.weigh_all(lora.A.slots.beta, lora.near, sum);
+    if (a.codebooks) codewords.slots.weigh_all(codewords.slots.beta, sum);
+    if (a.buckets) hashed.slots.weigh_all(hashed.slots.beta, sum);
+    const T share = T(1 / __builtin_sqrt(double(size)));
+    for (int64_t d = 0; d < user.stride; ++d) sum[d] = (user.p[d] + share * sum[d]) / 2;
+    return sum;
+  }
+
+  // The optimizer's step with the layer, whose gradient has to be whole before a row's is known.
+  void step_graph(const Batch& batch, const LocalStep<T>& step, const T* u, T l2) {
+    T* const grad = score_grad;
+    zero_row(grad, user.stride);
+    if (a.base) frozen().step(batch, coefficients, grad);
+    const auto gather = [&](RowsPart<T>& part) {
+      part.add_gradients(batch, coefficients);
+      part.end_gradients();
+    };
+    const auto weigh = [&](RowsPart<T>& part) {
+      gather(part);
+      part.slots.weigh_all(part.slots.alpha, grad);
+    };
+    if (a.table) weigh(table);
+    if (a.A) {
+      gather(lora.A);
+      lora.weigh_all(lora.A.slots.alpha, lora.mixed, grad);
+    }
+    if (a.codebooks) weigh(codewords);
+    if (a.buckets) weigh(hashed);
+    const T share = T(0.5 / __builtin_sqrt(double(size)));
+    for (int64_t d = 0; d < user.stride; ++d) neighbour_grad[d] = share * grad[d];
+    const T* const y = neighbour_grad;
+    if (a.table) table.step(u, step, l2, nullptr, y);
+    if (a.A) lora.step_graph(u, y, step, l2);
+    if (a.codebooks) codewords.step(u, step, l2, nullptr, y);
+    if (a.buckets) hashed.step(u, step, l2, nullptr, y);
+    for (int64_t d = 0; d < user.stride; ++d) user.grad[d] = grad[d] / 2;
+    user.step(step, T(a.l2_user));
   }
 
   // The trained parts with their names.
@@ -334,8 +404,8 @@ class Trainer {
   }
 
   double take_step(const Batch& batch, const LocalStep<T>& step) {
-    const BasePart<T> base{static_cast<const T*>(a.base), items, a.D};
-    const T* u = user.p;
+    const BasePart<T> base = frozen();
+    const T* const u = a.graph ? layer() : user.p;
     const T l2 = T(a.l2_items);
     if (a.base) {
       base.set_scores(batch, u, scores);
@@ -365,6 +435,10 @@ class Trainer {
     }
 
     const double loss = loss_of(batch.size / 2);
+    if (a.graph) {
+      step_graph(batch, step, u, l2);
+      return loss;
+    }
     T* user_grad = user.grad;
     if (a.base) base.step(batch, coefficients, user_grad);
     if (a.table) {
@@ -385,6 +459,7 @@ class Trainer {
         senet.step(u, step, l2, user_grad);
       } else {
         hashed.add_gradients(batch, coefficients);
+        hashed.end_gradients();
         hashed.step(u, step, l2, user_grad);
       }
     }

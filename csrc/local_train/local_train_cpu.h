@@ -31,6 +31,7 @@ struct LocalTrainArgs {
   const void *w1, *b1, *w2, *b2;  // SENet: [S, H], [S], [H, S], [H]
   int64_t M, H, S;
   bool mean;
+  bool graph;  // FedPerGNN: (user + sum of the own items' vectors / sqrt(n)) / 2 is what scores
 
   // Settings.
   int64_t epochs, batch;  // batch: positives of a step; 0 for all

@@ -123,11 +123,20 @@ struct RowsPart {
     });
   }
 
+  // After the sums, so that gradients that cancel do so exactly.
+  void end_gradients() {
+    if (scale == 1) return;
+    for (int64_t s = 0; s < slots.count; ++s) slots.alpha[s] *= scale;
+  }
+
+  // Makes beta what draws [0, n) read of each row.
+  void count_reads(int64_t n) {
+    slots.keeps_beta = true;
+    for (int64_t i = 0; i < n * reads; ++i) slots.beta[at[i]] += scale;
+  }
+
   // `x`, `y`: the vectors whose multiples alpha and beta are; `into` receives sum_s alpha[s] * row.
   void step(const T* x, const LocalStep<T>& step, T l2, T* into, const T* y = nullptr) {
-    if (scale != 1) {  // after the sums, so that gradients that cancel do so exactly
-      for (int64_t s = 0; s < slots.count; ++s) slots.alpha[s] *= scale;
-    }
     RowGradients<T> r{.count = slots.count,
                       .stride = slots.stride,
                       .p = slots.p,
@@ -140,7 +149,7 @@ struct RowsPart {
                       .proximal = step.prox > 0,
                       .alpha = slots.alpha,
                       .x = x,
-                      .beta = slots.beta,
+                      .beta = y && any_nonzero(y, slots.stride) ? slots.beta : nullptr,
                       .y = y,
                       .l2 = l2,
                       .x_moves = any_nonzero(x, slots.stride)};
@@ -232,19 +241,46 @@ template <typename T>
 struct LoraPart {
   RowsPart<T> A;
   DensePart<T> B;
-  T *q = nullptr, *mixed = nullptr;  // [padded r]: B^T u, sum_s alpha[s] a_s
+  T *q = nullptr, *mixed = nullptr;    // [padded r]: B^T u, sum_s alpha[s] a_s
+  T *pull = nullptr, *near = nullptr;  // the same with y and beta, for a graph's neighbours
 
   void lay_out(Arena& arena, const LocalTrainArgs& a, int64_t draws) {
-    A.lay_out(arena, a, a.A, a.num_items, a.rank, 1, draws, false, false);
+    A.lay_out(arena, a, a.A, a.num_items, a.rank, 1, draws, a.graph, false);
     B.lay_out(arena, a, a.B, a.D, a.rank);
     q = arena.take<T>(B.stride);
     mixed = arena.take<T>(B.stride);
+    if (!a.graph) return;
+    pull = arena.take<T>(B.stride);
+    near = arena.take<T>(B.stride);
   }
 
   void begin(const T* user) {
-    zero_row(q, B.stride);
-    for (int64_t d = 0; d < B.rows; ++d) add_scaled(q, user[d], B.p + d * B.stride, B.stride);
+    through_B(user, q);
     A.begin(q);
+  }
+
+  // B^T u.
+  FEDPEFT_INLINE void through_B(const T* user, T* out) const {
+    zero_row(out, B.stride);
+    for (int64_t d = 0; d < B.rows; ++d) add_scaled(out, user[d], B.p + d * B.stride, B.stride);
+  }
+
+  // into += B sum_s weights[s] a_s, where `sum` receives the sum.
+  void weigh_all(const T* weights, T* sum, T* into) const {
+    zero_row(sum, B.stride);
+    A.slots.weigh_all(weights, sum);
+    for (int64_t d = 0; d < B.rows; ++d) into[d] += dot(B.p + d * B.stride, sum, B.stride);
+  }
+
+  // `mixed` and `near` are there.
+  void step_graph(const T* user, const T* y, const LocalStep<T>& step, T l2) {
+    through_B(y, pull);
+    A.step(q, step, l2, nullptr, pull);
+    for (int64_t d = 0; d < B.rows; ++d) {
+      add_scaled(B.grad + d * B.stride, user[d], mixed, B.stride);
+      add_scaled(B.grad + d * B.stride, y[d], near, B.stride);
+    }
+    B.step(step, l2);
   }
 
   void step(const T* user, const LocalStep<T>& step, T l2, T* user_grad) {

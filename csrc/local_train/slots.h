@@ -346,10 +346,11 @@ template <typename T>
 struct Slots {
   int64_t table_rows = 0, width = 0, stride = 0, capacity = 0;
   const T* source = nullptr;
-  bool whole = false;     // slot s is row s
-  bool in_place = false;  // rows fill vectors: their start is read in the table
-  bool moved = false;     // a step was taken: p holds the rows
-  bool added = false;     // their updates are in `total`
+  bool whole = false;       // slot s is row s
+  bool in_place = false;    // rows fill vectors: their start is read in the table
+  bool moved = false;       // a step was taken: p holds the rows
+  bool added = false;       // their updates are in `total`
+  bool keeps_beta = false;  // beta is not a gradient of one step
   // Row -> slot: an array over the table where that is small, else a hash table with linear
   // probing.
   bool direct = true;
@@ -459,9 +460,21 @@ struct Slots {
     }
   }
 
+  // into += sum_s weights[s] * row of slot s.
+  void weigh_all(const T* weights, T* into) const {
+    const T* const now = moved || !in_place ? p : source;
+    const int64_t* const at = now == p ? nullptr : rows;
+    for (int64_t d = 0; d < stride; d += kLanes<T>) {
+      vec_t<T> sum = load(into + d);
+      for (int64_t s = 0; s < count; ++s)
+        sum += weights[s] * load(now + (at ? at[s] : s) * stride + d);
+      store(into + d, sum);
+    }
+  }
+
   void forget_gradients() {
     zero_row(alpha, count);
-    if (beta) zero_row(beta, count);
+    if (beta && !keeps_beta) zero_row(beta, count);
   }
 
   FEDPEFT_INLINE void write_delta(T* out, int64_t s) const {

@@ -183,6 +183,11 @@ def _check_pairs(parts: ItemParts) -> None:
         raise ValueError(f"reduce: expected 'mean' or 'sum', got {parts.reduce!r}")
 
 
+def _check_graph(graph: bool, parts: ItemParts) -> None:
+    if graph and parts.senet is not None:
+        raise ValueError("graph: expected False with senet, which it does not know")
+
+
 def _settings(
     epochs: int,
     batch_size: int | None,
@@ -234,6 +239,7 @@ def local_train(
     l2_user: float = 0.0,
     l2_items: float = 0.0,
     prox: float = 0.0,
+    graph: bool = False,
     seed: int,
     round: int,
 ) -> LocalUpdates:
@@ -259,6 +265,8 @@ def local_train(
             (Where a row serves a positive and its negative alike, rounding may decide whether it is.)
         prox: FedProx (Li et al., MLSys 2020): prox * (parameter - global) is added to the gradient of what
             travels.
+        graph: score by (user + sum of the client's items' vectors / sqrt(n)) / 2 in place of the user's
+            vector: the layer of FedPerGNN (`backbones.fedpergnn`). CPU only, and without SENet.
         seed: 0 to 2^63 - 1. round: 0 to 2^32 - 1. Draws are functions of (seed, round, client, position,
             epoch).
 
@@ -285,8 +293,9 @@ def local_train(
     _check_clients(clients, user)
     settings = _settings(epochs, batch_size, loss, optimizer, lr, betas, eps, l2_user, l2_items, prox)
     check_draw(seed, round)
+    _check_graph(graph, parts)
     data = (clients, indptr, items, positives, num_items, user)
-    out = _LOCAL_TRAIN(*data, *_tensors(parts), parts.reduce == "mean", *settings, seed, round)
+    out = _LOCAL_TRAIN(*data, *_tensors(parts), parts.reduce == "mean", graph, *settings, seed, round)
     new_user, losses, rows, d_table, d_a, d_b, d_codebooks, d_buckets, *d_senet = out
     return LocalUpdates(
         user=new_user,
@@ -323,6 +332,7 @@ def local_train_sum_(
     l2_user: float = 0.0,
     l2_items: float = 0.0,
     prox: float = 0.0,
+    graph: bool = False,
     seed: int,
     round: int,
     grid: float = 0.0,
@@ -371,6 +381,7 @@ def local_train_sum_(
         l2_user=l2_user,
         l2_items=l2_items,
         prox=prox,
+        graph=graph,
         seed=seed,
     )
     return training(clients, weights, round=round, grid=grid)
@@ -404,17 +415,19 @@ class SumTraining:
         l2_user: float = 0.0,
         l2_items: float = 0.0,
         prox: float = 0.0,
+        graph: bool = False,
         seed: int,
     ) -> None:
         _check(indptr, items, positives, num_items, user, parts)
         settings = _settings(epochs, batch_size, loss, optimizer, lr, betas, eps, l2_user, l2_items, prox)
         check_draw(seed, 0)
+        _check_graph(graph, parts)
         _check_sums(num_items, user, parts, sums, touched)
         self._user = user
         totals = (*sums[:5], *(sums.senet or (None,) * 4), touched)
         mean = parts.reduce == "mean"
         data = (indptr, items, positives, num_items, user)
-        self._arguments = (*data, *_tensors(parts), *totals, mean, *settings, seed)
+        self._arguments = (*data, *_tensors(parts), *totals, mean, graph, *settings, seed)
 
     def __call__(self, clients: Tensor, weights: Tensor, *, round: int, grid: float = 0.0) -> SumResult:
         """See `local_train_sum_`."""
@@ -546,6 +559,7 @@ def local_train_reference(
     l2_user: float = 0.0,
     l2_items: float = 0.0,
     prox: float = 0.0,
+    graph: bool = False,
     seed: int,
     round: int,
 ) -> LocalUpdates:
@@ -554,6 +568,7 @@ def local_train_reference(
     _check_clients(clients, user)
     _settings(epochs, batch_size, loss, optimizer, lr, betas, eps, l2_user, l2_items, prox)
     check_draw(seed, round)
+    _check_graph(graph, parts)
     check_index_values(clients, user.size(0), "clients", padding=False)
     check_index_values(items, num_items, "items", padding=False)
     trained = {name: t for name, t in _trained(parts).items() if t is not None}
@@ -581,7 +596,10 @@ def local_train_reference(
             for batch in _batches(len(mine), client, epoch, batch_size, seed, round):
                 optimiser.zero_grad(set_to_none=True)
                 ids = torch.stack([mine[batch], negatives[epoch][batch]], 1).flatten()
-                scores = _vectors(ids, parts, local) @ local["user"]
+                vector = local["user"]
+                if graph:
+                    vector = (vector + _vectors(mine, parts, local).sum(0) / len(mine) ** 0.5) / 2
+                scores = _vectors(ids, parts, local) @ vector
                 value = (
                     -F.logsigmoid(scores[::2] - scores[1::2]).mean()
                     if loss == "bpr"

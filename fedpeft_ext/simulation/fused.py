@@ -1,8 +1,9 @@
 """The fused engine: each client's whole local training is one task of one op, `ops.local_train`.
 
 It trains models whose score is the dot product of a user vector with a sum of the strategies of
-`fedpeft_ext.nn` (FedMF). There every gradient of an item's row is a number times a vector that the client's
-rows share, so that a client's training fits in a core's cache, and nothing of the size of a table is copied.
+`fedpeft_ext.nn`: FedMF, and on the CPU FedPerGNN, whose user vector takes in the client's items. There every
+gradient of an item's row is a number times a vector that the client's rows share (with FedPerGNN the sum of
+two such), so that a client's training fits in a core's cache, and nothing of the size of a table is copied.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fedpeft_ext import ops
 from fedpeft_ext.backbones import Backbone
 from fedpeft_ext.backbones.fedmf import FedMF
+from fedpeft_ext.backbones.fedpergnn import FedPerGNN
 from fedpeft_ext.nn import FullEmbedding, HashEmbedding, LoRAEmbedding, RQEmbedding, SumEmbedding
 from fedpeft_ext.ops import ItemParts, ItemSums, SENetWeights
 from fedpeft_ext.ops.local_train import SumTraining
@@ -105,6 +107,7 @@ class FusedEngine:
             "l2_user": settings.l2 if "user" in self._roles.l2 else 0.0,
             "l2_items": settings.l2,
             "prox": settings.prox_mu,
+            "graph": type(self._federation.model) is FedPerGNN,
             "seed": settings.seed,
         }
 
@@ -164,9 +167,14 @@ def why_not(federation: Federation) -> str | None:
     if federation.settings.momentum > 0.0:
         return "it has no momentum"
     model = federation.model
-    if type(model) is not FedMF:
-        return f"it trains backbone 'fedmf' alone, not {model.name!r}"
+    if type(model) not in (FedMF, FedPerGNN):
+        return f"it trains backbones 'fedmf' and 'fedpergnn' alone, not {model.name!r}"
     embedding = model.item_embedding
+    if type(model) is FedPerGNN:
+        if federation.interactions.device.type != "cpu":
+            return "backbone 'fedpergnn' has no kernel for GPUs there"
+        if any(isinstance(part, HashEmbedding) and part.senet for _, part in _strategies(embedding)):
+            return "it does not know SENet under backbone 'fedpergnn'"
     if embedding.padding_idx is not None:
         return "the item embedding has a padding_idx"
     for _, part in _strategies(embedding):

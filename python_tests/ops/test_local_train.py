@@ -141,6 +141,51 @@ def test_equals_the_reference(device: torch.device, kinds: list[str], loss: str,
     compare(device, 1e-4, 30, clients, indptr, items, positives, 30, user.float(), single, **options)
 
 
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("target", ["cpu"], indirect=True)  # the layer is on the CPU alone
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("loss", ["bpr", "bce"])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        [],
+        ["table"],
+        ["lora"],
+        ["rq"],
+        ["hash"],
+        ["hash-sum"],
+        ["rq", "lora"],
+        ["lora", "hash", "rq", "table"],
+    ],
+    ids=str,
+)
+def test_the_graph_layer_equals_the_reference(
+    device: torch.device, kinds: list[str], loss: str, optimizer: str
+) -> None:
+    indptr, items, positives = federation([5, 0, 1, 12], 30, seed=1)
+    clients = torch.tensor([3, 0, 1])
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        for dim, changes in ((16, {}), (9, {"batch_size": 4, "prox": 0.2})):
+            user = torch.randn(4, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+            options: dict[str, Any] = {
+                "loss": loss,
+                "optimizer": optimizer,
+                "lr": 0.01 if optimizer == "adam" else 0.5,
+                "l2_user": 1e-2,
+                "l2_items": 1e-2,
+                "epochs": 3,
+                "graph": True,
+                "seed": 4,
+                "round": 5,
+                **changes,
+            }
+            parts = make_parts(kinds, 30, dim, 3, dtype)
+            data = (clients, indptr, items, positives, 30, user.to(dtype))
+            updates = compare(device, tolerance, 30, *data, parts, **options)
+            plain = ops.local_train(*data, parts, **{**options, "graph": False})
+            assert not torch.equal(updates.user[0], plain.user[0])
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     data=st.data(),
@@ -228,6 +273,7 @@ def change_parts(**changes: Any) -> dict[str, Any]:
         ({"loss": "hinge"}, ValueError, "loss: expected 'bpr' or 'bce'"),
         ({"optimizer": "lion"}, ValueError, "optimizer: expected 'adam' or 'sgd'"),
         ({"lr": -1.0}, ValueError, "lr: expected at least 0"),
+        ({"graph": True}, ValueError, "graph: expected False with senet"),
     ],
 )
 def test_bad_arguments(
@@ -281,8 +327,10 @@ def flat(values: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "kinds", [[], *([kind] for kind in PARTS), ["table", "senet"], ["lora", "hash", "rq", "table"]], ids=str
 )
-@pytest.mark.parametrize("dim", [9, 16])
-def test_sums_are_those_of_the_uploads(kinds: list[str], dtype: torch.dtype, dim: int) -> None:
+@pytest.mark.parametrize(("dim", "graph"), [(9, False), (16, False), (16, True)])
+def test_sums_are_those_of_the_uploads(kinds: list[str], dtype: torch.dtype, dim: int, graph: bool) -> None:
+    if graph and "senet" in kinds:
+        pytest.skip("SENet goes without the graph layer")
     sizes = [5, 0, 1, 12, 3, 7, 7]
     indptr, items, positives = federation(sizes, 30, seed=1)
     user = torch.randn(7, dim, dtype=dtype, generator=torch.Generator().manual_seed(2))
@@ -290,6 +338,7 @@ def test_sums_are_those_of_the_uploads(kinds: list[str], dtype: torch.dtype, dim
     clients, weights = torch.tensor([3, 0, 1, 6, 4]), torch.tensor([2.0, 0.5, 1.0, 3.0, 0.0]).double()
     data = (indptr, items, positives, 30)
     options: dict[str, Any] = {"epochs": 2, "l2_items": 1e-2, "prox": 0.1, "seed": 4, "round": 5}
+    options["graph"] = graph
     updates = ops.local_train(clients, *data, user, parts, **options)
 
     threads = torch.get_num_threads()

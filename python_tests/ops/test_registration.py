@@ -27,7 +27,7 @@ HASHES = torch.tensor([[3, 1], [5, 2]])
 NONE4 = (None,) * 4
 SENET = (floats(3, 2), floats(3), floats(2, 3), floats(2))
 CLIENTS = (torch.tensor([0, 1]), torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]), torch.tensor([0, 2, 1]), 4)
-SETTINGS = (True, 2, 0, True, True, 0.1, 0.9, 0.99, 1e-8, 0.0, 0.1, 0.0, 1, 2)
+SETTINGS = (True, False, 2, 0, True, True, 0.1, 0.9, 0.99, 1e-8, 0.0, 0.1, 0.0, 1, 2)
 CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("rq_lookup", (ITEMS, CODES, floats(2, 2, 3, 5), floats(4, 5))),
     ("rq_lookup", (ITEMS, CODES, floats(2, 3, 5), None)),
@@ -104,7 +104,7 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
         (
             *(CLIENTS[0], torch.ones(2).double(), *CLIENTS[1:], torch.ones(2, 5), torch.ones(4, 5)),
             *(torch.ones(4, 5), *NONE4, *NONE4, *NONE4[:2], torch.zeros(4, 5).double(), *NONE4, *NONE4),
-            *(torch.zeros(4, dtype=torch.uint8), *SETTINGS, 0.0, 1000),
+            *(torch.zeros(4, dtype=torch.uint8), *SETTINGS, 0.0),
         ),
     ),
     ("touched_rows", (ITEMS,)),

@@ -28,6 +28,12 @@ LEARNING = [
 BACKBONES = ["fedncf", "pfedrec", "fedpergnn"]
 
 
+def fast_engines(backbone: str, strategy: str, **changes: Any) -> list[str]:
+    """Those beside the sequential one."""
+    fused = backbone == "fedpergnn" and "senet" not in strategy and not changes.get("training.momentum")
+    return ["batched", "fused"] if fused else ["batched"]
+
+
 def of(backbone: str, strategy: str, **changes: Any) -> dict[str, Any]:
     """Settings of a short run: the sequential engine is slow."""
     small: dict[str, Any] = {"training.rounds": 2, "training.clients_per_round": 5}
@@ -54,8 +60,10 @@ def test_batched_equals_sequential(
     optimizer = {"training.optimizer": "sgd", "training.lr": 0.5} if dtype == "float32" else {}
     changes = of(backbone, strategy, dtype=dtype, **{"training.loss": loss}, **optimizer)
     start = trained(dataset, pretrained, **{**changes, "training.rounds": 0})
-    batched = trained(dataset, pretrained, **changes)
-    assert_equal(batched, trained(dataset, pretrained, **changes, engine="sequential"), tolerance)
+    sequential = trained(dataset, pretrained, **changes, engine="sequential")
+    for engine in fast_engines(backbone, strategy):
+        batched = trained(dataset, pretrained, **changes, engine=engine)
+        assert_equal(batched, sequential, tolerance)
     moved = [name for name, value in batched[0].items() if not torch.equal(value, start[0][name])]
     frozen = ("base", "codes", "hashes")
     for name in batched[0]:
@@ -89,11 +97,9 @@ def test_settings_agree_between_engines(
     changes = of(backbone, "p-rq", dtype="float64", **changes)
     if backbone == "pfedrec":
         changes["backbone.dropout"] = 0.3
-    assert_equal(
-        trained(dataset, pretrained, **changes),
-        trained(dataset, pretrained, **changes, engine="sequential"),
-        1e-9,
-    )
+    sequential = trained(dataset, pretrained, **changes, engine="sequential")
+    for engine in fast_engines(backbone, **{"strategy": "p-rq", **changes}):
+        assert_equal(trained(dataset, pretrained, **changes, engine=engine), sequential, 1e-9)
 
 
 @pytest.mark.usefixtures("threads")
@@ -110,14 +116,16 @@ def test_same_bits_for_any_chunks_and_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     changes = of(backbone, strategy, **{"training.batch_size": batch_size, "training.clients_per_round": 1.0})
-    results = []
-    for chunk_memory, overhead, count in ((1e6, 10**9, 1), (1e-6, 10**9, 3), (1e6, 0, 2), (0.5, 4, 3)):
-        monkeypatch.setattr(batched_module, "CHUNK_OVERHEAD", overhead)
-        results.append(trained(dataset, pretrained, **changes, chunk_memory_mb=chunk_memory, threads=count))
-    for state, losses in results[1:]:
-        assert losses == results[0][1]
-        for name, value in state.items():
-            assert torch.equal(value, results[0][0][name]), name
+    for engine in fast_engines(backbone, strategy):
+        results = []
+        for chunk_memory, overhead, count in ((1e6, 10**9, 1), (1e-6, 10**9, 3), (1e6, 0, 2), (0.5, 4, 3)):
+            monkeypatch.setattr(batched_module, "CHUNK_OVERHEAD", overhead)
+            sizes: dict[str, Any] = {"chunk_memory_mb": chunk_memory, "threads": count}
+            results.append(trained(dataset, pretrained, **changes, **sizes, engine=engine))
+        for state, losses in results[1:]:
+            assert losses == results[0][1]
+            for name, value in state.items():
+                assert torch.equal(value, results[0][0][name]), name
 
 
 @pytest.mark.parametrize(
