@@ -183,7 +183,7 @@ def test_pfl_trains_the_chosen_clients() -> None:
 
 def test_a_contest_is_told_in_a_table_and_a_figure(tmp_path: Path) -> None:
     problem, start = small_problem("p-rq")
-    tracks = contest(problem, start, ["fused", "hand-written", "pfl"], rounds=3, warmup=1, every=2)
+    tracks = contest(problem, start, ["fused", "hand-written", "pfl"], rounds=4, warmup=1, turn=2, every=1)
     assert [[rounds for rounds, *_ in track.hit_rates] for track in tracks] == [[2, 4], [2, 4], []]
     assert all(track.clients_per_second >= track.slow > 0 for track in tracks[:2])
     assert tracks[2].missing == "its client has P-LoRA alone"
