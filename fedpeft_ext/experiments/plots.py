@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
 from fedpeft_ext.experiments.results import KB, RunResult
@@ -185,6 +185,9 @@ def plot_lines(
         axes.set_xscale("log")
         axes.set_xlim(low / 1.1, high * 1.1)
         _plain_log_ticks(axes, high / low)
+        sizes = sorted(set(drawn))
+        if 3 <= len(sizes) <= 8 and all(float(x).is_integer() for x in sizes):
+            axes.xaxis.set_major_locator(FixedLocator(sizes))
     else:
         counts = all(float(x).is_integer() for x in drawn)  # rounds, ranks
         axes.set_xlim(low if low > high / 4 else min(low, 0), max(high, 1) if counts else 1.05 * high)

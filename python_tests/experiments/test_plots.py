@@ -121,8 +121,9 @@ def test_spread_keeps_order_and_distance_and_moves_only_what_touches(places: lis
         ({"a": [(0.0, 0.1), (0.64, 0.2)]}, False, (0, 0.672), None),
         ({"a": [(4_000, 0.1), (210_000, 0.2)]}, True, None, {"5,000", "10,000", "200,000"}),
         ({"a": [(0.01, 0.1), (0.3, 0.2)]}, True, None, {"0.01", "0.2"}),
+        ({"a": [(32, 0.1), (128, 0.2)], "b": [(512, 0.1)]}, True, None, {"32", "128", "512"}),
     ],
-    ids=["late start", "rounds", "shares", "large", "small"],
+    ids=["late start", "rounds", "shares", "large", "small", "sizes"],
 )
 def test_x_axes_fit_what_is_drawn(
     lines: dict[str, list[tuple[float, float]]],
