@@ -430,44 +430,52 @@ class SharedSums {
              int64_t threads)
       : parts_(parts), threads_(size_t(threads), alone) {
     if (threads == 1) return;
-    int64_t room = 0;
     for (int part = 0; part < kParts; ++part) {
       const auto [total, rows, width, reads] = parts[size_t(part)];
       if (!total) continue;
       const bool own = rows * width * int64_t(sizeof(double)) <= kOwnBytes &&
                        2 * rows * threads <= draws * reads;
       if (own || reads == 0) {
-        at_[size_t(part)] = room;
-        room += (rows * width + kLine - 1) / kLine * kLine;
+        at_[size_t(part)] = room_;
+        room_ += (rows * width + kLine - 1) / kLine * kLine;
       } else {
         locks_[size_t(part)].resize(size_t(kTotalLocks));
         for (LocalSums& sums : threads_) sums.locks[part] = locks_[size_t(part)].data();
       }
     }
     own_.resize(size_t(threads));
-    for (size_t t = 0; t < own_.size(); ++t) {
-      own_[t].resize(size_t(room + kLine));
-      for (int part = 0; part < kParts; ++part) {
-        if (at_[size_t(part)] >= 0) threads_[t].totals[part] = own_[t].data() + at_[size_t(part)];
-      }
-    }
   }
 
-  LocalSums& of(int64_t thread) { return threads_[size_t(thread)]; }
+  // Of a thread, which makes its copies itself, at its first client.
+  LocalSums& of(int64_t thread) {
+    LocalSums& sums = threads_[size_t(thread)];
+    if (own_.empty() || !own_[size_t(thread)].empty()) return sums;
+    std::vector<double>& own = own_[size_t(thread)];
+    own.resize(size_t(room_ + kLine));
+    for (int part = 0; part < kParts; ++part) {
+      if (at_[size_t(part)] >= 0) sums.totals[part] = own.data() + at_[size_t(part)];
+    }
+    return sums;
+  }
 
   // Brings the threads' own copies together, and returns which parts were broken.
   uint32_t gather() {
     uint32_t broken = 0;
     for (const LocalSums& sums : threads_) broken |= sums.broken;
-    if (own_.empty()) return broken;
-    for (int part = 0; part < kParts; ++part) {
-      const int64_t at = at_[size_t(part)];
-      if (at < 0) continue;
-      const auto [total, rows, width, reads] = parts_[size_t(part)];
-      for (int64_t i = 0; i < rows * width; ++i) {
-        for (const std::vector<double>& own : own_) total[i] += own[size_t(at + i)];
+    const int64_t tasks = int64_t(own_.size());
+    parallel_tasks(tasks, [&](int64_t task) {
+      for (int part = 0; part < kParts; ++part) {
+        const int64_t at = at_[size_t(part)];
+        if (at < 0) continue;
+        const auto [total, rows, width, reads] = parts_[size_t(part)];
+        const int64_t begin = rows * width * task / tasks, end = rows * width * (task + 1) / tasks;
+        for (const std::vector<double>& own : own_) {
+          if (own.empty()) continue;
+          const double* const mine = own.data() + at;
+          for (int64_t i = begin; i < end; ++i) total[i] += mine[i];
+        }
       }
-    }
+    });
     return broken;
   }
 
@@ -480,6 +488,7 @@ class SharedSums {
   std::array<int64_t, kParts> at_ = {-1, -1, -1, -1, -1, -1, -1, -1, -1};
   std::array<std::vector<uint8_t>, kParts> locks_;
   std::vector<std::vector<double>> own_;
+  int64_t room_ = 0;  // doubles of the copies
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(

@@ -460,16 +460,28 @@ struct Slots {
     }
   }
 
+  // Columns [d, d + W vectors) of weigh_all; `at`: rows of the slots, null where slot s is row s.
+  template <int W>
+  FEDPEFT_INLINE void weigh_columns(const T* now, const int64_t* at, const T* weights, int64_t d,
+                                    T* into) const {
+    constexpr int64_t N = kLanes<T>;
+    vec_t<T> sum[W];
+    for (int w = 0; w < W; ++w) sum[w] = load(into + d + w * N);
+    for (int64_t s = 0; s < count; ++s) {
+      const T* const row = now + (at ? at[s] : s) * stride + d;
+      for (int w = 0; w < W; ++w) sum[w] += weights[s] * load(row + w * N);
+    }
+    for (int w = 0; w < W; ++w) store(into + d + w * N, sum[w]);
+  }
+
   // into += sum_s weights[s] * row of slot s.
   void weigh_all(const T* weights, T* into) const {
     const T* const now = moved || !in_place ? p : source;
     const int64_t* const at = now == p ? nullptr : rows;
-    for (int64_t d = 0; d < stride; d += kLanes<T>) {
-      vec_t<T> sum = load(into + d);
-      for (int64_t s = 0; s < count; ++s)
-        sum += weights[s] * load(now + (at ? at[s] : s) * stride + d);
-      store(into + d, sum);
-    }
+    constexpr int64_t N = kLanes<T>;
+    int64_t d = 0;
+    for (; d + 4 * N <= stride; d += 4 * N) weigh_columns<4>(now, at, weights, d, into);
+    for (; d < stride; d += N) weigh_columns<1>(now, at, weights, d, into);
   }
 
   void forget_gradients() {
