@@ -206,6 +206,32 @@ FEDPEFT_INLINE bool valid_position(const HashLookupArgs& a, int64_t n) {
   return kind == Position::item;
 }
 
+// Adds the gradients of a client's positions to its table, whose rows are asked for ahead.
+template <typename T, int64_t width>
+FEDPEFT_INLINE void backward_plain(HashLookupArgs a, Fixed<width>, int64_t client, int64_t* room) {
+  using A = acc_t<T>;
+  const int64_t D = Fixed<width>::or_else(a.D);
+  const bool ahead = a.H <= kHashes;
+  const Modulus modulus(a.M);
+  const T* grad = static_cast<const T*>(a.grad);
+  A* into = static_cast<A*>(a.grad_table) + client * a.M * D;
+  // Slots: whether there is an item, then its buckets.
+  const auto resolve = [&](int64_t n, int64_t* slots) {
+    slots[0] = valid_position(a, n);
+    if (!slots[0] || !ahead) return;
+    fill_buckets(a, modulus, a.items[n], slots + 1);
+    for (int64_t h = 0; h < a.H; ++h) prefetch_row(into + slots[1 + h] * D, D);
+  };
+  const auto combine = [&](int64_t n, const int64_t* slots) {
+    if (!slots[0]) return;
+    if (!ahead) fill_buckets(a, modulus, a.items[n], room);
+    const int64_t* buckets = ahead ? slots + 1 : room;
+    for (int64_t h = 0; h < a.H; ++h) add_row(into + buckets[h] * D, grad + n * D, D);
+  };
+  pipeline<int64_t>(client * a.positions, (client + 1) * a.positions, ahead ? a.H + 1 : 1, resolve,
+                    combine, a.H * D * int64_t(sizeof(A)));
+}
+
 template <typename T>
 void backward(const HashLookupArgs& a, int64_t begin, int64_t end, void* scratch) {
   using A = acc_t<T>;
@@ -214,29 +240,27 @@ void backward(const HashLookupArgs& a, int64_t begin, int64_t end, void* scratch
   const Modulus modulus(a.M);
   SENet<T> net(a, scratch);
   for (int64_t c = begin; c < end; ++c) {
-    const T* table = static_cast<const T*>(a.table) + c * a.M * D;
     A* into = static_cast<A*>(a.grad_table) + c * a.M * D;
-    A* grad_senet = static_cast<A*>(a.grad_senet) + c * a.senet_size();
     zero_row(into, a.M * D);
-    if (senet) {
-      net.select(a, c);
-      zero_row(grad_senet, a.senet_size());
+    if (!senet) {
+      with_fixed_width<T>(D, [&](auto width) { backward_plain<T>(a, width, c, net.buckets); });
+      apply_mean(a, into, a.M * D);
+      continue;
     }
+    const T* table = static_cast<const T*>(a.table) + c * a.M * D;
+    A* grad_senet = static_cast<A*>(a.grad_senet) + c * a.senet_size();
+    net.select(a, c);
+    zero_row(grad_senet, a.senet_size());
     for (int64_t n = c * a.positions; n < (c + 1) * a.positions; ++n) {
       if (!valid_position(a, n)) continue;
       const T* grad = static_cast<const T*>(a.grad) + n * D;
       fill_buckets(a, modulus, a.items[n], net.buckets);
-      if (senet) {
-        net.forward(table, D);
-        net.backward(table, grad, D, grad_senet);
-        for (int64_t h = 0; h < a.H; ++h) {
-          add_scaled_shifted(into + net.buckets[h] * D, net.gate[h], net.grad_squeezed[h], grad, D);
-        }
-      } else {
-        for (int64_t h = 0; h < a.H; ++h) add_row(into + net.buckets[h] * D, grad, D);
+      net.forward(table, D);
+      net.backward(table, grad, D, grad_senet);
+      for (int64_t h = 0; h < a.H; ++h) {
+        add_scaled_shifted(into + net.buckets[h] * D, net.gate[h], net.grad_squeezed[h], grad, D);
       }
     }
-    apply_mean(a, into, a.M * D);
   }
 }
 
