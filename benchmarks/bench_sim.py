@@ -409,7 +409,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
     handles: dict[str, Any] = {}
     for axes in grid.flat:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    labels = [f"{LABELS[name]}, {embedding}" for name in CONTENDERS for embedding in styles]
+    shown = {label: handles[label] for label in labels if label in handles}  # a column a contender
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=6, fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
