@@ -114,17 +114,17 @@ def register_autograd(
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    def forward(ctx: Any, *args: Any) -> Any:
+    def forward(*args: Any) -> Any:
         *inputs, keyset = args
         if torch._C._are_functorch_transforms_active():
             # Outer levels of functorch's stack run inside this call and record gradients of their own, which
             # the no_grad of an autograd.Function's forward must not switch off.
             with torch.enable_grad():
-                output = below(keyset, tuple(inputs))
-        else:
-            output = below(keyset, tuple(inputs))
-        setup_context(ctx, tuple(inputs), output)
-        return output
+                return below(keyset, tuple(inputs))
+        return below(keyset, tuple(inputs))
+
+    def setup_without_keyset(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, inputs[:-1], output)
 
     def eager_forward(ctx: Any, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -135,13 +135,18 @@ def register_autograd(
     def backward_and_keyset(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (*backward(ctx, *grads), None)
 
-    function = type(
+    # A Function's apply would hand over to functorch, but this kernel already runs at one level of its stack,
+    # as functorch's own functions of this base do.
+    function: Any = type(
         f"fedpeft_ext_{name}",
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward_and_keyset)},
+        (torch.autograd.function._SingleLevelFunction,),
+        {
+            "forward": staticmethod(forward),
+            "setup_context": staticmethod(setup_without_keyset),
+            "backward": staticmethod(backward_and_keyset),
+        },
     )
-    # Function.apply would hand over to functorch, but this kernel already runs at one level of its stack.
-    apply_here: Any = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    apply_here = function.apply
 
     eager_function = type(
         f"fedpeft_ext_{name}",
