@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -134,6 +135,11 @@ def test_a_run_that_diverges_is_a_row_without_values(
     assert rows[0][headings.index("HR@10 %")] == "–"
     assert (tmp_path / "runs" / trained.names[0] / DIVERGED).is_file()
     assert made.train(variants).results[0] is None  # from its file
+
+
+def test_large_numbers_are_shown_without_exponents() -> None:
+    frame = pl.DataFrame({"rounds": [66.666, 0.00012345], "MB": [35210.4, 999.96]})
+    assert shown(frame)[1] == [["66.67", "35,210"], ["0.0001234", "1000"]]
 
 
 def test_communication_counts_bytes_to_an_accuracy(config: Config, dataset: Dataset, tmp_path: Path) -> None:

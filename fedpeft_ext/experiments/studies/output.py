@@ -69,7 +69,10 @@ def _cell(name: str, value: Any) -> str:
         return f"{value / KB:,.1f}"
     if name == "saving":
         return f"{value:.1%}"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+    # Four digits, but never an exponent for large numbers.
+    return (
+        f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    )
 
 
 def markdown(frame: pl.DataFrame) -> str:
