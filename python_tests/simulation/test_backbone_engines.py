@@ -132,7 +132,7 @@ def test_same_bits_for_any_chunks_and_threads(
     ("backbone", "strategy", "changes"),
     [
         ("fedmf", "full", {}),
-        ("fedncf", "p-rq+lora", {"training.batch_size": 3}),
+        ("fedncf", "p-rq+lora", {"training.batch_size": 7}),
         ("pfedrec", "p-hash+senet", {"training.optimizer": "sgd", "training.lr": 0.3}),
     ],
 )
