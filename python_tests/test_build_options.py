@@ -102,13 +102,18 @@ def test_unknown_value(tmp_path: Path) -> None:
     assert "FEDPEFT_CUDA: expected AUTO, ON or OFF, got MAYBE" in text
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("option", ["AUTO", "ON"])
-def test_with_cuda(tmp_path: Path, option: str) -> None:
+def configure_with_nvcc(tmp_path: Path, option: str) -> tuple[int, str]:
+    """With the nvcc of this machine, for a torch of its release of CUDA."""
     nvcc = Path(str(shutil.which("nvcc")))
     version = re.search(r"release (\d+\.\d+)", subprocess.check_output([str(nvcc), "--version"], text=True))
     assert version is not None
-    code, text = configure(tmp_path, option, version[1], nvcc)
+    return configure(tmp_path, option, version[1], nvcc)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("option", ["AUTO", "ON"])
+def test_with_cuda(tmp_path: Path, option: str) -> None:
+    code, text = configure_with_nvcc(tmp_path, option)
     assert f"FEDPEFT_CUDA={option}: building CUDA kernels for sm_75,sm_80,sm_90" in text
     assert code == 0, text
 
@@ -121,10 +126,7 @@ def test_architectures_as_torch_is_told(
     tmp_path: Path, listed: str, found: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    nvcc = Path(str(shutil.which("nvcc")))
-    version = re.search(r"release (\d+\.\d+)", subprocess.check_output([str(nvcc), "--version"], text=True))
-    assert version is not None
-    code, text = configure(tmp_path, "AUTO", version[1], nvcc)
+    code, text = configure_with_nvcc(tmp_path, "AUTO")
     if found is None:
         assert code != 0
         assert "TORCH_CUDA_ARCH_LIST: expected numbers such as 8.0 or 9.0+PTX, got Hopper" in text

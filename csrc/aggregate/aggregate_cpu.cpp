@@ -206,24 +206,21 @@ void dense(const AccumulateArgs& a, int64_t begin, int64_t end) {
 
 template <typename Total, typename T>
 void rows(const AccumulateArgs& a, const int64_t* entries, int64_t count) {
-  constexpr int64_t kAhead = 8;
   Total* total = static_cast<Total*>(a.total);
   const T* updates = static_cast<const T*>(a.updates);
-  for (int64_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) {
-      const int64_t soon = entries ? entries[i + kAhead] : i + kAhead, ahead = a.rows[soon];
-      if (ahead >= 0) {
-        prefetch_row(total + ahead * a.width, a.width);
-        if (entries) prefetch_row(updates + soon * a.width, a.width);
-      }
-    }
-    const int64_t entry = entries ? entries[i] : i;
+  const auto soon = [&](int64_t entry) {
     const int64_t row = a.rows[entry];
-    if (row < 0) continue;
+    if (row < 0) return;
+    prefetch_row(total + row * a.width, a.width);
+    if (entries) prefetch_row(updates + entry * a.width, a.width);
+  };
+  for_entries(entries, count, kEntriesAhead, soon, [&](int64_t entry) {
+    const int64_t row = a.rows[entry];
+    if (row < 0) return;
     const acc_t<Total> weight = acc_t<Total>(a.weights[entry / a.R]);
     add_weighted<1>(total + row * a.width, updates + entry * a.width, 0, a.width, &weight,
                     acc_t<Total>(a.shift));
-  }
+  });
 }
 
 void check_rows(const AccumulateArgs& a, int64_t begin, int64_t end, FirstError* bad_row) {

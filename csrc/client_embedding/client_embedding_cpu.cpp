@@ -6,17 +6,6 @@
 namespace fedpeft::FEDPEFT_ISA {
 namespace {
 
-FEDPEFT_INLINE void copy_bytes(char* out, const char* from, int64_t bytes) {
-  constexpr int64_t N = FEDPEFT_VEC_BYTES;
-  if (bytes < N) {
-    memcpy(out, from, size_t(bytes));
-    return;
-  }
-  int64_t b = 0;
-  for (; b + N <= bytes; b += N) memcpy(out + b, from + b, N);
-  if (b < bytes) memcpy(out + bytes - N, from + bytes - N, N);
-}
-
 // Groups of rows: those of the next group are asked for, then those of this one copied, so that a
 // row costs little more than its copy. Arguments come by value, see rq_lookup.
 template <typename Index, int64_t width>
@@ -49,7 +38,7 @@ FEDPEFT_INLINE void forward_as(ClientEmbeddingArgs a, const Index* rows, int64_t
     char* out = static_cast<char*>(a.out) + first * bytes;
     for (int64_t i = 0; i < count; ++i, out += bytes) {
       if (const char* row = from[turn][i]) {
-        copy_bytes(out, row, bytes);
+        copy_row(out, row, bytes);
       } else {
         zero_row(out, bytes);
       }
@@ -97,16 +86,14 @@ void backward(const ClientEmbeddingArgs& a, int64_t begin, int64_t end) {
 
 template <typename T>
 void backward_entries(const ClientEmbeddingArgs& a, const int64_t* positions, int64_t count) {
-  constexpr int64_t kAhead = 8;
   acc_t<T>* into = static_cast<acc_t<T>*>(a.grad_weight);
-  for (int64_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) {
-      const int64_t soon = positions ? positions[i + kAhead] : i + kAhead, row = a.rows[soon];
-      if (uint64_t(row) < uint64_t(a.num_rows)) prefetch_row(into + row * a.D, a.D);
-      if (positions) prefetch_row(static_cast<const T*>(a.grad) + soon * a.D, a.D);
-    }
-    add_position<T>(a, into, positions ? positions[i] : i);
-  }
+  const auto soon = [&](int64_t position) {
+    const int64_t row = a.rows[position];
+    if (uint64_t(row) < uint64_t(a.num_rows)) prefetch_row(into + row * a.D, a.D);
+    if (positions) prefetch_row(static_cast<const T*>(a.grad) + position * a.D, a.D);
+  };
+  for_entries(positions, count, kEntriesAhead, soon,
+              [&](int64_t position) { add_position<T>(a, into, position); });
 }
 
 }  // namespace

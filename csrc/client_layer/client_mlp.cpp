@@ -4,11 +4,11 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <memory>
 #include <tuple>
 #include <vector>
 
 #include "client_layer/client_layer_cpu.h"
+#include "common/buffer.h"
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/parallel.h"
@@ -71,20 +71,6 @@ Mlp checked(const Tensor& x, const std::vector<Tensor>& weights, const Tensor& o
   m.output = dense(output);
   return m;
 }
-
-// Bytes as room for numbers of any type.
-class Room {
- public:
-  explicit Room(int64_t bytes)
-      : memory_(new (std::align_val_t{64}) std::byte[static_cast<size_t>(bytes)]) {}
-  void* get() const { return memory_.get(); }
-
- private:
-  struct Delete {
-    void operator()(std::byte* memory) const { operator delete[](memory, std::align_val_t{64}); }
-  };
-  std::unique_ptr<std::byte, Delete> memory_;
-};
 
 const void* at(const Tensor& t, int64_t client, int64_t element) {
   return static_cast<const char*>(t.const_data_ptr()) +
@@ -165,7 +151,8 @@ std::tuple<Tensor, Tensor> client_mlp(const Tensor& x, std::vector<Tensor> weigh
   const DotScoresKernels& dots = select_dot_scores_kernels();
   const int dtype = int(m.dtype);
   parallel_ranges(m.clients, m.work / 8, [&](int64_t begin, int64_t end) {
-    const Room packed_room(packed * accumulator), scratch_room(scratch * accumulator);
+    const Buffer packed_room = aligned_buffer(packed * accumulator),
+                 scratch_room = aligned_buffer(scratch * accumulator);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t c = in_turn(n, m.clients);
       void* outputs = at(hidden, c, m.element);
@@ -219,15 +206,16 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor> client_mlp_
   const DotScoresKernels& dots = select_dot_scores_kernels();
   const int dtype = int(m.dtype);
   parallel_ranges(m.clients, m.work / 4, [&](int64_t begin, int64_t end) {
-    const Room scratch_room(scratch * accumulator);
-    const Room above(m.positions * m.widest() * m.element),  // gradients of a layer's output
-        below(m.positions * m.widest() * m.element);         // and of its input
+    const Buffer scratch_room = aligned_buffer(scratch * accumulator);
+    const int64_t widest = m.positions * m.widest() * m.element;
+    const Buffer above = aligned_buffer(widest),  // gradients of a layer's output
+        below = aligned_buffer(widest);           // and of its input
     for (int64_t n = begin; n < end; ++n) {
       const int64_t c = in_turn(n, m.clients);
       // The kernels read `hidden` alone, through a pointer that the forward writes by.
       void* outputs = const_cast<void*>(at(hidden_, c, m.element));
       DotScoresArgs score = score_args(m, c, outputs);
-      const Room partial(score.blocks * score.D * accumulator);
+      const Buffer partial = aligned_buffer(score.blocks * score.D * accumulator);
       std::array<void*, 2> grads{above.get(), below.get()};
       score.grad = at(grad_, c, m.element);
       score.grad_vectors = grads[0];

@@ -324,6 +324,18 @@ FEDPEFT_INLINE void pipeline(int64_t begin, int64_t end, int64_t width, const Re
   }
 }
 
+// Calls use(entry) for each of `count` entries in order (null: 0 .. count - 1), and soon(entry) for
+// it `ahead` entries before, to ask for its rows.
+template <typename Soon, typename Use>
+FEDPEFT_INLINE void for_entries(const int64_t* entries, int64_t count, int64_t ahead,
+                                const Soon& soon, const Use& use) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + ahead < count) soon(entries ? entries[i + ahead] : i + ahead);
+    use(entries ? entries[i] : i);
+  }
+}
+constexpr int64_t kEntriesAhead = 8;
+
 // Calls f(Fixed<n>{}) with the common widths and counts as constants, for which the compiler keeps
 // whole rows in registers and unrolls; else f(Fixed<0>{}).
 template <int64_t n>
@@ -389,12 +401,20 @@ FEDPEFT_INLINE void zero_row(T* row, int64_t n) {
   if (n > 0) memset(static_cast<void*>(row), 0, sizeof(T) * size_t(n));
 }
 
+// The last vector begins among what is copied already.
 template <typename T>
 FEDPEFT_INLINE void copy_row(T* out, const T* row, int64_t D) {
   constexpr int64_t N = FEDPEFT_VEC_BYTES / int64_t(sizeof(T));
+  const auto copy = [&](int64_t d) {
+    memcpy(static_cast<void*>(out + d), row + d, FEDPEFT_VEC_BYTES);
+  };
+  if (D < N) {
+    if (D > 0) memcpy(static_cast<void*>(out), row, sizeof(T) * size_t(D));
+    return;
+  }
   int64_t d = 0;
-  for (; d + N <= D; d += N) memcpy(static_cast<void*>(out + d), row + d, FEDPEFT_VEC_BYTES);
-  for (; d < D; ++d) out[d] = row[d];
+  for (; d + N <= D; d += N) copy(d);
+  if (d < D) copy(D - N);
 }
 
 // out[d] = base[d] + sum_l weight(l) * row(l)[d] over `count` rows, in order of l, kept in

@@ -291,24 +291,24 @@ void backward_entries(const HashLookupArgs& a, const int64_t* entries, int64_t c
   using A = acc_t<T>;
   const bool senet = a.w1 != nullptr;
   const Modulus modulus(a.M);
-  constexpr int64_t kAhead = 8;
-  for (int64_t i = 0; i < count; ++i) {
-    if (entries && i + kAhead < count) {
-      prefetch_row(static_cast<const T*>(a.grad) + entries[i + kAhead] / a.H * a.D, a.D);
-    }
-    const int64_t entry = entries ? entries[i] : i, n = entry / a.H, h = entry % a.H;
-    if (!valid_position(a, n)) continue;
+  const T* grads = static_cast<const T*>(a.grad);
+  const auto soon = [&](int64_t entry) {
+    if (entries) prefetch_row(grads + entry / a.H * a.D, a.D);
+  };
+  for_entries(entries, count, kEntriesAhead, soon, [&](int64_t entry) {
+    const int64_t n = entry / a.H, h = entry % a.H;
+    if (!valid_position(a, n)) return;
     const int64_t bucket = modulus(
         hash_value(uint64_t(a.hashes[2 * h]), uint64_t(a.hashes[2 * h + 1]), uint64_t(a.items[n])));
     A* into = static_cast<A*>(a.grad_table) + bucket * a.D;
-    const T* grad = static_cast<const T*>(a.grad) + n * a.D;
+    const T* grad = grads + n * a.D;
     if (senet) {
       const A* coefficients = static_cast<const A*>(a.coefficients) + entry * 2;
       add_scaled_shifted(into, coefficients[0], coefficients[1], grad, a.D);
     } else {
       add_row(into, grad, a.D);
     }
-  }
+  });
 }
 
 template <typename T>

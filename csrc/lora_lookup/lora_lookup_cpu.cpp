@@ -128,17 +128,15 @@ void backward_entries(const LoraLookupArgs& a, const int64_t* positions, int64_t
   using A = acc_t<T>;
   A* Bt = static_cast<A*>(scratch);
   transpose_B<T>(a, 0, Bt);
-  constexpr int64_t kAhead = 8;
-  for (int64_t i = 0; i < count; ++i) {
-    if (positions && i + kAhead < count) {
-      prefetch_row(static_cast<const T*>(a.grad) + positions[i + kAhead] * a.D, a.D);
-    }
-    const int64_t n = positions ? positions[i] : i;
-    const int64_t row = checked_row(a, n);
-    if (row < 0) continue;
-    const T* grad = static_cast<const T*>(a.grad) + n * a.D;
-    add_to_A(a, Bt, grad, static_cast<A*>(a.grad_A) + row * a.rank);
-  }
+  const T* grads = static_cast<const T*>(a.grad);
+  const auto soon = [&](int64_t position) {
+    if (positions) prefetch_row(grads + position * a.D, a.D);
+  };
+  for_entries(positions, count, kEntriesAhead, soon, [&](int64_t position) {
+    const int64_t row = checked_row(a, position);
+    if (row < 0) return;
+    add_to_A(a, Bt, grads + position * a.D, static_cast<A*>(a.grad_A) + row * a.rank);
+  });
 }
 
 template <typename T>

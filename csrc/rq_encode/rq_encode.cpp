@@ -1,7 +1,5 @@
 // Binding of rq_encode: checks, allocation, dispatch.
-#include <memory>
-#include <new>
-
+#include "common/buffer.h"
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/parallel.h"
@@ -10,15 +8,6 @@
 
 namespace fedpeft {
 namespace {
-
-struct AlignedDelete {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t{kEncodeAlignment}); }
-};
-using Buffer = std::unique_ptr<void, AlignedDelete>;
-
-[[maybe_unused]] Buffer aligned_buffer(int64_t bytes) {
-  return Buffer(::operator new(size_t(bytes), std::align_val_t{kEncodeAlignment}));
-}
 
 Tensor rq_encode(const Tensor& x, const Tensor& codebooks) {
   check_dim(x, 2, "x", "[N, D]");

@@ -8,8 +8,7 @@
 
 namespace fedpeft {
 
-constexpr int64_t kEncodeRows = 48;       // rows of a work item
-constexpr int64_t kEncodeAlignment = 64;  // of `packed` and of scratch, in bytes
+constexpr int64_t kEncodeRows = 48;  // rows of a work item
 
 struct RqEncodeArgs {
   const void* x;          // [N, D]

@@ -119,13 +119,12 @@ void backward(const RqLookupArgs& a, int64_t begin, int64_t end) {
 template <typename T>
 void backward_entries(const RqLookupArgs& a, const int64_t* entries, int64_t count) {
   acc_t<T>* into = static_cast<acc_t<T>*>(a.grad_codebooks);
-  for (int64_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) {
-      prefetch_row(static_cast<const T*>(a.grad) + entries[i + kAhead] / a.L * a.D, a.D);
-    }
-    const int64_t level = entries[i] % a.L;
-    add_levels<T>(a, into, entries[i] / a.L, level, level + 1);
-  }
+  const T* grad = static_cast<const T*>(a.grad);
+  const auto soon = [&](int64_t entry) { prefetch_row(grad + entry / a.L * a.D, a.D); };
+  for_entries(entries, count, kAhead, soon, [&](int64_t entry) {
+    const int64_t level = entry % a.L;
+    add_levels<T>(a, into, entry / a.L, level, level + 1);
+  });
 }
 
 }  // namespace

@@ -142,7 +142,8 @@ Tensor client_dropout(const Tensor& x, const Tensor& clients, double p, int64_t 
   return out;
 }
 
-#if !defined(FEDPEFT_EMULATOR)               // on the CPU alone
+#if !defined(FEDPEFT_EMULATOR)  // on the CPU alone
+
 using Keyed = std::pair<uint64_t, int64_t>;  // key, place: equal keys go by place
 
 // The clients whose keys have high halves of at most `bound`, in any order.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,11 @@ from .dot_scores import dot_scores, dot_scores_reference
 
 _OP = eager_op("client_mlp")
 _BACKWARD = eager_op("client_mlp_backward")
+
+_Numbers = tuple[float, int, int, int]  # p, seed, round, epoch
+_Functions = tuple[Callable[..., Tensor], Callable[..., Tensor]]  # of a layer, of the scores
+_OPS: _Functions = (client_layer, dot_scores)
+_REFERENCES: _Functions = (client_layer_reference, dot_scores_reference)
 
 
 def _check_shapes(x: Tensor, weights: Sequence[Tensor], output: Tensor, items: Tensor, p: float) -> None:
@@ -113,33 +118,31 @@ def client_mlp(
         >>> client_mlp(x, [weight], [torch.zeros(2)], torch.ones(2), torch.tensor([7, -1]), torch.tensor(0))
         tensor([3., 0.])
     """
-    depth = len(weights)
+    depth, numbers = len(weights), (p, seed, round, epoch)
     x, output, *layers = promoted(x, output, *weights, *biases)
     weights, biases = layers[:depth], layers[depth:]
-    _check(x, weights, biases, output, items, clients, p, seed, round, epoch)
+    _check(x, weights, biases, output, items, clients, *numbers)
     inputs = (x, output, items, clients, *weights, *biases)
     if x.dim() == 3 and x.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(inputs):
-        numbers = (p, seed, round, epoch)
         scores: Tensor = _MLP.apply(x, output, items, clients, numbers, *weights, *biases)  # type: ignore[no-untyped-call]
         return scores
-    return _by_layers(x, weights, biases, output, items, clients, p, seed, round, epoch)
+    return _by_layers(_OPS, x, weights, biases, output, items, clients, numbers)
 
 
 def _by_layers(
+    functions: _Functions,
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     output: Tensor,
     items: Tensor,
     clients: Tensor,
-    p: float,
-    seed: int,
-    round: int,
-    epoch: int,
+    numbers: _Numbers,
 ) -> Tensor:
+    of_layer, of_scores = functions
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        x = client_layer(x, weight, bias, items, clients, p, seed, round, epoch, layer)
-    return dot_scores(x, output)
+        x = of_layer(x, weight, bias, items, clients, *numbers, layer)
+    return of_scores(x, output)
 
 
 def client_mlp_reference(
@@ -155,10 +158,9 @@ def client_mlp_reference(
     epoch: int = 0,
 ) -> Tensor:
     """`client_mlp` in plain PyTorch."""
-    _check(x, weights, biases, output, items, clients, p, seed, round, epoch)
-    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        x = client_layer_reference(x, weight, bias, items, clients, p, seed, round, epoch, layer)
-    return dot_scores_reference(x, output)
+    numbers = (p, seed, round, epoch)
+    _check(x, weights, biases, output, items, clients, *numbers)
+    return _by_layers(_REFERENCES, x, weights, biases, output, items, clients, numbers)
 
 
 class _MLP(torch.autograd.Function):
@@ -171,7 +173,7 @@ class _MLP(torch.autograd.Function):
         output: Tensor,
         items: Tensor,
         clients: Tensor,
-        numbers: tuple[float, int, int, int],
+        numbers: _Numbers,
         *layers: Tensor,
     ) -> Tensor:
         depth = len(layers) // 2
@@ -189,7 +191,7 @@ class _MLP(torch.autograd.Function):
         if torch.is_grad_enabled():  # this gradient is to be differentiated
             inputs = [x, output, *layers]
             wanted = [place for place, t in enumerate(inputs) if t.requires_grad]
-            scores = _by_layers(x, weights, biases, output, items, clients, *ctx.numbers)
+            scores = _by_layers(_OPS, x, weights, biases, output, items, clients, ctx.numbers)
             found = torch.autograd.grad(scores, [inputs[place] for place in wanted], grad, create_graph=True)
             grads: list[Tensor | None] = [None] * len(inputs)
             for place, value in zip(wanted, found, strict=True):

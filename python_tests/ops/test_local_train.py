@@ -103,6 +103,20 @@ def compare(
     return mine
 
 
+def options_of(loss: str, optimizer: str) -> dict[str, Any]:
+    """Settings of a short training."""
+    return {
+        "loss": loss,
+        "optimizer": optimizer,
+        "lr": 0.01 if optimizer == "adam" else 0.5,
+        "l2_user": 1e-2,
+        "l2_items": 1e-2,
+        "epochs": 3,
+        "seed": 4,
+        "round": 5,
+    }
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("loss", ["bpr", "bce"])
 @pytest.mark.parametrize(
@@ -115,16 +129,7 @@ def test_equals_the_reference(device: torch.device, kinds: list[str], loss: str,
     dim = 16 if loss == "bpr" else 9  # rows that fill vectors stay in the table until the first step
     user = torch.randn(4, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     parts = make_parts(kinds, 30, dim, 3, torch.float64)
-    options: dict[str, Any] = {
-        "loss": loss,
-        "optimizer": optimizer,
-        "lr": 0.01 if optimizer == "adam" else 0.5,
-        "l2_user": 1e-2,
-        "l2_items": 1e-2,
-        "epochs": 3,
-        "seed": 4,
-        "round": 5,
-    }
+    options = options_of(loss, optimizer)
     clients = torch.tensor([3, 0, 1])
     updates = compare(device, 1e-9, 30, clients, indptr, items, positives, 30, user, parts, **options)
     assert float(updates.losses[2]) == 0.0  # a client without items
@@ -167,18 +172,7 @@ def test_the_graph_layer_equals_the_reference(
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
         for dim, changes in ((16, {}), (9, {"batch_size": 4, "prox": 0.2})):
             user = torch.randn(4, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-            options: dict[str, Any] = {
-                "loss": loss,
-                "optimizer": optimizer,
-                "lr": 0.01 if optimizer == "adam" else 0.5,
-                "l2_user": 1e-2,
-                "l2_items": 1e-2,
-                "epochs": 3,
-                "graph": True,
-                "seed": 4,
-                "round": 5,
-                **changes,
-            }
+            options = {**options_of(loss, optimizer), "graph": True, **changes}
             parts = make_parts(kinds, 30, dim, 3, dtype)
             data = (clients, indptr, items, positives, 30, user.to(dtype))
             updates = compare(device, tolerance, 30, *data, parts, **options)
