@@ -273,7 +273,7 @@ def _annotate(
     axes: Axes, point: tuple[float, float], label: str, spot: tuple[float, float, str, str], bar: float
 ) -> Annotation:
     dx, dy, horizontal, vertical = spot
-    far = max(abs(dx), abs(dy)) > max(20, bar + 4)
+    far = max(abs(dx), abs(dy)) > 20 and not (dx == 0 and abs(dy) <= bar + 4)  # not beside its point or bar
     return axes.annotate(
         label,
         point,

@@ -154,3 +154,15 @@ def test_spreads_are_drawn_where_they_are_known(tmp_path: Path, figures: list[Fi
     plots.plot_points(points, tmp_path / "y.png", xlabel="x", ylabel="y", title="")
     (bars,) = [lines for lines in figures[1].axes[0].collections if isinstance(lines, LineCollection)]
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [pytest.approx([0.4, 0.6])]
+
+
+@pytest.mark.parametrize("bar", [0.0, 10.0, 75.0])
+@pytest.mark.parametrize("dx", [-14, 14])
+def test_a_label_away_from_its_point_has_a_line_to_it(dx: int, bar: float) -> None:
+    axes = Figure().subplots()
+    aside, beside = (
+        plots._annotate(axes, (0.5, 0.5), "p-rq", (x, y, "center", "bottom"), bar)
+        for x, y in ((dx, 24), (0, bar + 4))
+    )
+    assert aside.arrow_patch is not None
+    assert beside.arrow_patch is None
