@@ -44,6 +44,12 @@ def pad_to_zero(out: Tensor, items: Tensor) -> Tensor:
     return out.masked_fill((items < 0).unsqueeze(-1), 0)
 
 
+def embedding(index: Tensor, table: Tensor) -> Tensor:
+    """torch.nn.functional.embedding, also of rows without elements, where its backward on CUDA reads a null
+    pointer (pytorch issue 189668)."""
+    return F.embedding(index, table) if table.size(-1) > 0 else table[index]
+
+
 def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
     """table [N, D] at rows [*], or table [C, N, D] at rows [C, P]; zero at -1."""
     table = nonempty(table)
@@ -52,9 +58,7 @@ def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
         clients, size, width = table.shape
         index = index + size * torch.arange(clients, device=rows.device).unsqueeze(1)
         table = table.reshape(clients * size, width)
-    # embedding's backward on CUDA reads a null pointer where rows have no elements (pytorch issue 189668).
-    found = F.embedding(index, table) if table.size(-1) > 0 else table[index]
-    return pad_to_zero(found, rows)
+    return pad_to_zero(embedding(index, table), rows)
 
 
 def philox_words(seed: int, round: int, client: Tensor, position: Tensor, stream: int) -> Tensor:

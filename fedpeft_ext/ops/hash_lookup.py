@@ -37,7 +37,7 @@ from ._library import (
     register_vmap,
     to_front,
 )
-from ._plain import check_index_values, gather_rows, pad_to_zero, values_available
+from ._plain import check_index_values, embedding, gather_rows, pad_to_zero, values_available
 
 HASH_PRIME = 2**61 - 1
 
@@ -268,7 +268,7 @@ def _combine(
         clients, size, width = table.shape
         buckets = buckets + size * torch.arange(clients, device=items.device).view(-1, 1, 1)
         table = table.reshape(clients * size, width)
-    rows = F.embedding(buckets, table)
+    rows = embedding(buckets, table)
     w1, b1, w2, b2 = weights
     if w1 is None or b1 is None or w2 is None or b2 is None:
         return pad_to_zero(rows.mean(-2) if mean else rows.sum(-2), items)

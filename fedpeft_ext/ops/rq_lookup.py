@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import (
@@ -32,7 +31,7 @@ from ._library import (
     register_fake,
     register_vmap,
 )
-from ._plain import check_index_values, gather_rows, nonempty, pad_to_zero, values_available
+from ._plain import check_index_values, embedding, gather_rows, nonempty, pad_to_zero, values_available
 
 _OP = eager_op("rq_lookup")
 _BACKWARD = eager_op("rq_lookup_backward")
@@ -113,7 +112,7 @@ def rq_lookup_reference(
     index = picked + size * torch.arange(levels, device=items.device)
     if clients:
         index = index + levels * size * torch.arange(clients[0], device=items.device).view(-1, 1, 1)
-    rows = F.embedding(index, codebooks.flatten(0, -2))
+    rows = embedding(index, codebooks.flatten(0, -2))
     out = pad_to_zero(rows.sum(-2), items)
     return out if base is None else out + gather_rows(base, items)
 
