@@ -1,10 +1,14 @@
 // CUDA kernels of client_layer: small matrix products, one client's each. A block makes a tile of
 // 64 x 64 elements of a result, a thread 8 x 4 of them in registers; the operands pass through
 // shared memory. Every element is one chain in the order of the summed index. Padding is zero in
-// shared memory, and tiles of nothing else are skipped, so that it changes no bit.
+// shared memory, and tiles of nothing else are skipped, so that it changes no bit. Layers that one
+// tile holds keep their weights there, and go through a client's positions.
+#include <type_traits>
+
 #include "client_layer/client_layer_cuda.h"
 #include "common/block.cuh"
 #include "common/philox.h"
+#include "common/streaming.cuh"
 #include "common/tile.cuh"
 
 namespace fedpeft::gpu {
@@ -52,6 +56,42 @@ FEDPEFT_DEVICE void activate(const ClientLayerArgs& a, uint32_t client, int64_t 
     sums.at[v] = word[v] >= a.threshold ? sums.at[v] * A(a.scale) : A(0);
 }
 
+// ReLU, dropout and padding of a tile of sums from (p0, o0), and its way to memory.
+template <typename T, int V>
+FEDPEFT_DEVICE void finish(const ClientLayerArgs& a, TileSums<acc_t<T>>& sums, int64_t c,
+                           uint32_t client, int64_t p0, int64_t o0, int rows, int columns) {
+  const int64_t O = a.out_width, P = a.positions;
+#pragma unroll
+  for (int r = 0; r < kTileRows; ++r) {
+    const int row = tile_down() + r * kDown, column = tile_across() * kTileColumns;
+    if (row >= rows || column >= columns) continue;
+    const int64_t element = (p0 + row) * O + o0 + column;
+    if (a.items[c * P + p0 + row] >= 0) {
+      activate(a, client, element, sums.row[r]);
+    } else {
+      sums.row[r].clear();
+    }
+    store_columns<V>(static_cast<T*>(a.out) + c * P * O + element, sums.row[r], columns - column);
+  }
+}
+
+template <typename A, typename T>
+FEDPEFT_DEVICE void start_with(TileSums<A>& sums, const T* bias, int columns) {
+#pragma unroll
+  for (int v = 0; v < kTileColumns; ++v) {
+    const int o = tile_across() * kTileColumns + v;
+    const A start = o < columns ? to_acc(bias[o]) : A(0);
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r) sums.row[r].at[v] = start;
+  }
+}
+
+FEDPEFT_DEVICE uint32_t client_at(const ClientLayerArgs& a, int64_t c) {
+  const int64_t client = a.clients[c];
+  if (uint64_t(client) >> 32) FEDPEFT_BAD_INDEX("clients", client, c, int64_t{1} << 32);
+  return uint32_t(client);
+}
+
 template <typename T, int V>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t<T>>)
     forward(ClientLayerArgs a, int64_t work) {
@@ -66,19 +106,11 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t<T>>)
     const int64_t n = divide(item, across_o), c = divide(n, down_p);
     const int64_t o0 = (item - n * across_o) * kTile, p0 = (n - c * down_p) * kTile;
     const int rows = at_most(P - p0, kTile), columns = at_most(O - o0, kTile);
-    const int64_t client = a.clients[c];
-    if (uint64_t(client) >> 32) FEDPEFT_BAD_INDEX("clients", client, c, int64_t{1} << 32);
+    const uint32_t client = client_at(a, c);
     const T* x = static_cast<const T*>(a.x) + (c * P + p0) * I;
     const T* weight = static_cast<const T*>(a.weight) + (c * O + o0) * I;
-    const T* bias = static_cast<const T*>(a.bias) + c * O + o0;
     TileSums<A> sums;
-#pragma unroll
-    for (int v = 0; v < kTileColumns; ++v) {
-      const int o = tile_across() * kTileColumns + v;
-      const A start = o < columns ? to_acc(bias[o]) : A(0);
-#pragma unroll
-      for (int r = 0; r < kTileRows; ++r) sums.row[r].at[v] = start;
-    }
+    start_with(sums, static_cast<const T*>(a.bias) + c * O + o0, columns);
     for (int64_t i0 = 0; i0 < I; i0 += kDepth<A>) {
       const int depth = at_most(I - i0, kDepth<A>);
       bool mine = false;
@@ -93,17 +125,71 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t<T>>)
       if (block_any(mine, votes)) multiply(sums, left, right, depth);
       __syncthreads();
     }
-#pragma unroll
-    for (int r = 0; r < kTileRows; ++r) {
-      const int row = tile_down() + r * kDown, column = tile_across() * kTileColumns;
-      if (row >= rows || column >= columns) continue;
-      const int64_t element = (p0 + row) * O + o0 + column;
-      if (a.items[c * P + p0 + row] >= 0) {
-        activate(a, uint32_t(client), element, sums.row[r]);
-      } else {
-        sums.row[r].clear();
-      }
-      store_columns<V>(static_cast<T*>(a.out) + c * P * O + element, sums.row[r], columns - column);
+    finish<T, V>(a, sums, c, client, p0, o0, rows, columns);
+  }
+}
+
+// Starts to copy rows of x to shared memory, zeros at padding and up to the tile's edges; whether
+// the calling thread saw an item.
+template <int V>
+FEDPEFT_DEVICE bool copy_rows(const ClientLayerArgs& a, int64_t n0, int rows, float* to) {
+  constexpr int kPacks = kTile / V;
+  const float* x = static_cast<const float*>(a.x);
+  bool any = false;
+#pragma unroll 4
+  for (int e = int(threadIdx.x); e < kTile * kPacks; e += kTileThreads) {
+    const int row = e / kPacks, column = e % kPacks * V;
+    const bool valid = row < rows && a.items[n0 + (row < rows ? row : 0)] >= 0;
+    any |= valid;
+    if (valid && column < a.in) {
+      copy_to_shared<V>(to + row * kTileStride + column, x + (n0 + row) * a.in + column);
+    } else {
+      store_pack<V>(to + row * kTileStride + column, zero_pack<V, float>());
+    }
+  }
+  return any;
+}
+
+// Inputs that one tile holds, of float: a block keeps the weights while it goes through `span`
+// tiles of its client's positions, of which the next is on its way into shared memory while it
+// works on one.
+template <int V>
+__global__ void __launch_bounds__(kTileThreads, 4)
+    forward_spans(ClientLayerArgs a, int64_t work, int64_t span) {
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  FEDPEFT_SHARED(int, votes, kWarps);
+  float* right = reinterpret_cast<float*>(shared);  // of weight [in, kTile], transposed
+  const int64_t O = a.out_width, P = a.positions;
+  const int64_t across_o = (O + kTile - 1) / kTile, down_p = (P + kTile - 1) / kTile;
+  const int64_t spans = (down_p + span - 1) / span;
+  const auto left = [&](int64_t tile) { return right + (1 + (tile & 1)) * kOperand<float>; };
+  for (int64_t item = blockIdx.x; item < work; item += gridDim.x) {
+    const int64_t n = divide(item, across_o), c = divide(n, spans);
+    const int64_t o0 = (item - n * across_o) * kTile, first = (n - c * spans) * span;
+    const int64_t last = first + span < down_p ? first + span : down_p;
+    const int columns = at_most(O - o0, kTile), inputs = int(a.in);
+    const uint32_t client = client_at(a, c);
+    const float* weight = static_cast<const float*>(a.weight) + (c * O + o0) * a.in;
+    const auto copy = [&](int64_t tile) {
+      const int64_t p0 = tile * kTile;
+      return copy_rows<V>(a, c * P + p0, at_most(P - p0, kTile), left(tile));
+    };
+    bool mine = copy(first);
+    commit_copies();
+    fill_transposed<kTile, kTile, V, 4>(right, kTileStride, columns, inputs, [&](int row, int k) {
+      return values_at<V>(weight + row * a.in + k);
+    });
+    for (int64_t tile = first; tile < last; ++tile) {
+      const bool here = mine;
+      if (tile + 1 < last) mine = copy(tile + 1);
+      commit_copies();
+      wait_for_copies<1>();
+      TileSums<float> sums;
+      start_with(sums, static_cast<const float*>(a.bias) + c * O + o0, columns);
+      if (block_any(here, votes)) multiply(sums, left(tile), right, inputs);
+      const int64_t p0 = tile * kTile;
+      finish<float, V>(a, sums, c, client, p0, o0, at_most(P - p0, kTile), columns);
+      __syncthreads();
     }
   }
 }
@@ -199,6 +285,75 @@ FEDPEFT_DEVICE void backward_x(const ClientLayerArgs& a, int64_t c, int64_t p0, 
   }
 }
 
+// Inputs and outputs that one tile holds, of float and narrower: a block makes all gradients of a
+// client, whose positions it reads once; the weights' sums stay in registers.
+template <typename T, int V>
+__global__ void __launch_bounds__(kTileThreads, 3)
+    backward_clients(ClientLayerArgs a, int64_t clients) {
+  static_assert(kDepthStride<float> == kTileStride);  // left and right factors lie alike
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  FEDPEFT_SHARED(int, votes, kWarps);
+  float* grad = reinterpret_cast<float*>(shared);  // [kTile positions, outputs], before the ReLU
+  float* x = grad + kOperand<float>;               // [kTile positions, inputs]
+  float* weight = x + kOperand<float>;             // [outputs, inputs]
+  const int64_t P = a.positions;
+  const int I = int(a.in), O = int(a.out_width), mine_o = int(threadIdx.x);
+  const int column = tile_across() * kTileColumns;
+  for (int64_t c = blockIdx.x; c < clients; c += gridDim.x) {
+    TileSums<float> sums;  // of grad_weight
+    sums.clear();
+    float bias = 0;
+    fill<kTile, kTile, V>(weight, kTileStride, O, I, [&](int o, int i) {
+      return values_at<V>(static_cast<const T*>(a.weight) + (c * O + o) * a.in + i);
+    });
+    for (int64_t p0 = 0; p0 < P; p0 += kTile) {
+      const int64_t n0 = c * P + p0;
+      const int rows = at_most(P - p0, kTile);
+      bool mine = false;
+      if constexpr (sizeof(T) == sizeof(float)) copy_rows<V>(a, n0, rows, x);
+      fill<kTile, kTile, V, 4>(grad, kTileStride, rows, O, [&](int p, int o) {
+        const bool valid = a.items[n0 + p] >= 0;
+        mine |= valid;
+        return before<V, T>(a, n0 + p, o, valid);
+      });
+      if constexpr (sizeof(T) != sizeof(float)) {
+        fill<kTile, kTile, V, 4>(x, kTileStride, rows, I, [&](int p, int i) {
+          return keep_if(a.items[n0 + p] >= 0,
+                         values_at<V>(static_cast<const T*>(a.x) + (n0 + p) * a.in + i));
+        });
+      }
+      copies_done();
+      TileSums<float> products;  // of grad_x
+      products.clear();
+      if (block_any(mine, votes)) {
+        multiply(products, grad, weight, O);
+        multiply_transposed(sums, grad, x, rows);
+        if (mine_o < O) {
+#pragma unroll 8
+          for (int p = 0; p < rows; ++p) bias += grad[p * kTileStride + mine_o];
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kTileRows; ++r) {
+        const int row = tile_down() + r * kDown;
+        if (row >= rows || column >= I) continue;
+        store_columns<V>(static_cast<T*>(a.grad_x) + (n0 + row) * a.in + column,
+                         keep_if(a.items[n0 + row] >= 0, products.row[r]), I - column);
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r) {
+      const int row = tile_down() * kTileRows + r;
+      if (row >= O || column >= I) continue;
+      store_columns<V>(static_cast<T*>(a.grad_weight) + (c * O + row) * a.in + column, sums.row[r],
+                       I - column);
+    }
+    if (mine_o < O) static_cast<T*>(a.grad_bias)[c * O + mine_o] = from_acc<T>(bias);
+    __syncthreads();
+  }
+}
+
 // The tiles of a client stand together, so that the second reader of its gradients finds them in
 // L2; first those of the weights, which are the longest sums.
 template <typename T, int V>
@@ -227,6 +382,8 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<acc_t<T>>)
 
 int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
 
+constexpr int64_t kSpanBytes = 3 * kOperand<float> * int64_t(sizeof(float));
+
 }  // namespace
 
 void client_layer(const ClientLayerArgs& a, DType dtype, int64_t clients, Stream stream) {
@@ -237,8 +394,20 @@ void client_layer(const ClientLayerArgs& a, DType dtype, int64_t clients, Stream
     with_width<T>(
         a.in | a.out_width,
         [&](auto width) {
-          launch(forward<T, decltype(width)::value>, work, kTileThreads, kTileBytes<acc_t<T>>,
-                 stream, a, work);
+          constexpr int V = decltype(width)::value;
+          if constexpr (std::is_same_v<T, float>) {
+            if (a.in > 0 && a.in <= kTile && kSpanBytes <= limits().shared_bytes) {
+              // Long enough to pay for the weights, short enough to fill the device.
+              const int64_t across = tiles(a.out_width), all = tiles(a.positions);
+              const int64_t wanted = 16 * limits().multiprocessors;
+              int64_t span = work / wanted;
+              span = span < 1 ? 1 : span < all ? span : all;
+              const int64_t tasks = clients * ((all + span - 1) / span) * across;
+              launch(forward_spans<V>, tasks, kTileThreads, kSpanBytes, stream, a, tasks, span);
+              return;
+            }
+          }
+          launch(forward<T, V>, work, kTileThreads, kTileBytes<acc_t<T>>, stream, a, work);
         },
         a.x, a.weight, a.out);
   });
@@ -252,8 +421,17 @@ void client_layer_backward(const ClientLayerArgs& a, DType dtype, int64_t client
     with_width<T>(
         a.in | a.out_width,
         [&](auto width) {
-          launch(backward<T, decltype(width)::value>, work, kTileThreads, kTileBytes<acc_t<T>>,
-                 stream, a, work);
+          constexpr int V = decltype(width)::value;
+          if constexpr (sizeof(T) <= sizeof(float)) {
+            // A block a client where that fills the device.
+            const Limits device = limits();
+            if (a.in > 0 && a.in <= kTile && a.out_width > 0 && a.out_width <= kTile &&
+                clients >= device.multiprocessors && kSpanBytes <= device.shared_bytes) {
+              launch(backward_clients<T, V>, clients, kTileThreads, kSpanBytes, stream, a, clients);
+              return;
+            }
+          }
+          launch(backward<T, V>, work, kTileThreads, kTileBytes<acc_t<T>>, stream, a, work);
         },
         a.x, a.weight, a.kept, a.grad, a.grad_x, a.grad_weight);
   });

@@ -27,5 +27,18 @@ FEDPEFT_DEVICE void copies_done() {
   __pipeline_wait_prior(0);
 #endif
 }
+// Makes the calling thread's copies since the last call a batch, and waits for all batches but the
+// `UnderWay` latest.
+FEDPEFT_DEVICE void commit_copies() {
+#if defined(__CUDACC__)
+  __pipeline_commit();
+#endif
+}
+template <int UnderWay>
+FEDPEFT_DEVICE void wait_for_copies() {
+#if defined(__CUDACC__)
+  __pipeline_wait_prior(UnderWay);
+#endif
+}
 
 }  // namespace fedpeft::gpu

@@ -522,6 +522,142 @@ __global__ void __launch_bounds__(Gated ? 1024 : 320, Gated ? 1 : 3)
   }
 }
 
+constexpr int kLaneHashes = 4, kLaneSlots = 2;
+
+// Whether a group of lanes may hold the rows of two positions in registers, and their SENet, of
+// which lane s has the hidden values s and s + lanes.
+template <int V>
+bool suits_lanes(const HashLookupArgs& a) {
+  const int lanes = lanes_for(a.D / V);
+  return a.H <= kLaneHashes && lanes >= 2 * kLaneHashes && a.D <= lanes * V &&
+         a.S <= kLaneSlots * lanes;
+}
+
+// SENet of two positions by a group of at least eight lanes. Of eight values for (position k, hash
+// h) lane i has that of k = i / 4 % 2 and h = i % 4, or each lane has all, at [4 k + h].
+template <typename T>
+struct LaneNet {
+  using A = acc_t<T>;
+  const BlockNet<T>& net;
+  int lane, lanes;
+  A hidden[kLaneSlots][2];
+
+  FEDPEFT_DEVICE LaneNet(const BlockNet<T>& n, int own, int of) : net(n), lane(own), lanes(of) {}
+
+  FEDPEFT_DEVICE void spread(A mine, A (&all)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) all[i] = __shfl_sync(kFullMask, mine, i, lanes);
+  }
+
+  // The lane's gate, from the means of all rows; fills `hidden`, with zeros at padding.
+  FEDPEFT_DEVICE A gate(const A (&means)[8], const bool (&active)[2]) {
+    A part[8] = {};
+#pragma unroll
+    for (int slot = 0; slot < kLaneSlots; ++slot) {
+      const int s = lane + slot * lanes;
+      hidden[slot][0] = hidden[slot][1] = A(0);
+      if (s >= net.S) continue;
+      A sum[2] = {net.b1[s], net.b1[s]};
+#pragma unroll
+      for (int h = 0; h < kLaneHashes; ++h) {
+        if (h >= net.H) break;
+        const A w = net.w1[s * net.row1 + h];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) sum[k] += w * means[4 * k + h];
+      }
+#pragma unroll
+      for (int k = 0; k < 2; ++k) hidden[slot][k] = active[k] && sum[k] > A(0) ? sum[k] : A(0);
+#pragma unroll
+      for (int h = 0; h < kLaneHashes; ++h) {
+        if (h >= net.H) break;
+        const A w = net.w2[h * net.row2 + s];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) part[4 * k + h] += w * hidden[slot][k];
+      }
+    }
+    const A sum = sums_of_eight(part, lane, lanes);
+    const int h = lane % kLaneHashes;
+    return h < net.H ? sigmoid(net.b2[h] + sum) : A(0);
+  }
+};
+
+// Blocks that a multiprocessor must have registers for.
+template <typename T, int V>
+constexpr int kLaneBlocks = sizeof(T) == 8 || V > 4 ? 1 : 2;
+
+// With SENet, tables through L2: blocks of one client take `span` positions each, a group two at a
+// time, whose rows are read once.
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads, kLaneBlocks<T, V>)
+    forward_lanes(HashLookupArgs a, int64_t clients, int64_t span, Modulus modulus) {
+  using A = acc_t<T>;
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  const int lanes = lanes_for(a.D / V), groups = kThreads / lanes, H = int(a.H);
+  const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
+  const int own_h = lane % kLaneHashes, own_k = lane / kLaneHashes;
+  const int64_t column = lane * V;
+  const bool mine = column < a.D;
+  const Hash hash(a.hashes, own_h < H ? own_h : 0);
+  const int64_t spans = (a.positions + span - 1) / span, tasks = clients * spans;
+  BlockNet<T> net(a, shared);
+  LaneNet<T> own(net, lane, lanes);
+  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
+    const int64_t client = divide(task, spans), begin = (task - client * spans) * span;
+    const int64_t end = begin + span < a.positions ? begin + span : a.positions;
+    const T* table = static_cast<const T*>(a.table) + (a.per_client ? client * a.M * a.D : 0);
+    __syncthreads();  // the readers of the task before
+    net.load(a, client);
+    __syncthreads();
+    // All lanes of a warp take as many turns, since they exchange values.
+    for (int64_t turn = begin; turn < end; turn += 2 * groups) {
+      const int64_t p = turn + 2 * group, n = client * a.positions + p;
+      int64_t item = -1, row = -1;  // of the lane's own position and hash
+      if (own_k < 2 && own_h < H && p + own_k < end) {
+        item = item_at(a, n + own_k);
+        if (item >= 0) row = modulus(hash_of(hash.a, hash.b, uint64_t(item))) * a.D;
+      }
+      int64_t items[2];
+      bool active[2];
+      Sum<A, V> sum[2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        items[k] = __shfl_sync(kFullMask, item, k * kLaneHashes, lanes);
+        active[k] = items[k] >= 0;
+        sum[k].clear();
+        if (a.base && active[k] && mine)
+          sum[k].set(static_cast<const T*>(a.base) + items[k] * a.D + column);
+      }
+      Pack<T, V> pack[8];
+      A of[8], all[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int64_t from = __shfl_sync(kFullMask, row, i, lanes);
+        pack[i] = zero_pack<V, T>();
+        if (from >= 0 && mine) pack[i] = load_pack<V>(table + from + column);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        of[i] = A(0);
+#pragma unroll
+        for (int v = 0; v < V; ++v) of[i] += to_acc(pack[i].at[v]);
+      }
+      own.spread(sums_of_eight(of, lane, lanes) / A(a.D), all);
+      const A gate = own.gate(all, active);
+      own.spread(gate, all);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[i / 4].at[v] += all[i] * to_acc(pack[i].at[v]);
+      }
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        if (!active[k]) sum[k].clear();
+        if (mine && p + k < end) sum[k].store_once(static_cast<T*>(a.out) + (n + k) * a.D + column);
+      }
+    }
+  }
+}
+
 // Activations of position n for its gradients: squeezed [H], gradient before the sigmoid [H],
 // hidden [S], gradient before the ReLU [S]. The lanes of a warp call together.
 template <typename T, int V>
@@ -897,6 +1033,147 @@ __global__ void __launch_bounds__(384, 2)
   }
 }
 
+// As backward_whole where suits_lanes: groups of all warps but the first take two positions through
+// the SENet and back in registers, those of the weights' gradients among them.
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads, kLaneBlocks<T, V>)
+    backward_lanes(HashLookupArgs a, int64_t clients, Modulus modulus, WholePlan plan, T* out,
+                   SENetOutputs<T> weights) {
+  using A = acc_t<T>;
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  T* staged = reinterpret_cast<T*>(shared + plan.grad);
+  auto* coefficients = reinterpret_cast<Coefficients<A>*>(shared + plan.coefficients);
+  A* partial = reinterpret_cast<A*>(shared + plan.partial);  // [groups, outputs]
+  int* head = reinterpret_cast<int*>(shared + plan.head);
+  int* next = reinterpret_cast<int*>(shared + plan.next);
+  int* bucket = reinterpret_cast<int*>(shared + plan.bucket);
+  BlockNet<T> net(a, shared + plan.net);
+  const int H = net.H, S = net.S, M = int(a.M), D = int(a.D), P = int(a.positions);
+  const int outputs = 2 * S * H + S + H;
+  const int thread = int(threadIdx.x), lanes = plan.lanes, lane = thread % lanes;
+  const int groups = (kThreads - kWarp) / lanes, group = (thread - kWarp) / lanes;
+  const int own_h = lane % kLaneHashes, own_k = lane / kLaneHashes, column = lane * V;
+  const bool mine = column < D;
+  LaneNet<T> own(net, lane, lanes);
+
+  for (int64_t client = blockIdx.x; client < clients; client += gridDim.x) {
+    const T* rows = static_cast<const T*>(a.table) + client * a.M * a.D;
+    const T* grad = static_cast<const T*>(a.grad) + client * P * a.D;
+    net.load(a, client);
+    for (int r = thread; r < M; r += kThreads) head[r] = -1;
+    hash_entries<4>(a, modulus, client * P, P * H, bucket, next);
+    __syncthreads();
+
+    if (thread < kWarp) {
+      link_entries(head, next, P * H, 0, 1);
+    } else {
+      A grad_w1[kLaneSlots][kLaneHashes] = {}, grad_w2[kLaneSlots][kLaneHashes] = {};
+      A grad_b1[kLaneSlots] = {}, grad_b2 = 0;
+      for (int turn = 0; turn < P; turn += 2 * groups) {
+        const int p = turn + 2 * group;
+        bool active[2];
+        Pack<T, V> pack[8], g[2];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          active[k] = p + k < P && bucket[(p + k) * H] >= 0;
+          g[k] = zero_pack<V, T>();
+          if (active[k] && mine) g[k] = load_pack<V>(grad + (p + k) * D + column);
+#pragma unroll
+          for (int h = 0; h < kLaneHashes; ++h) {
+            pack[4 * k + h] = zero_pack<V, T>();
+            if (active[k] && mine && h < H)
+              pack[4 * k + h] = load_pack<V>(rows + int64_t(bucket[(p + k) * H + h]) * D + column);
+          }
+        }
+        A sums[8], products[8], means[8], slopes[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          sums[i] = products[i] = A(0);
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            const A x = to_acc(pack[i].at[v]);
+            sums[i] += x;
+            products[i] += x * to_acc(g[i / 4].at[v]);
+          }
+        }
+        if (plan.staged && mine) {
+#pragma unroll
+          for (int k = 0; k < 2; ++k)
+            if (active[k]) store_pack<V>(staged + (p + k) * D + column, g[k]);
+        }
+        own.spread(sums_of_eight(sums, lane, lanes) / A(D), means);
+        const A gate = own.gate(means, active);
+        const A product = sums_of_eight(products, lane, lanes);
+        // The gradient before the sigmoid; zero at padding, of whose rows the products are.
+        const A slope = product * gate * (A(1) - gate);
+        own.spread(slope, slopes);
+        if (own_k < 2) grad_b2 += slope;
+        A part[8] = {};
+#pragma unroll
+        for (int slot = 0; slot < kLaneSlots; ++slot) {
+          const int s = lane + slot * lanes;
+          if (s >= S) continue;
+          A before[2] = {};  // the ReLU
+#pragma unroll
+          for (int h = 0; h < kLaneHashes; ++h) {
+            if (h >= H) break;
+            const A w = net.w2[h * net.row2 + s];
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              before[k] += slopes[4 * k + h] * w;
+              grad_w2[slot][h] += slopes[4 * k + h] * own.hidden[slot][k];
+            }
+          }
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            if (!(own.hidden[slot][k] > A(0))) before[k] = A(0);
+            grad_b1[slot] += before[k];
+          }
+#pragma unroll
+          for (int h = 0; h < kLaneHashes; ++h) {
+            if (h >= H) break;
+            const A w = net.w1[s * net.row1 + h];
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              part[4 * k + h] += before[k] * w;
+              grad_w1[slot][h] += before[k] * means[4 * k + h];
+            }
+          }
+        }
+        const A shift = sums_of_eight(part, lane, lanes) / A(D);
+        if (own_k < 2 && own_h < H && p + own_k < P)
+          coefficients[(p + own_k) * H + own_h] = {gate, shift};
+      }
+      A* to = partial + group * outputs;
+#pragma unroll
+      for (int slot = 0; slot < kLaneSlots; ++slot) {
+        const int s = lane + slot * lanes;
+        if (s >= S) continue;
+#pragma unroll
+        for (int h = 0; h < kLaneHashes; ++h) {
+          if (h >= H) break;
+          to[s * H + h] = grad_w1[slot][h];
+          to[S * H + S + h * S + s] = grad_w2[slot][h];
+        }
+        to[S * H + s] = grad_b1[slot];
+      }
+      grad_b2 += __shfl_xor_sync(kFullMask, grad_b2, kLaneHashes, lanes);
+      if (lane < H) to[2 * S * H + S + lane] = grad_b2;
+    }
+    __syncthreads();
+    for (int i = thread; i < outputs; i += kThreads) {
+      A sum = 0;
+#pragma unroll 4
+      for (int j = 0; j < groups; ++j) sum += partial[j * outputs + i];
+      *weights(client, i) = from_acc<T>(sum);
+    }
+    sum_rows<V>(
+        out + client * a.M * a.D, plan.staged ? staged : grad, a, head, next, lanes,
+        [&](int e) { return coefficients[e]; }, A(1));
+    __syncthreads();
+  }
+}
+
 // How the groups of a gated kernel are cut and where their scratch is.
 struct GatedPlan {
   Scratch where;
@@ -981,6 +1258,17 @@ void launch_plain(const HashLookupArgs& a, int64_t clients, Stream stream) {
 
 template <typename T, int V>
 void launch_gated(const HashLookupArgs& a, int64_t clients, void* memory, Stream stream) {
+  if (suits_lanes<V>(a)) {
+    // Long enough to pay for the copy of the weights, short enough to fill the device.
+    const int64_t turn = 2 * (kThreads / lanes_for(a.D / V));
+    const int64_t blocks = 16 * limits().multiprocessors;
+    const int64_t even = (clients * a.positions + blocks - 1) / blocks;
+    const int64_t span = even > 4 * turn ? (even + turn - 1) / turn * turn : 4 * turn;
+    launch(forward_lanes<T, V>, clients * ((a.positions + span - 1) / span), kThreads,
+           BlockNet<T>::size(a.H, a.S) * int64_t(sizeof(acc_t<T>)), stream, a, clients, span,
+           Modulus(a.M));
+    return;
+  }
   if (StagedPlan staged; stages(a) && plan_staged<T, V>(a, true, &staged)) {
     launch(forward_staged<T, V, true>, clients, staged.threads, staged.bytes, stream, a, clients,
            Modulus(a.M), staged);
@@ -1026,6 +1314,31 @@ bool plan_whole(const HashLookupArgs& a, WholePlan* plan) {
   const int lanes = lanes_for(a.D / V);
   plan->lanes = lanes < 8 ? 8 : lanes;
   plan->threads = carve.used > 72 * 1024 ? 384 : 256;
+  return carve.used <= device;
+}
+
+// False where shared memory does not hold it, or its registers.
+template <typename T, int V>
+bool plan_lanes(const HashLookupArgs& a, WholePlan* plan) {
+  using A = acc_t<T>;
+  if (!suits_lanes<V>(a)) return false;
+  const int64_t device = limits().shared_bytes, entries = a.positions * a.H;
+  *plan = {};
+  plan->threads = kThreads;
+  plan->lanes = lanes_for(a.D / V);
+  Carve carve;
+  plan->coefficients = carve.take<A>(2 * entries);
+  plan->net = carve.take<A>(BlockNet<T>::size(a.H, a.S));
+  plan->partial = carve.take<A>((kThreads - kWarp) / plan->lanes * a.senet_size());
+  plan->head = carve.take<int>(a.M);
+  plan->next = carve.take<int>(entries);
+  plan->bucket = carve.take<int>(entries);
+  // The gradient too where two blocks still share a multiprocessor.
+  const int64_t without = carve.used;
+  plan->grad = carve.take<T>(a.positions * a.D);
+  plan->staged = carve.used <= (device - 1024) / 2;
+  if (!plan->staged) carve.used = without;
+  plan->bytes = carve.used;
   return carve.used <= device;
 }
 
@@ -1174,9 +1487,11 @@ bool hash_lookup_backward_whole(const HashLookupArgs& a, DType dtype, int64_t cl
         [&](auto width) {
           constexpr int V = decltype(width)::value;
           WholePlan plan;
-          if (!plan_whole<T, V>(a, &plan)) return;
-          launch(backward_whole<T, V>, clients, plan.threads, plan.bytes, stream, a, clients,
-                 Modulus(a.M), plan, static_cast<T*>(out), SENetOutputs<T>(a, weights));
+          const bool lanes = plan_lanes<T, V>(a, &plan);
+          if (!lanes && !plan_whole<T, V>(a, &plan)) return;
+          launch(lanes ? backward_lanes<T, V> : backward_whole<T, V>, clients, plan.threads,
+                 plan.bytes, stream, a, clients, Modulus(a.M), plan, static_cast<T*>(out),
+                 SENetOutputs<T>(a, weights));
           done = true;
         },
         a.table, a.grad, out);

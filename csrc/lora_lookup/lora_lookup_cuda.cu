@@ -3,6 +3,7 @@
 // B by a sum over positions.
 #include "common/position_sum.cuh"
 #include "common/scatter.cuh"
+#include "common/streaming.cuh"
 #include "lora_lookup/lora_lookup_cuda.h"
 
 namespace fedpeft::gpu {
@@ -19,8 +20,8 @@ FEDPEFT_DEVICE int64_t row_at(const LoraLookupArgs& a, int64_t n) {
 }
 
 // Blocks of one client take `span` positions each.
-template <typename T, int V, bool Staged>
-__global__ void __launch_bounds__(kThreads, Staged ? FEDPEFT_TWO_OR_THREE : 2)
+template <typename T, int V, int VA, bool Staged>
+__global__ void __launch_bounds__(kThreads, Staged&& VA == 1 ? FEDPEFT_TWO_OR_THREE : 2)
     forward(LoraLookupArgs a, int64_t clients, int64_t span) {
   using A = acc_t<T>;
   constexpr int N = kAtOnce<T, V>;
@@ -41,23 +42,28 @@ __global__ void __launch_bounds__(kThreads, Staged ? FEDPEFT_TWO_OR_THREE : 2)
       }
       __syncthreads();
     }
+    const T* rows_of_A = static_cast<const T*>(a.A) + c * a.num_rows * a.rank;
     for (int64_t p = begin + threadIdx.x / lanes; p < end; p += groups * N) {
-      int64_t at[N], item[N], row[N];
+      int64_t item[N];
+      const T* factors[N];  // null at padding
+      {
+        int64_t at[N], row[N];
 #pragma unroll
-      for (int u = 0; u < N; ++u)
-        at[u] = p + u * groups < end ? client * a.positions + p + u * groups : -1;
-      gather(a.items, at, item);
-      if (a.separate_rows) gather(a.rows, at, row);
+        for (int u = 0; u < N; ++u)
+          at[u] = p + u * groups < end ? client * a.positions + p + u * groups : -1;
+        gather(a.items, at, item);
+        if (a.separate_rows) gather(a.rows, at, row);
 #pragma unroll
-      for (int u = 0; u < N; ++u) {
-        if (at[u] >= 0 && classify(item[u], a.num_items) == Position::bad)
-          FEDPEFT_BAD_INDEX("items", item[u], at[u], a.num_items);
-        if (!a.separate_rows) row[u] = item[u];
-        if ((at[u] >= 0 && classify(row[u], a.num_rows) == Position::bad) ||
-            (row[u] < 0) != (item[u] < 0))
-          FEDPEFT_BAD_INDEX("rows", row[u], at[u], a.num_rows);
+        for (int u = 0; u < N; ++u) {
+          if (at[u] >= 0 && classify(item[u], a.num_items) == Position::bad)
+            FEDPEFT_BAD_INDEX("items", item[u], at[u], a.num_items);
+          if (!a.separate_rows) row[u] = item[u];
+          if ((at[u] >= 0 && classify(row[u], a.num_rows) == Position::bad) ||
+              (row[u] < 0) != (item[u] < 0))
+            FEDPEFT_BAD_INDEX("rows", row[u], at[u], a.num_rows);
+          factors[u] = row[u] >= 0 ? rows_of_A + row[u] * a.rank : nullptr;
+        }
       }
-      const T* factors = static_cast<const T*>(a.A) + c * a.num_rows * a.rank;
       for (int64_t column = lane * V; column < a.D; column += lanes * V) {
         Sum<A, V> sum[N];
 #pragma unroll
@@ -66,24 +72,34 @@ __global__ void __launch_bounds__(kThreads, Staged ? FEDPEFT_TWO_OR_THREE : 2)
           if (a.base && item[u] >= 0)
             sum[u].set(static_cast<const T*>(a.base) + item[u] * a.D + column);
         }
-        for (int64_t j = 0; j < a.rank; ++j) {
-          Sum<A, V> b;
-          if constexpr (Staged) {
-            b.set(transposed + j * a.D + column);
-          } else {
-#pragma unroll
-            for (int v = 0; v < V; ++v) b.at[v] = to_acc(B[(column + v) * a.rank + j]);
-          }
+#pragma unroll 1
+        for (int j = 0; j < int(a.rank); j += VA) {
+          Pack<T, VA> factor[N];
 #pragma unroll
           for (int u = 0; u < N; ++u) {
-            const A factor = row[u] >= 0 ? to_acc(factors[row[u] * a.rank + j]) : A(0);
+            factor[u] = zero_pack<VA, T>();
+            if (factors[u]) factor[u] = load_pack<VA>(factors[u] + j);
+          }
 #pragma unroll
-            for (int v = 0; v < V; ++v) sum[u].at[v] += factor * b.at[v];
+          for (int i = 0; i < VA; ++i) {
+            Sum<A, V> b;
+            if constexpr (Staged) {
+              b.set(transposed + (j + i) * int(a.D) + column);
+            } else {
+#pragma unroll
+              for (int v = 0; v < V; ++v) b.at[v] = to_acc(B[(column + v) * a.rank + j + i]);
+            }
+#pragma unroll
+            for (int u = 0; u < N; ++u) {
+#pragma unroll
+              for (int v = 0; v < V; ++v) sum[u].at[v] += to_acc(factor[u].at[i]) * b.at[v];
+            }
           }
         }
+        T* out = static_cast<T*>(a.out) + (client * a.positions + p) * a.D + column;
 #pragma unroll
         for (int u = 0; u < N; ++u)
-          if (at[u] >= 0) sum[u].store_once(static_cast<T*>(a.out) + at[u] * a.D + column);
+          if (p + u * groups < end) sum[u].store_once(out + u * groups * a.D);
       }
     }
   }
@@ -139,19 +155,20 @@ __global__ void __launch_bounds__(256, 2)
   }
 }
 
-// Products B^T g of a client's positions, which lie in shared memory.
+// Products B^T g of a client's positions, which lie in shared memory, as their rows of A do.
 template <typename T>
 struct SourceProducts {
-  LoraLookupArgs a;
   const acc_t<T>* products;  // [positions, rank]
-  int64_t first;             // flat position of the first
+  const int* rows;           // [positions]
+  int rank;
+  int64_t first;  // flat position of the first
 
-  FEDPEFT_DEVICE int64_t row(int64_t n, int64_t) const { return row_at(a, n); }
+  FEDPEFT_DEVICE int64_t row(int64_t n, int64_t) const { return rows[n - first]; }
   template <int V>
   FEDPEFT_DEVICE Sum<acc_t<T>, V> value(int64_t n, int64_t, int64_t column) const {
     Sum<acc_t<T>, V> v;
 #pragma unroll
-    for (int i = 0; i < V; ++i) v.at[i] = products[(n - first) * a.rank + column + i];
+    for (int i = 0; i < V; ++i) v.at[i] = products[int(n - first) * rank + int(column) + i];
     return v;
   }
 };
@@ -176,91 +193,159 @@ FEDPEFT_DEVICE void load_factors(const T* from, bool there, int ranks, acc_t<T> 
 }
 
 constexpr int kClientThreads = 128;
+constexpr int kTilePositions = 64;
 
-// A block a client, which reads the gradient once: a group of lanes takes every so many-th position
-// and holds its columns of B and of B's gradient in registers.
+// Places in the shared memory of backward_clients, in bytes.
+struct ClientPlan {
+  ScatterPlan lists;
+  int64_t rows, products, tiles, tile_bytes, bytes;
+  int tile;  // positions
+};
+
+// A tile of positions: a pass' columns of their rows of A, and their columns of the gradient.
+template <typename T>
+struct Tile {
+  T *factors, *grad;  // [tile, kRanks], [tile, columns]
+
+  static FEDPEFT_HD int64_t bytes(int64_t tile, int64_t columns) {
+    return tile * ((kRanks + columns) * int64_t(sizeof(T)));
+  }
+  FEDPEFT_DEVICE Tile(unsigned char* at, int tile)
+      : factors(reinterpret_cast<T*>(at)), grad(factors + tile * kRanks) {}
+};
+
+// A block a client, which reads the gradient once, in tiles of positions of which the next is on
+// its way into shared memory while the block works on one: a group of lanes takes every so many-th
+// position and holds its columns of B and of B's gradient in registers.
 template <typename T, int V, int VA>
-__global__ void __launch_bounds__(kClientThreads, FEDPEFT_TWO_OR_THREE)
-    backward_clients(LoraLookupArgs a, ScatterPlan plan, T* out_A, T* out_B) {
+__global__ void __launch_bounds__(kClientThreads, sizeof(T) == 8 || VA == 1 ? 3 : 4)
+    backward_clients(LoraLookupArgs a, ClientPlan plan, T* out_A, T* out_B) {
   using A = acc_t<T>;
-  constexpr int N =
-      sizeof(A) == 8 ? 2 : 4;  // positions of a group whose loads are under way together
+  constexpr int kCopied = V > 1 ? kWide<T> : 1;  // elements of the gradient that a copy takes
   FEDPEFT_DYNAMIC_SHARED(shared);
-  A* products = reinterpret_cast<A*>(shared + plan.shared_bytes);
-  A* parts = products + a.positions * a.rank;  // [groups, lanes * V, kRanks]
-  const int lanes = lanes_for((a.D + V - 1) / V), groups = int(blockDim.x) / lanes;
+  int* rows = reinterpret_cast<int*>(shared + plan.rows);
+  A* products = reinterpret_cast<A*>(shared + plan.products);  // [positions, rank]
+  A* parts = reinterpret_cast<A*>(shared + plan.tiles);        // [groups, lanes * V, kRanks]
+  const int lanes = lanes_for((a.D + V - 1) / V), groups = kClientThreads / lanes;
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
-  const int positions = int(a.positions);
-  for (int64_t client = blockIdx.x; client < plan.clients; client += gridDim.x) {
+  const int columns = lanes * V;  // of a tile
+  const int positions = int(a.positions), rank = int(a.rank), D = int(a.D);
+  const auto tile_at = [&](int t) {
+    return Tile<T>(shared + plan.tiles + (t & 1) * plan.tile_bytes, plan.tile);
+  };
+  for (int64_t client = blockIdx.x; client < plan.lists.clients; client += gridDim.x) {
     const int64_t c = a.per_client ? client : 0;
     const T* B = static_cast<const T*>(a.B) + c * a.D * a.rank;
-    const T* factors = static_cast<const T*>(a.A) + c * a.num_rows * a.rank;
-    for (int64_t from = 0; from < a.rank; from += kRanks) {
-      const int ranks = int(a.rank - from < kRanks ? a.rank - from : kRanks);
-      for (int64_t base = 0; base < a.D; base += lanes * V) {
-        const int64_t column = base + lane * V;
-        const bool mine = column < a.D;
+    const T* A_rows = static_cast<const T*>(a.A) + c * a.num_rows * a.rank;
+    const T* grads = static_cast<const T*>(a.grad) + client * positions * a.D;
+    const auto copy_grad = [&](int t, int base) {
+      const int first = t * plan.tile;
+      const int count = positions - first < plan.tile ? positions - first : plan.tile;
+      const int in_row = columns / kCopied, width = D - base < columns ? D - base : columns;
+      T* to = tile_at(t).grad;
+      for (int i = int(threadIdx.x); i < count * in_row; i += kClientThreads) {
+        const int p = int(unsigned(i) / unsigned(in_row)), column = (i - p * in_row) * kCopied;
+        if (column < width)
+          copy_to_shared<kCopied>(to + p * columns + column,
+                                  grads + int64_t(first + p) * D + base + column);
+      }
+    };
+    const auto copy_factors = [&](int t, int from, int ranks) {
+      const int first = t * plan.tile;
+      const int count = positions - first < plan.tile ? positions - first : plan.tile;
+      T* to = tile_at(t).factors;
+      constexpr int kPieces = kRanks / kWide<T>;
+      for (int i = int(threadIdx.x); i < count * kPieces; i += kClientThreads) {
+        const int p = i / kPieces, column = i % kPieces * kWide<T>;
+        const int row = rows[first + p];
+        const T* source = A_rows + int64_t(row) * rank + from + column;
+        T* place = to + p * kRanks + column;
+        if (VA > 1 && row >= 0 && column < ranks) {  // where ranks is a multiple of VA
+          copy_to_shared<kWide<T>>(place, source);
+        } else {
+          Pack<T, kWide<T>> pack = zero_pack<kWide<T>, T>();
+          if (row >= 0) {
+#pragma unroll
+            for (int k = 0; k < kWide<T>; ++k)
+              if (column + k < ranks) pack.at[k] = source[k];
+          }
+          store_pack<kWide<T>>(place, pack);
+        }
+      }
+    };
+    const int tiles = (positions + plan.tile - 1) / plan.tile;
+    if (tiles > 0) copy_grad(0, 0);
+    for (int p = int(threadIdx.x); p < positions; p += kClientThreads)
+      rows[p] = int(row_at(a, client * positions + p));
+    __syncthreads();
+    for (int from = 0; from < rank; from += kRanks) {
+      const int ranks = rank - from < kRanks ? rank - from : kRanks;
+      for (int base = 0; base < D; base += columns) {
+        if (tiles > 0) {
+          if (from > 0 || base > 0) copy_grad(0, base);
+          copy_factors(0, from, ranks);
+        }
+        commit_copies();
+        const int column = base + lane * V;
+        const bool mine = column < D;
         A b[V][kRanks], sum[V][kRanks];
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          load_factors<VA>(B + (column + v) * a.rank + from, mine, ranks, b[v]);
+          load_factors<VA>(B + int64_t(column + v) * rank + from, mine, ranks, b[v]);
 #pragma unroll
           for (int j = 0; j < kRanks; ++j) sum[v][j] = 0;
         }
-        // All lanes of a warp take as many turns, since they exchange sums.
-        for (int turn = 0; turn < positions; turn += groups * N) {
-          int64_t at[N], row[N];
-          Pack<T, V> g[N];
-          A factor[N][kRanks];
-#pragma unroll
-          for (int u = 0; u < N; ++u) {
-            const int p = turn + group + u * groups;
-            at[u] = p < positions ? client * positions + p : -1;
+#pragma unroll 1
+        for (int t = 0; t < tiles; ++t) {
+          if (t + 1 < tiles) {
+            copy_grad(t + 1, base);
+            copy_factors(t + 1, from, ranks);
           }
-          gather(a.rows, at, row);
-#pragma unroll
-          for (int u = 0; u < N; ++u) {
-            if (at[u] >= 0 && classify(row[u], a.num_rows) == Position::bad)
-              FEDPEFT_BAD_INDEX("rows", row[u], at[u], a.num_rows);
-            g[u] = zero_pack<V, T>();
-            if (row[u] >= 0 && mine)
-              g[u] = load_pack<V>(static_cast<const T*>(a.grad) + at[u] * a.D + column);
-          }
-#pragma unroll
-          for (int u = 0; u < N; ++u)
-            load_factors<VA>(factors + row[u] * a.rank + from, row[u] >= 0, ranks, factor[u]);
-#pragma unroll
-          for (int u = 0; u < N; ++u) {
-            A product[kRanks];
+          commit_copies();
+          wait_for_copies<1>();
+          __syncthreads();
+          const Tile<T> tile = tile_at(t);
+          const int first = t * plan.tile;
+          const int count = positions - first < plan.tile ? positions - first : plan.tile;
+          // All lanes of a warp take as many turns, since they exchange sums.
+          const int in_warp = kWarp / lanes, within = group % in_warp;
+#pragma unroll 1
+          for (int turn = group - within; turn < count; turn += groups) {
+            const int i = turn + within, p = first + i;
+            const bool there = i < count && rows[p] >= 0;
+            Pack<T, V> g = zero_pack<V, T>();
+            A factor[kRanks], product[kRanks];
+            if (there && mine) g = load_pack<V>(tile.grad + i * columns + lane * V);
+            load_factors<kWide<T>>(tile.factors + i * kRanks, there, kRanks, factor);
 #pragma unroll
             for (int j = 0; j < kRanks; ++j) product[j] = 0;
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-              const A value = to_acc(g[u].at[v]);
+              const A value = to_acc(g.at[v]);
 #pragma unroll
               for (int j = 0; j < kRanks; ++j) {
                 product[j] += value * b[v][j];
-                sum[v][j] += value * factor[u][j];
+                sum[v][j] += value * factor[j];
               }
             }
-            const int p = turn + group + u * groups;
             const auto keep = [&](int j, A x) {
-              A& to = products[p * a.rank + from + j];
+              A& to = products[p * rank + from + j];
               to = base == 0 ? x : to + x;
             };
             if (lanes >= kRanks) {
               const A own = sums_of_eight(product, lane, lanes);
-              if (p < positions && lane < ranks) keep(lane, own);
+              if (i < count && lane < ranks) keep(lane, own);
             } else {
 #pragma unroll
               for (int j = 0; j < kRanks; ++j) {
                 const A whole = group_sum(product[j], lanes);
-                if (p < positions && lane == 0 && j < ranks) keep(j, whole);
+                if (i < count && lane == 0 && j < ranks) keep(j, whole);
               }
             }
           }
+          __syncthreads();
         }
-        // The groups' sums, in order.
+        // The groups' sums, in order; the tiles make room.
 #pragma unroll
         for (int v = 0; v < V; ++v) {
 #pragma unroll
@@ -268,19 +353,19 @@ __global__ void __launch_bounds__(kClientThreads, FEDPEFT_TWO_OR_THREE)
             parts[((group * lanes + lane) * V + v) * kRanks + j] = sum[v][j];
         }
         __syncthreads();
-        const int outputs = lanes * V * kRanks;
-        for (int o = int(threadIdx.x); o < outputs; o += int(blockDim.x)) {
-          const int64_t d = base + o / kRanks;
-          if (d >= a.D || o % kRanks >= ranks) continue;
+        const int outputs = columns * kRanks;
+        for (int o = int(threadIdx.x); o < outputs; o += kClientThreads) {
+          const int d = base + o / kRanks;
+          if (d >= D || o % kRanks >= ranks) continue;
           A total = 0;
           for (int i = 0; i < groups; ++i) total += parts[i * outputs + o];
-          out_B[(client * a.D + d) * a.rank + from + o % kRanks] = from_acc<T>(total);
+          out_B[(client * D + d) * rank + from + o % kRanks] = from_acc<T>(total);
         }
         __syncthreads();
       }
     }
-    scatter_lists_team<SourceProducts<T>, T, 1>({a, products, client * a.positions}, out_A, plan,
-                                                client, int(threadIdx.x),
+    scatter_lists_team<SourceProducts<T>, T, 1>({products, rows, rank, client * positions}, out_A,
+                                                plan.lists, client, int(threadIdx.x),
                                                 reinterpret_cast<int*>(shared));
     __syncthreads();
   }
@@ -296,22 +381,23 @@ void lora_lookup(const LoraLookupArgs& a, DType dtype, int64_t clients, Stream s
     using T = decltype(zero);
     const int64_t bytes = a.rank * a.D * int64_t(sizeof(acc_t<T>));
     const bool staged = bytes <= kStagedBytes && bytes <= device.shared_bytes;
+    const auto run = [&](auto width, auto factors) {
+      constexpr int V = decltype(width)::value, VA = decltype(factors)::value;
+      // Long enough to pay for the copy of B, short enough to fill the device.
+      const int64_t groups = kThreads / lanes_for(a.D / V);
+      const int64_t even =
+          (total + 16 * device.multiprocessors - 1) / (16 * device.multiprocessors);
+      const int64_t span = even > 4 * groups ? even : 4 * groups;
+      const int64_t grid = clients * ((a.positions + span - 1) / span);
+      if (staged) {
+        launch(forward<T, V, VA, true>, grid, kThreads, bytes, stream, a, clients, span);
+      } else {
+        launch(forward<T, V, VA, false>, grid, kThreads, 0, stream, a, clients, span);
+      }
+    };
     with_width<T>(
         a.D,
-        [&](auto width) {
-          constexpr int V = decltype(width)::value;
-          // Long enough to pay for the copy of B, short enough to fill the device.
-          const int64_t groups = kThreads / lanes_for(a.D / V);
-          const int64_t even =
-              (total + 16 * device.multiprocessors - 1) / (16 * device.multiprocessors);
-          const int64_t span = even > 4 * groups ? even : 4 * groups;
-          const int64_t grid = clients * ((a.positions + span - 1) / span);
-          if (staged) {
-            launch(forward<T, V, true>, grid, kThreads, bytes, stream, a, clients, span);
-          } else {
-            launch(forward<T, V, false>, grid, kThreads, 0, stream, a, clients, span);
-          }
-        },
+        [&](auto width) { with_width<T>(a.rank, [&](auto factors) { run(width, factors); }, a.A); },
         a.base, a.out);
   });
 }
@@ -343,9 +429,6 @@ namespace {
 bool lora_lookup_backward_clients(const LoraLookupArgs& a, DType dtype, const ScatterPlan& lists,
                                   void* out_A, void* out_B, Stream stream) {
   if (lists.splits != 1 || a.D == 0) return false;
-  ScatterPlan plan = lists;
-  plan.team = plan.block = kClientThreads;
-  plan.shared_bytes = ((plan.rows_per_split + a.positions) * int64_t(sizeof(int)) + 31) / 32 * 32;
   const Limits device = limits();
   bool done = false;
   with_dtype(dtype, [&](auto zero) {
@@ -354,10 +437,21 @@ bool lora_lookup_backward_clients(const LoraLookupArgs& a, DType dtype, const Sc
     constexpr int kFour = 16 / int(sizeof(A));  // columns of a lane: few registers for each type
     const auto run = [&](auto columns, auto factors) {
       constexpr int V = decltype(columns)::value, VA = decltype(factors)::value;
-      const int64_t bytes = plan.shared_bytes + a.positions * a.rank * int64_t(sizeof(A)) +
-                            int64_t(kClientThreads) * V * kRanks * int64_t(sizeof(A));
-      if (bytes > device.shared_bytes) return;
-      launch(backward_clients<T, V, VA>, plan.clients, kClientThreads, bytes, stream, a, plan,
+      const auto round = [](int64_t bytes) { return (bytes + 31) / 32 * 32; };
+      ClientPlan plan{};
+      plan.lists = lists;
+      plan.lists.team = plan.lists.block = kClientThreads;
+      const int64_t some = a.positions > 0 ? a.positions : 1;
+      plan.tile = int(some < kTilePositions ? some : kTilePositions);
+      plan.tile_bytes = round(Tile<T>::bytes(plan.tile, lanes_for((a.D + V - 1) / V) * V));
+      plan.rows = round((lists.rows_per_split + a.positions) * int64_t(sizeof(int)));
+      plan.products = plan.rows + round(a.positions * int64_t(sizeof(int)));
+      plan.tiles = plan.products + round(a.positions * a.rank * int64_t(sizeof(A)));
+      const int64_t parts = int64_t(kClientThreads) * V * kRanks * int64_t(sizeof(A));
+      const int64_t tiles = plan.tile_bytes * (a.positions > plan.tile ? 2 : 1);
+      plan.bytes = plan.tiles + (parts > tiles ? parts : tiles);
+      if (plan.bytes > device.shared_bytes) return;
+      launch(backward_clients<T, V, VA>, lists.clients, kClientThreads, plan.bytes, stream, a, plan,
              static_cast<T*>(out_A), static_cast<T*>(out_B));
       done = true;
     };

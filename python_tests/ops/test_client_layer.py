@@ -28,7 +28,9 @@ def layer_case(
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(None, 70, 5, 3), (2, 70, 33, 65), (3, 9, 130, 17), (2, 130, 72, 64)], ids=str
+    "shape",
+    [(None, 70, 5, 3), (2, 70, 33, 65), (3, 9, 130, 17), (2, 130, 72, 64), (5, 150, 64, 33)],
+    ids=str,
 )
 def test_every_type(dtype: torch.dtype, shape: tuple[int | None, int, int, int], target: Any) -> None:
     assert_equals_twin(layer_case(*shape, p=0.5).to(target.device), target.ops, dtype, terms=256)
@@ -36,7 +38,7 @@ def test_every_type(dtype: torch.dtype, shape: tuple[int | None, int, int, int],
 
 @settings(deadline=None, max_examples=30)
 @given(
-    clients=st.none() | st.integers(0, 3),
+    clients=st.none() | st.integers(0, 5),
     positions=st.integers(0, 70),
     inputs=st.integers(0, 20),
     outputs=st.integers(0, 40),
@@ -54,14 +56,19 @@ def results(ops: Any, x: Tensor, weight: Tensor, bias: Tensor, items: Tensor, id
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_same_bits_alone_and_among_others_with_padding(dtype: torch.dtype, target: Any) -> None:
+@pytest.mark.parametrize("widths", [(33, 70), (64, 40)], ids=str)
+def test_same_bits_alone_and_among_others_with_padding(
+    widths: tuple[int, int], dtype: torch.dtype, target: Any
+) -> None:
     """A client alone against itself with more padding, also of NaNs, among other clients, on two threads."""
-    g = torch.Generator().manual_seed(1)
+    g, (inputs, outputs) = torch.Generator().manual_seed(1), widths
+    clients = 200 if target.name == "cuda" else 5  # more than a GPU has multiprocessors
     x, weight, bias = (
-        torch.randn(shape, generator=g).to(target.device, dtype)
-        for shape in ((3, 150, 33), (3, 70, 33), (3, 70))
+        torch.randn(clients, *shape, generator=g).to(target.device, dtype)
+        for shape in ((150, inputs), (outputs, inputs), (outputs,))
     )
-    items, ids = torch.zeros(3, 150, dtype=torch.int64, device=target.device), torch.tensor([4, 7, 9])
+    items = torch.zeros(clients, 150, dtype=torch.int64, device=target.device)
+    ids = torch.arange(4, 4 + clients)
     items[1, 131:] = -1
     x[1, 131:] = torch.nan
     before = torch.get_num_threads()
