@@ -51,11 +51,12 @@ template <typename T>
 struct Source {
   ClientEmbeddingArgs a;
 
+  FEDPEFT_DEVICE const T* values() const { return static_cast<const T*>(a.grad); }
   FEDPEFT_DEVICE int64_t row(int64_t n, int64_t) const { return row_at(a, n); }
   template <int V>
   FEDPEFT_DEVICE Sum<acc_t<T>, V> value(int64_t n, int64_t, int64_t column) const {
     Sum<acc_t<T>, V> v;
-    v.set(static_cast<const T*>(a.grad) + n * a.D + column);
+    v.set(values() + n * a.D + column);
     return v;
   }
 };

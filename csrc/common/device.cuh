@@ -144,6 +144,17 @@ FEDPEFT_DEVICE Pack<T, V> zero_pack() {
   return pack;
 }
 
+// Asks for `bytes` from p on to be in L2 soon; the `threads` threads share the work.
+FEDPEFT_DEVICE void ask_ahead([[maybe_unused]] const void* p, [[maybe_unused]] int64_t bytes,
+                              [[maybe_unused]] int thread, [[maybe_unused]] int threads) {
+#if defined(__CUDACC__)
+  constexpr int kLine = 128;
+  const char* from = static_cast<const char*>(p);
+  for (int64_t at = int64_t(thread) * kLine; at < bytes; at += int64_t(threads) * kLine)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
+#endif
+}
+
 // Loads from several places that are under way together: a[at[i]], or -1 where at[i] is negative.
 template <int N>
 FEDPEFT_DEVICE void gather(const IndexArray& a, const int64_t (&at)[N], int64_t (&to)[N]) {

@@ -2,6 +2,8 @@
 //   int64_t row(int64_t n, int64_t slot): row in the client's table that position n (of all
 //   clients) reads, -1: none Sum<acc, V> value<V>(int64_t n, int64_t slot, int64_t column): what
 //   the entry adds to V columns of that row
+//   const T* values(): where value() is no more than a load, the array [clients, positions, width]
+//   that it reads
 //   int kRowsAtOnce: rows that a group sums at a time, where value() is more than a load
 #pragma once
 
@@ -59,6 +61,13 @@ FEDPEFT_DEVICE void scatter_lists_team(const Source& source, T* out, const Scatt
   const int slots = int(plan.slots), positions = int(plan.positions), entries = positions * slots;
   int* next = head + plan.rows_per_split;
 
+  // The values come while their entries are linked.
+  if constexpr (requires { source.values(); }) {
+    const int64_t numbers = plan.positions * plan.width;
+    if (plan.splits == 1)
+      ask_ahead(source.values() + client * numbers, numbers * int64_t(sizeof(T)), thread,
+                plan.team);
+  }
   for (int r = thread; r < rows; r += plan.team) head[r] = -1;
   for (int e = thread; e < entries; e += plan.team) {
     const int p = e / slots;

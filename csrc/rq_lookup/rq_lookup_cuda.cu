@@ -129,6 +129,7 @@ template <typename T>
 struct Source {
   RqLookupArgs a;
 
+  FEDPEFT_DEVICE const T* values() const { return static_cast<const T*>(a.grad); }
   FEDPEFT_DEVICE int64_t row(int64_t n, int64_t slot) const {
     const int64_t item = item_at(a, n);
     return item < 0 ? -1 : slot * a.K + code_at(a, item, slot);
@@ -136,7 +137,7 @@ struct Source {
   template <int V>
   FEDPEFT_DEVICE Sum<acc_t<T>, V> value(int64_t n, int64_t, int64_t column) const {
     Sum<acc_t<T>, V> v;
-    v.set(static_cast<const T*>(a.grad) + n * a.D + column);
+    v.set(values() + n * a.D + column);
     return v;
   }
 };
