@@ -232,24 +232,39 @@ void check_rows(const AccumulateArgs& a, int64_t begin, int64_t end, FirstError*
 
 // apply_updates_
 
+// parameter += scale * total, rounded to the parameter's type before it is added, and total = 0.
+template <typename T, typename Width>
+FEDPEFT_INLINE void apply_run(T* __restrict parameter, double* __restrict total, int64_t n,
+                              double scale, Width) {
+  for (int64_t d = 0; d < Width::or_else(n); ++d) {
+    T step;
+    from_acc(acc_t<T>(total[d] * scale), &step);
+    from_acc(to_acc(parameter[d]) + to_acc(step), parameter + d);
+    total[d] = 0;
+  }
+}
+
 template <typename T>
 void apply(const ApplyArgs& a, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
   constexpr int64_t kAhead = 24;
-  T* parameter = static_cast<T*>(a.parameter);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t at = (a.rows.data ? a.rows[i] : i) * a.width;
-    if (a.rows.data && i + kAhead < end) {
-      prefetch_row(parameter + a.rows[i + kAhead] * a.width, a.width);
-      prefetch_row(a.total + a.rows[i + kAhead] * a.width, a.width);
-    }
-    for (int64_t d = 0; d < a.width; ++d) {
-      T step;  // rounded to the parameter's type before it is added
-      from_acc(A(a.total[at + d] * a.scale), &step);
-      from_acc(to_acc(parameter[at + d]) + to_acc(step), parameter + at + d);
-      a.total[at + d] = 0;
-    }
+  T* const parameter = static_cast<T*>(a.parameter);
+  double* const total = a.total;
+  const int64_t width = a.width;
+  const double scale = a.scale;
+  if (!a.rows.data) {
+    return apply_run(parameter + begin * width, total + begin * width, (end - begin) * width, scale,
+                     Fixed<0>{});
   }
+  const IndexArray rows = a.rows;
+  with_fixed_count<T>(width, [&](auto fixed) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (i + kAhead < end) {
+        prefetch_row(parameter + rows[i + kAhead] * width, width);
+        prefetch_row(total + rows[i + kAhead] * width, width);
+      }
+      apply_run(parameter + rows[i] * width, total + rows[i] * width, width, scale, fixed);
+    }
+  });
 }
 
 }  // namespace
