@@ -1,8 +1,8 @@
 // CUDA kernels of client_layer: small matrix products, one client's each. A block makes a tile of
 // 64 x 64 elements of a result, a thread 8 x 4 of them in registers; the operands pass through
 // shared memory. Every element is one chain in the order of the summed index. Padding is zero in
-// shared memory, and tiles of nothing else are skipped, so that it changes no bit. Layers that one
-// tile holds keep their weights there, and go through a client's positions.
+// shared memory, and tiles of nothing else are skipped, so that it changes no bit. Where one tile
+// holds all inputs, the forward keeps the weights there and goes through a client's positions.
 #include <type_traits>
 
 #include "client_layer/client_layer_cuda.h"
@@ -285,75 +285,6 @@ FEDPEFT_DEVICE void backward_x(const ClientLayerArgs& a, int64_t c, int64_t p0, 
   }
 }
 
-// Inputs and outputs that one tile holds, of float and narrower: a block makes all gradients of a
-// client, whose positions it reads once; the weights' sums stay in registers.
-template <typename T, int V>
-__global__ void __launch_bounds__(kTileThreads, 3)
-    backward_clients(ClientLayerArgs a, int64_t clients) {
-  static_assert(kDepthStride<float> == kTileStride);  // left and right factors lie alike
-  FEDPEFT_DYNAMIC_SHARED(shared);
-  FEDPEFT_SHARED(int, votes, kWarps);
-  float* grad = reinterpret_cast<float*>(shared);  // [kTile positions, outputs], before the ReLU
-  float* x = grad + kOperand<float>;               // [kTile positions, inputs]
-  float* weight = x + kOperand<float>;             // [outputs, inputs]
-  const int64_t P = a.positions;
-  const int I = int(a.in), O = int(a.out_width), mine_o = int(threadIdx.x);
-  const int column = tile_across() * kTileColumns;
-  for (int64_t c = blockIdx.x; c < clients; c += gridDim.x) {
-    TileSums<float> sums;  // of grad_weight
-    sums.clear();
-    float bias = 0;
-    fill<kTile, kTile, V>(weight, kTileStride, O, I, [&](int o, int i) {
-      return values_at<V>(static_cast<const T*>(a.weight) + (c * O + o) * a.in + i);
-    });
-    for (int64_t p0 = 0; p0 < P; p0 += kTile) {
-      const int64_t n0 = c * P + p0;
-      const int rows = at_most(P - p0, kTile);
-      bool mine = false;
-      if constexpr (sizeof(T) == sizeof(float)) copy_rows<V>(a, n0, rows, x);
-      fill<kTile, kTile, V, 4>(grad, kTileStride, rows, O, [&](int p, int o) {
-        const bool valid = a.items[n0 + p] >= 0;
-        mine |= valid;
-        return before<V, T>(a, n0 + p, o, valid);
-      });
-      if constexpr (sizeof(T) != sizeof(float)) {
-        fill<kTile, kTile, V, 4>(x, kTileStride, rows, I, [&](int p, int i) {
-          return keep_if(a.items[n0 + p] >= 0,
-                         values_at<V>(static_cast<const T*>(a.x) + (n0 + p) * a.in + i));
-        });
-      }
-      copies_done();
-      TileSums<float> products;  // of grad_x
-      products.clear();
-      if (block_any(mine, votes)) {
-        multiply(products, grad, weight, O);
-        multiply_transposed(sums, grad, x, rows);
-        if (mine_o < O) {
-#pragma unroll 8
-          for (int p = 0; p < rows; ++p) bias += grad[p * kTileStride + mine_o];
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < kTileRows; ++r) {
-        const int row = tile_down() + r * kDown;
-        if (row >= rows || column >= I) continue;
-        store_columns<V>(static_cast<T*>(a.grad_x) + (n0 + row) * a.in + column,
-                         keep_if(a.items[n0 + row] >= 0, products.row[r]), I - column);
-      }
-      __syncthreads();
-    }
-#pragma unroll
-    for (int r = 0; r < kTileRows; ++r) {
-      const int row = tile_down() * kTileRows + r;
-      if (row >= O || column >= I) continue;
-      store_columns<V>(static_cast<T*>(a.grad_weight) + (c * O + row) * a.in + column, sums.row[r],
-                       I - column);
-    }
-    if (mine_o < O) static_cast<T*>(a.grad_bias)[c * O + mine_o] = from_acc<T>(bias);
-    __syncthreads();
-  }
-}
-
 // The tiles of a client stand together, so that the second reader of its gradients finds them in
 // L2; first those of the weights, which are the longest sums.
 template <typename T, int V>
@@ -421,17 +352,8 @@ void client_layer_backward(const ClientLayerArgs& a, DType dtype, int64_t client
     with_width<T>(
         a.in | a.out_width,
         [&](auto width) {
-          constexpr int V = decltype(width)::value;
-          if constexpr (sizeof(T) <= sizeof(float)) {
-            // A block a client where that fills the device.
-            const Limits device = limits();
-            if (a.in > 0 && a.in <= kTile && a.out_width > 0 && a.out_width <= kTile &&
-                clients >= device.multiprocessors && kSpanBytes <= device.shared_bytes) {
-              launch(backward_clients<T, V>, clients, kTileThreads, kSpanBytes, stream, a, clients);
-              return;
-            }
-          }
-          launch(backward<T, V>, work, kTileThreads, kTileBytes<acc_t<T>>, stream, a, work);
+          launch(backward<T, decltype(width)::value>, work, kTileThreads, kTileBytes<acc_t<T>>,
+                 stream, a, work);
         },
         a.x, a.weight, a.kept, a.grad, a.grad_x, a.grad_weight);
   });

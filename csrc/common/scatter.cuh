@@ -143,7 +143,8 @@ FEDPEFT_DEVICE void scatter_lists_tasks(const Source& source, T* out, const Scat
 }
 
 template <typename Source, typename T, int V>
-__global__ void __launch_bounds__(256, 2) scatter_lists(Source source, T* out, ScatterPlan plan) {
+__global__ void __launch_bounds__(256, FEDPEFT_TWO_OR_THREE)
+    scatter_lists(Source source, T* out, ScatterPlan plan) {
   FEDPEFT_DYNAMIC_SHARED(shared);
   scatter_lists_tasks<T, V>(source, out, plan, shared, blockIdx.x, gridDim.x);
 }

@@ -1,8 +1,9 @@
 // CUDA kernels of hash_lookup. Plain lookups: a group of lanes takes several positions at a time,
 // its lanes hash in parallel and pass the rows' addresses around by shuffles; or a block copies a
-// client's table, or some of its columns, to shared memory while it hashes. With SENet a block
-// takes a client through phases that all of its threads share; where a client is too large for
-// that, a group takes a position. Backward without SENet is a scatter.
+// client's table, or some of its columns, to shared memory while it hashes. With SENet a group
+// keeps the rows of two positions in registers; where they don't fit, a block takes a client
+// through phases that all of its threads share, or a group a position. Backward without SENet is a
+// scatter.
 #include "common/hash.h"
 #include "common/logistic.cuh"
 #include "common/position_sum.cuh"
@@ -608,14 +609,18 @@ __global__ void __launch_bounds__(kThreads, kLaneBlocks<T, V>)
     __syncthreads();  // the readers of the task before
     net.load(a, client);
     __syncthreads();
+    // Of the lane's own position and hash.
+    const auto item_of = [&](int64_t p) {
+      const bool there = own_k < 2 && own_h < H && p + own_k < end;
+      return there ? item_at(a, client * a.positions + p + own_k) : int64_t{-1};
+    };
+    int64_t next = item_of(begin + 2 * group);
     // All lanes of a warp take as many turns, since they exchange values.
     for (int64_t turn = begin; turn < end; turn += 2 * groups) {
-      const int64_t p = turn + 2 * group, n = client * a.positions + p;
-      int64_t item = -1, row = -1;  // of the lane's own position and hash
-      if (own_k < 2 && own_h < H && p + own_k < end) {
-        item = item_at(a, n + own_k);
-        if (item >= 0) row = modulus(hash_of(hash.a, hash.b, uint64_t(item))) * a.D;
-      }
+      const int64_t p = turn + 2 * group, n = client * a.positions + p, item = next;
+      next = item_of(p + 2 * groups);
+      const int64_t row =
+          item >= 0 ? modulus(hash_of(hash.a, hash.b, uint64_t(item))) * a.D : int64_t{-1};
       int64_t items[2];
       bool active[2];
       Sum<A, V> sum[2];
@@ -826,21 +831,42 @@ FEDPEFT_DEVICE void sum_rows(T* out, const T* values, const HashLookupArgs& a, c
   using A = acc_t<T>;
   const int H = int(a.H), M = int(a.M), groups = int(blockDim.x) / lanes;
   const uint32_t reciprocal = 0xffffffffu / uint32_t(H) + 1;  // 2^32 / H, rounded up
-  for (int r = int(threadIdx.x) / lanes; r < M; r += groups) {
+  for (int r = int(threadIdx.x) / lanes; r < M; r += 2 * groups) {
     for (int64_t column = int(threadIdx.x) % lanes * V; column < a.D; column += lanes * V) {
-      Sum<A, V> sum;
-      sum.clear();
-      A shift = 0;
-      for (int e = head[r]; e >= 0;) {
-        const int p = H == 1 ? e : int(uint64_t(uint32_t(e)) * reciprocal >> 32);
-        const Coefficients<A> c = entry(e);
-        e = next[e];
-        sum.add_scaled(c.gate, values + p * a.D + column);
-        shift += c.shift;
+      // Two rows at a time, whose chains of loads are then under way together.
+      Sum<A, V> sum[2];
+      A shift[2] = {};
+      int at[2] = {head[r], r + groups < M ? head[r + groups] : -1};
+      sum[0].clear();
+      sum[1].clear();
+      while (at[0] >= 0 || at[1] >= 0) {
+        Pack<T, V> value[2];
+        Coefficients<A> c[2];
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          value[u] = zero_pack<V, T>();
+          c[u] = {A(0), A(0)};
+          if (at[u] < 0) continue;
+          const int e = at[u];
+          const int p = H == 1 ? e : int(uint64_t(uint32_t(e)) * reciprocal >> 32);
+          c[u] = entry(e);
+          at[u] = next[e];
+          value[u] = load_pack<V>(values + p * a.D + column);
+        }
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          shift[u] += c[u].shift;
+#pragma unroll
+          for (int i = 0; i < V; ++i) sum[u].at[i] += c[u].gate * to_acc(value[u].at[i]);
+        }
       }
 #pragma unroll
-      for (int i = 0; i < V; ++i) sum.at[i] = (sum.at[i] + shift) * scale;
-      sum.store_once(out + r * a.D + column);
+      for (int u = 0; u < 2; ++u) {
+        if (r + u * groups >= M) continue;
+#pragma unroll
+        for (int i = 0; i < V; ++i) sum[u].at[i] = (sum[u].at[i] + shift[u]) * scale;
+        sum[u].store_once(out + (r + u * groups) * a.D + column);
+      }
     }
   }
 }

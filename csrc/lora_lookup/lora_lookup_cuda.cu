@@ -20,8 +20,8 @@ FEDPEFT_DEVICE int64_t row_at(const LoraLookupArgs& a, int64_t n) {
 }
 
 // Blocks of one client take `span` positions each.
-template <typename T, int V, int VA, bool Staged>
-__global__ void __launch_bounds__(kThreads, Staged&& VA == 1 ? FEDPEFT_TWO_OR_THREE : 2)
+template <typename T, int V, bool Staged>
+__global__ void __launch_bounds__(kThreads, Staged ? FEDPEFT_TWO_OR_THREE : 2)
     forward(LoraLookupArgs a, int64_t clients, int64_t span) {
   using A = acc_t<T>;
   constexpr int N = kAtOnce<T, V>;
@@ -42,28 +42,23 @@ __global__ void __launch_bounds__(kThreads, Staged&& VA == 1 ? FEDPEFT_TWO_OR_TH
       }
       __syncthreads();
     }
-    const T* rows_of_A = static_cast<const T*>(a.A) + c * a.num_rows * a.rank;
     for (int64_t p = begin + threadIdx.x / lanes; p < end; p += groups * N) {
-      int64_t item[N];
-      const T* factors[N];  // null at padding
-      {
-        int64_t at[N], row[N];
+      int64_t at[N], item[N], row[N];
 #pragma unroll
-        for (int u = 0; u < N; ++u)
-          at[u] = p + u * groups < end ? client * a.positions + p + u * groups : -1;
-        gather(a.items, at, item);
-        if (a.separate_rows) gather(a.rows, at, row);
+      for (int u = 0; u < N; ++u)
+        at[u] = p + u * groups < end ? client * a.positions + p + u * groups : -1;
+      gather(a.items, at, item);
+      if (a.separate_rows) gather(a.rows, at, row);
 #pragma unroll
-        for (int u = 0; u < N; ++u) {
-          if (at[u] >= 0 && classify(item[u], a.num_items) == Position::bad)
-            FEDPEFT_BAD_INDEX("items", item[u], at[u], a.num_items);
-          if (!a.separate_rows) row[u] = item[u];
-          if ((at[u] >= 0 && classify(row[u], a.num_rows) == Position::bad) ||
-              (row[u] < 0) != (item[u] < 0))
-            FEDPEFT_BAD_INDEX("rows", row[u], at[u], a.num_rows);
-          factors[u] = row[u] >= 0 ? rows_of_A + row[u] * a.rank : nullptr;
-        }
+      for (int u = 0; u < N; ++u) {
+        if (at[u] >= 0 && classify(item[u], a.num_items) == Position::bad)
+          FEDPEFT_BAD_INDEX("items", item[u], at[u], a.num_items);
+        if (!a.separate_rows) row[u] = item[u];
+        if ((at[u] >= 0 && classify(row[u], a.num_rows) == Position::bad) ||
+            (row[u] < 0) != (item[u] < 0))
+          FEDPEFT_BAD_INDEX("rows", row[u], at[u], a.num_rows);
       }
+      const T* factors = static_cast<const T*>(a.A) + c * a.num_rows * a.rank;
       for (int64_t column = lane * V; column < a.D; column += lanes * V) {
         Sum<A, V> sum[N];
 #pragma unroll
@@ -72,34 +67,24 @@ __global__ void __launch_bounds__(kThreads, Staged&& VA == 1 ? FEDPEFT_TWO_OR_TH
           if (a.base && item[u] >= 0)
             sum[u].set(static_cast<const T*>(a.base) + item[u] * a.D + column);
         }
-#pragma unroll 1
-        for (int j = 0; j < int(a.rank); j += VA) {
-          Pack<T, VA> factor[N];
+        for (int64_t j = 0; j < a.rank; ++j) {
+          Sum<A, V> b;
+          if constexpr (Staged) {
+            b.set(transposed + j * a.D + column);
+          } else {
+#pragma unroll
+            for (int v = 0; v < V; ++v) b.at[v] = to_acc(B[(column + v) * a.rank + j]);
+          }
 #pragma unroll
           for (int u = 0; u < N; ++u) {
-            factor[u] = zero_pack<VA, T>();
-            if (factors[u]) factor[u] = load_pack<VA>(factors[u] + j);
-          }
+            const A factor = row[u] >= 0 ? to_acc(factors[row[u] * a.rank + j]) : A(0);
 #pragma unroll
-          for (int i = 0; i < VA; ++i) {
-            Sum<A, V> b;
-            if constexpr (Staged) {
-              b.set(transposed + (j + i) * int(a.D) + column);
-            } else {
-#pragma unroll
-              for (int v = 0; v < V; ++v) b.at[v] = to_acc(B[(column + v) * a.rank + j + i]);
-            }
-#pragma unroll
-            for (int u = 0; u < N; ++u) {
-#pragma unroll
-              for (int v = 0; v < V; ++v) sum[u].at[v] += to_acc(factor[u].at[i]) * b.at[v];
-            }
+            for (int v = 0; v < V; ++v) sum[u].at[v] += factor * b.at[v];
           }
         }
-        T* out = static_cast<T*>(a.out) + (client * a.positions + p) * a.D + column;
 #pragma unroll
         for (int u = 0; u < N; ++u)
-          if (p + u * groups < end) sum[u].store_once(out + u * groups * a.D);
+          if (at[u] >= 0) sum[u].store_once(static_cast<T*>(a.out) + at[u] * a.D + column);
       }
     }
   }
@@ -222,10 +207,11 @@ __global__ void __launch_bounds__(kClientThreads, sizeof(T) == 8 || VA == 1 ? 3 
     backward_clients(LoraLookupArgs a, ClientPlan plan, T* out_A, T* out_B) {
   using A = acc_t<T>;
   constexpr int kCopied = V > 1 ? kWide<T> : 1;  // elements of the gradient that a copy takes
+  constexpr int kValues = V * kRanks;            // of a thread, of B's gradient
   FEDPEFT_DYNAMIC_SHARED(shared);
   int* rows = reinterpret_cast<int*>(shared + plan.rows);
   A* products = reinterpret_cast<A*>(shared + plan.products);  // [positions, rank]
-  A* parts = reinterpret_cast<A*>(shared + plan.tiles);        // [groups, lanes * V, kRanks]
+  A* parts = reinterpret_cast<A*>(shared + plan.tiles);        // [threads, kValues and a gap]
   const int lanes = lanes_for((a.D + V - 1) / V), groups = kClientThreads / lanes;
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
   const int columns = lanes * V;  // of a tile
@@ -241,14 +227,13 @@ __global__ void __launch_bounds__(kClientThreads, sizeof(T) == 8 || VA == 1 ? 3 
     const auto copy_grad = [&](int t, int base) {
       const int first = t * plan.tile;
       const int count = positions - first < plan.tile ? positions - first : plan.tile;
-      const int in_row = columns / kCopied, width = D - base < columns ? D - base : columns;
-      T* to = tile_at(t).grad;
-      for (int i = int(threadIdx.x); i < count * in_row; i += kClientThreads) {
-        const int p = int(unsigned(i) / unsigned(in_row)), column = (i - p * in_row) * kCopied;
-        if (column < width)
-          copy_to_shared<kCopied>(to + p * columns + column,
-                                  grads + int64_t(first + p) * D + base + column);
-      }
+      const int in_row = columns / kCopied;  // a power of two
+      const int column = int(threadIdx.x) % in_row * kCopied;
+      if (column >= D - base) return;
+      T* to = tile_at(t).grad + column;
+      const T* source = grads + int64_t(first) * D + base + column;
+      for (int p = int(threadIdx.x) / in_row; p < count; p += kClientThreads / in_row)
+        copy_to_shared<kCopied>(to + p * columns, source + p * D);
     };
     const auto copy_factors = [&](int t, int from, int ranks) {
       const int first = t * plan.tile;
@@ -350,7 +335,7 @@ __global__ void __launch_bounds__(kClientThreads, sizeof(T) == 8 || VA == 1 ? 3 
         for (int v = 0; v < V; ++v) {
 #pragma unroll
           for (int j = 0; j < kRanks; ++j)
-            parts[((group * lanes + lane) * V + v) * kRanks + j] = sum[v][j];
+            parts[int(threadIdx.x) * (kValues + 1) + v * kRanks + j] = sum[v][j];
         }
         __syncthreads();
         const int outputs = columns * kRanks;
@@ -358,7 +343,8 @@ __global__ void __launch_bounds__(kClientThreads, sizeof(T) == 8 || VA == 1 ? 3 
           const int d = base + o / kRanks;
           if (d >= D || o % kRanks >= ranks) continue;
           A total = 0;
-          for (int i = 0; i < groups; ++i) total += parts[i * outputs + o];
+          const A* part = parts + o / kValues * (kValues + 1) + o % kValues;
+          for (int i = 0; i < groups; ++i) total += part[i * lanes * (kValues + 1)];
           out_B[(client * D + d) * rank + from + o % kRanks] = from_acc<T>(total);
         }
         __syncthreads();
@@ -381,23 +367,22 @@ void lora_lookup(const LoraLookupArgs& a, DType dtype, int64_t clients, Stream s
     using T = decltype(zero);
     const int64_t bytes = a.rank * a.D * int64_t(sizeof(acc_t<T>));
     const bool staged = bytes <= kStagedBytes && bytes <= device.shared_bytes;
-    const auto run = [&](auto width, auto factors) {
-      constexpr int V = decltype(width)::value, VA = decltype(factors)::value;
-      // Long enough to pay for the copy of B, short enough to fill the device.
-      const int64_t groups = kThreads / lanes_for(a.D / V);
-      const int64_t even =
-          (total + 16 * device.multiprocessors - 1) / (16 * device.multiprocessors);
-      const int64_t span = even > 4 * groups ? even : 4 * groups;
-      const int64_t grid = clients * ((a.positions + span - 1) / span);
-      if (staged) {
-        launch(forward<T, V, VA, true>, grid, kThreads, bytes, stream, a, clients, span);
-      } else {
-        launch(forward<T, V, VA, false>, grid, kThreads, 0, stream, a, clients, span);
-      }
-    };
     with_width<T>(
         a.D,
-        [&](auto width) { with_width<T>(a.rank, [&](auto factors) { run(width, factors); }, a.A); },
+        [&](auto width) {
+          constexpr int V = decltype(width)::value;
+          // Long enough to pay for the copy of B, short enough to fill the device.
+          const int64_t groups = kThreads / lanes_for(a.D / V);
+          const int64_t even =
+              (total + 16 * device.multiprocessors - 1) / (16 * device.multiprocessors);
+          const int64_t span = even > 4 * groups ? even : 4 * groups;
+          const int64_t grid = clients * ((a.positions + span - 1) / span);
+          if (staged) {
+            launch(forward<T, V, true>, grid, kThreads, bytes, stream, a, clients, span);
+          } else {
+            launch(forward<T, V, false>, grid, kThreads, 0, stream, a, clients, span);
+          }
+        },
         a.base, a.out);
   });
 }
@@ -447,7 +432,7 @@ bool lora_lookup_backward_clients(const LoraLookupArgs& a, DType dtype, const Sc
       plan.rows = round((lists.rows_per_split + a.positions) * int64_t(sizeof(int)));
       plan.products = plan.rows + round(a.positions * int64_t(sizeof(int)));
       plan.tiles = plan.products + round(a.positions * a.rank * int64_t(sizeof(A)));
-      const int64_t parts = int64_t(kClientThreads) * V * kRanks * int64_t(sizeof(A));
+      const int64_t parts = int64_t(kClientThreads) * (V * kRanks + 1) * int64_t(sizeof(A));
       const int64_t tiles = plan.tile_bytes * (a.positions > plan.tile ? 2 : 1);
       plan.bytes = plan.tiles + (parts > tiles ? parts : tiles);
       if (plan.bytes > device.shared_bytes) return;
