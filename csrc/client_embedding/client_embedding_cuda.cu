@@ -15,6 +15,18 @@ FEDPEFT_DEVICE int64_t row_at(const ClientEmbeddingArgs& a, int64_t n) {
   return row;
 }
 
+// The same for several positions at once, -1 where there is none or at padding.
+template <int N>
+FEDPEFT_DEVICE void rows_at(const ClientEmbeddingArgs& a, const int64_t (&at)[N],
+                            int64_t (&row)[N]) {
+  gather(a.rows, at, row);
+#pragma unroll
+  for (int u = 0; u < N; ++u) {
+    if (at[u] >= 0 && classify(row[u], a.num_rows) == Position::bad)
+      FEDPEFT_BAD_INDEX("rows", row[u], at[u], a.num_rows);
+  }
+}
+
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 4) forward(ClientEmbeddingArgs a, int64_t total) {
   constexpr int N = kAtOnce<T, V>;
@@ -24,11 +36,9 @@ __global__ void __launch_bounds__(kThreads, 4) forward(ClientEmbeddingArgs a, in
     const T* from[N];
 #pragma unroll
     for (int u = 0; u < N; ++u) at[u] = first + u * step < total ? first + u * step : -1;
-    gather(a.rows, at, row);
+    rows_at(a, at, row);
 #pragma unroll
     for (int u = 0; u < N; ++u) {
-      if (at[u] >= 0 && classify(row[u], a.num_rows) == Position::bad)
-        FEDPEFT_BAD_INDEX("rows", row[u], at[u], a.num_rows);
       from[u] = static_cast<const T*>(a.weight);
       if (row[u] >= 0) from[u] += divide(at[u], a.positions) * table + row[u] * a.D;
     }
@@ -53,6 +63,11 @@ struct Source {
 
   FEDPEFT_DEVICE const T* values() const { return static_cast<const T*>(a.grad); }
   FEDPEFT_DEVICE int64_t row(int64_t n, int64_t) const { return row_at(a, n); }
+  template <int N>
+  FEDPEFT_DEVICE void rows(const int64_t (&n)[N], int64_t, int64_t (&row)[N]) const {
+    rows_at(a, n, row);
+  }
+  const T* gradient() const { return static_cast<const T*>(a.grad); }
   template <int V>
   FEDPEFT_DEVICE Sum<acc_t<T>, V> value(int64_t n, int64_t, int64_t column) const {
     Sum<acc_t<T>, V> v;
@@ -77,8 +92,8 @@ void client_embedding(const ClientEmbeddingArgs& a, DType dtype, int64_t clients
   });
 }
 
-ScatterShape client_embedding_shape(const ClientEmbeddingArgs& a, int64_t clients) {
-  return {clients, a.positions, 1, a.num_rows, a.D, true};
+ScatterShape client_embedding_shape(const ClientEmbeddingArgs& a, DType dtype, int64_t clients) {
+  return {clients, a.positions, 1, a.num_rows, a.D, true, 1, element_size(dtype)};
 }
 
 void client_embedding_keys(const ClientEmbeddingArgs& a, const ScatterPlan& plan, void* keys,

@@ -89,6 +89,18 @@ template <typename WriteKeys, typename Run>
 void scatter(const gpu::ScatterPlan& plan, Tensor& out, ScalarType accumulator,
              const WriteKeys& write_keys, const Run& run) {
   gpu::SortedEntries sorted;
+  if (plan.in_tables) {
+    const gpu::ScatterTables& tables = plan.tables;
+    Tensor rows = torch::stable::new_empty(out, {tables.tiles, plan.slots, int64_t{tables.tile()}},
+                                           ScalarType::Short);
+    write_keys(plan, rows.mutable_data_ptr());
+    Tensor partial =
+        torch::stable::new_empty(out, {tables.chunks, plan.rows, plan.width}, accumulator);
+    sorted.rows = static_cast<const uint16_t*>(rows.const_data_ptr());
+    sorted.partial = partial.mutable_data_ptr();
+    run(plan, sorted);
+    return;
+  }
   if (!plan.sorted) {
     run(plan, sorted);
     return;

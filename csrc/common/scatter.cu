@@ -1,8 +1,71 @@
-// Chooses how a scatter runs; the part of a sorted scatter that is the same for every op.
+// Chooses how a scatter runs; the parts of a scatter that are the same for every op.
 #include "common/scatter.cuh"
+#include "common/scatter_tables.cuh"
 
 namespace fedpeft::gpu {
 namespace {
+
+// The slice of columns and the parts with which most cells are under way on a multiprocessor, or,
+// of those with enough, the widest slice. False where none fits.
+bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables* best) {
+  constexpr int kMaxThreads = 256;
+  constexpr int64_t kEnough = 192;      // units, times slots at once: shared memory does no more
+  constexpr int64_t kNarrowest = 32;    // bytes of a slice: a sector
+  constexpr int64_t kTileBytes = 2048;  // of the gradient
+  constexpr int64_t kReserved = 1024;   // of a block, by CUDA
+  constexpr int kMaxBlocks = 16;        // of a multiprocessor
+  if (shape.clients != 1 || shape.bytes == 0 || shape.rows == 0 || shape.width == 0) return false;
+  const int64_t bytes = shape.bytes, accumulator = bytes == 8 ? 8 : 4, slots = shape.slots;
+  const int64_t wide = shape.width * bytes % 16 == 0 ? 16 / bytes : 1;
+  const bool apart = shape.disjoint_slots && shape.rows % slots == 0;
+  const int64_t ways[] = {apart && slots % 2 == 0 ? slots / 2 : 1, apart ? slots : 1, 1};
+  int64_t most = 0, blocks = 0;
+  for (int64_t slices = 1;; slices *= 2) {
+    const int64_t slice = ((shape.width + slices - 1) / slices + wide - 1) / wide * wide;
+    if (slices > 1 && slice * bytes < kNarrowest) break;
+    int bits = 3;
+    while (bits < 6 && (slice * bytes << (bits + 1)) <= kTileBytes) ++bits;
+    for (const int64_t parts : ways) {
+      ScatterTables t{};
+      const int64_t units = parts * slice, threads = (units + kWarp - 1) / kWarp * kWarp;
+      const int64_t part_rows = shape.rows / parts;
+      if (threads > kMaxThreads || part_rows >= ScatterTables::kRowLimit) continue;
+      t.table_bytes = ((part_rows + 1) * units * accumulator + 15) / 16 * 16;
+      t.stage_bytes = (((slice * bytes << bits) + 15) / 16 * 16) + (slots * 2 << bits);
+      t.shared_bytes = t.table_bytes + ScatterTables::kStages * t.stage_bytes;
+      if (t.shared_bytes > device.shared_bytes) continue;
+      int64_t fit = (device.shared_bytes + kReserved) / (t.shared_bytes + kReserved);
+      if (fit > kMaxBlocks) fit = kMaxBlocks;
+      const int64_t each = units * (slots / parts > 1 ? 2 : 1);
+      // A warp with idle lanes takes as long as a whole one.
+      const int64_t busy = (fit * each < kEnough ? fit * each : kEnough) * units / threads;
+      if (busy <= most) continue;
+      most = busy;
+      blocks = (4 * kEnough + each - 1) / each;
+      if (fit < blocks) blocks = fit;
+      t.parts = int(parts);
+      t.part_slots = int(slots / parts);
+      t.part_rows = int(part_rows);
+      t.slice = int(slice);
+      t.slices = int((shape.width + slice - 1) / slice);
+      t.units = int(units);
+      t.threads = int(threads);
+      t.tile_bits = bits;
+      *best = t;
+    }
+  }
+  if (most == 0) return false;
+  // A block for every place on the device; chunks of as many positions as rows at least, so that
+  // tables are written and read no more than the gradient is read.
+  ScatterTables& t = *best;
+  t.tiles = (shape.positions + t.tile() - 1) >> t.tile_bits;
+  const int64_t places = blocks * device.multiprocessors, least = shape.rows >> t.tile_bits;
+  const int64_t chunks = places > t.slices ? places / t.slices : 1;
+  t.chunk_tiles = (t.tiles + chunks - 1) / chunks;
+  if (t.chunk_tiles <= least) t.chunk_tiles = least + 1;
+  t.chunks = (t.tiles + t.chunk_tiles - 1) / t.chunk_tiles;
+  return t.chunk_tiles < INT32_MAX && shape.positions >= shape.rows;
+}
 
 // Joins the rows that cross tiles, from the tile in which a row begins.
 template <typename T, int V>
@@ -49,15 +112,30 @@ void launch_scatter_join(const ScatterPlan& plan, const SortedEntries& sorted, T
          sorted.keys, static_cast<const acc_t<T>*>(sorted.partial));
 }
 
-#define FEDPEFT_JOIN(T)                                                                          \
+template <typename T, int V>
+void launch_scatter_tables(const ScatterPlan& plan, const T* grad, const SortedEntries& entries,
+                           T* out, Stream stream) {
+  const ScatterTables& tables = plan.tables;
+  acc_t<T>* partial = static_cast<acc_t<T>*>(entries.partial);
+  launch(scatter_tables<T, V>, tables.chunks * tables.slices, unsigned(tables.threads),
+         tables.shared_bytes, stream, grad, entries.rows, partial, plan);
+  launch(scatter_total<T>, (plan.rows * plan.width + 63) / 64, 256, 0, stream,
+         static_cast<const acc_t<T>*>(partial), out, plan);
+}
+
+#define FEDPEFT_SCATTER(T)                                                                       \
   template void launch_scatter_join<T, 1>(const ScatterPlan&, const SortedEntries&, T*, Stream); \
   template void launch_scatter_join<T, kWide<T>>(const ScatterPlan&, const SortedEntries&, T*,   \
-                                                 Stream);
-FEDPEFT_JOIN(float)
-FEDPEFT_JOIN(double)
-FEDPEFT_JOIN(Half)
-FEDPEFT_JOIN(BFloat16)
-#undef FEDPEFT_JOIN
+                                                 Stream);                                        \
+  template void launch_scatter_tables<T, 1>(const ScatterPlan&, const T*, const SortedEntries&,  \
+                                            T*, Stream);                                         \
+  template void launch_scatter_tables<T, kWide<T>>(const ScatterPlan&, const T*,                 \
+                                                   const SortedEntries&, T*, Stream);
+FEDPEFT_SCATTER(float)
+FEDPEFT_SCATTER(double)
+FEDPEFT_SCATTER(Half)
+FEDPEFT_SCATTER(BFloat16)
+#undef FEDPEFT_SCATTER
 
 ScatterPlan plan_scatter(const ScatterShape& shape) {
   // Lists of at most this many rows a block leave room for several blocks on a multiprocessor.
@@ -86,6 +164,8 @@ ScatterPlan plan_scatter(const ScatterShape& shape) {
   plan.sorted = team_bytes > device.shared_bytes ||
                 (plan.splits > 1 && entries * plan.splits > kWalk * 16) ||
                 (plan.splits > 1 && entries > kWalk / 4);
+  plan.in_tables = plan.sorted && plan_tables(shape, device, &plan.tables);
+  if (plan.in_tables) plan.sorted = false;
 
   // Small clients: four a block, a warp each.
   const bool small =

@@ -5,6 +5,10 @@
 //   const T* values(): where value() is no more than a load, the array [clients, positions, width]
 //   that it reads
 //   int kRowsAtOnce: rows that a group sums at a time, where value() is more than a load
+// and where value() is a load of the gradient at n, so that tables can do it:
+//   const T* gradient(): all of it
+//   void rows<N>(const int64_t (&n)[N], int64_t slot, int64_t (&row)[N]): N rows, their loads under
+//   way together; n is -1 where there is no position
 #pragma once
 
 #include "common/device.cuh"
@@ -227,8 +231,67 @@ __global__ void __launch_bounds__(256, 2)
   }
 }
 
+// Rows of the entries for tables, within their part; those of padding, and past the last position,
+// are one past a part's rows, and so is what they add. A row's top bit at the first position of a
+// batch tells that a row occurs twice among those that are added together: the batch's in this
+// slot, or, where slots share rows, in this slot and the one paired with it. A warp takes 32
+// (position, slot) at a time, several times at once.
+template <typename Source>
+__global__ void __launch_bounds__(256, 4)
+    scatter_rows(Source source, uint16_t* rows, ScatterPlan plan) {
+  constexpr int N = 4, kBatch = ScatterTables::kBatch;
+  const ScatterTables& tables = plan.tables;
+  const int slots = int(plan.slots), tile = tables.tile(), lane = int(threadIdx.x) % kWarp;
+  const int abreast = slots < 4 ? lanes_for(slots) : 4, step = kWarp / abreast;
+  const int position = lane / abreast, slot_lane = lane % abreast;
+  const bool joint = !plan.disjoint_slots && abreast > 1;
+  // Lanes of the calling one's batch and slot, or pair of slots.
+  unsigned together = abreast == 4 ? 0x11111111u : abreast == 2 ? 0x5555u : 0xffu;
+  if (joint) together |= together << 1;
+  together <<= position / kBatch * kBatch * abreast + (joint ? slot_lane & ~1 : slot_lane);
+  const int64_t total = tables.tiles * tile;
+  const int64_t warps = int64_t(gridDim.x) * (blockDim.x / kWarp);
+  const int64_t warp = int64_t(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+  for (int64_t first = warp * N * step; first < total; first += warps * N * step) {
+#pragma unroll 1
+    for (int slot_first = 0; slot_first < slots; slot_first += abreast) {
+      const int slot = slot_first + slot_lane;
+      const int part_first = slot / tables.part_slots * tables.part_rows;
+      int64_t n[N], row[N];
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        n[u] = first + u * step + position;
+        if (n[u] >= plan.positions || slot >= slots) n[u] = -1;
+      }
+      source.template rows<N>(n, slot, row);
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        const int local = row[u] < 0 ? tables.part_rows : int(row[u]) - part_first;
+        int key = local | (position / kBatch) << 16 | (joint ? slot_lane / 2 : slot_lane) << 20;
+        if (row[u] < 0) key = -1 - lane;
+        const bool twice = __popc(__match_any_sync(kFullMask, key)) > 1;
+        const unsigned votes = __ballot_sync(kFullMask, twice);
+        const bool marked = position % kBatch == 0 && (votes & together) != 0;
+        const int64_t at = first + u * step + position;
+        if (slot < slots && at < total) {
+          rows[((at >> tables.tile_bits) * slots + slot) * tile + (at & (tile - 1))] =
+              uint16_t(local | (marked ? ScatterTables::kRowLimit : 0));
+        }
+      }
+    }
+  }
+}
+
 template <typename Source>
 void launch_scatter_keys(const Source& source, const ScatterPlan& plan, void* keys, Stream stream) {
+  if (plan.in_tables) {
+    if constexpr (requires { source.gradient(); }) {
+      const int64_t entries = plan.tables.tiles * plan.tables.tile() * plan.slots;
+      launch(scatter_rows<Source>, (entries + 1023) / 1024, 256, 0, stream, source,
+             static_cast<uint16_t*>(keys), plan);
+    }
+    return;
+  }
   launch(scatter_keys<Source>, (plan.entries() + 255) / 256, 256, 0, stream, source, keys, plan);
 }
 
@@ -237,13 +300,23 @@ template <typename T, int V>
 void launch_scatter_join(const ScatterPlan& plan, const SortedEntries& sorted, T* out,
                          Stream stream);
 
-// Writes every row of `out` [clients, rows, width] (lists), or the rows with entries (sorted; the
-// others must be zero already).
+// Sums of the blocks' chunks into tables of their own, and their sum (scatter.cu).
+template <typename T, int V>
+void launch_scatter_tables(const ScatterPlan& plan, const T* grad, const SortedEntries& entries,
+                           T* out, Stream stream);
+
+// Writes every row of `out` [clients, rows, width] (lists, tables), or the rows with entries
+// (sorted; the others must be zero already).
 template <typename T, int V, typename Source>
 void launch_scatter(const Source& source, const ScatterPlan& plan, const SortedEntries& sorted,
                     void* out, Stream stream) {
   if (plan.width == 0) return;
   T* to = static_cast<T*>(out);
+  if (plan.in_tables) {
+    if constexpr (requires { source.gradient(); })
+      launch_scatter_tables<T, V>(plan, source.gradient(), sorted, to, stream);
+    return;
+  }
   if (!plan.sorted) {
     launch(scatter_lists<Source, T, V>, plan.list_blocks(), unsigned(plan.block), plan.shared_bytes,
            stream, source, to, plan);

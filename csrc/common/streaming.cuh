@@ -21,12 +21,6 @@ FEDPEFT_DEVICE void copy_to_shared(T* to, const T* from) {
 #endif
   store_pack<V>(to, load_pack<V>(from));
 }
-FEDPEFT_DEVICE void copies_done() {
-#if defined(__CUDACC__)
-  __pipeline_commit();
-  __pipeline_wait_prior(0);
-#endif
-}
 // Makes the calling thread's copies since the last call a batch, and waits for all batches but the
 // `UnderWay` latest.
 FEDPEFT_DEVICE void commit_copies() {
@@ -39,6 +33,10 @@ FEDPEFT_DEVICE void wait_for_copies() {
 #if defined(__CUDACC__)
   __pipeline_wait_prior(UnderWay);
 #endif
+}
+FEDPEFT_DEVICE void copies_done() {
+  commit_copies();
+  wait_for_copies<0>();
 }
 
 }  // namespace fedpeft::gpu

@@ -17,6 +17,9 @@ namespace fedpeft {
 
 enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
 constexpr int kDTypes = 4;
+constexpr int element_size(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
 
 // Storage of the 16-bit types.
 struct Half {

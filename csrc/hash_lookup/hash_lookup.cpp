@@ -260,7 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
           return;
         }
         scatter(
-            gpu::plan_scatter(gpu::hash_lookup_shape(a, clients)), grad_table, accumulator,
+            gpu::plan_scatter(gpu::hash_lookup_shape(a, dtype, clients)), grad_table, accumulator,
             [&](const gpu::ScatterPlan& plan, void* keys) {
               gpu::hash_lookup_keys(a, plan, keys, stream);
             },

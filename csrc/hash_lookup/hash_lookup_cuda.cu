@@ -742,6 +742,23 @@ struct Source {
     const int64_t item = item_at(a, n);
     return item < 0 ? -1 : bucket_of(a.hashes, modulus, item, slot);
   }
+  template <int N>
+  FEDPEFT_DEVICE void rows(const int64_t (&n)[N], int64_t slot, int64_t (&row)[N]) const {
+    int64_t item[N];
+    gather(a.items, n, item);
+    if (slot >= a.H) slot = 0;  // n is -1 then
+    const Hash hash(a.hashes, slot);
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      if (n[u] >= 0) check_item(a, item[u], n[u]);
+      row[u] = item[u] < 0 ? -1 : modulus(hash_of(hash.a, hash.b, uint64_t(item[u])));
+    }
+  }
+  const T* gradient() const
+    requires(!Gated)
+  {
+    return static_cast<const T*>(a.grad);
+  }
   template <int V>
   FEDPEFT_DEVICE Sum<acc_t<T>, V> value(int64_t n, int64_t slot, int64_t column) const {
     using A = acc_t<T>;
@@ -1429,9 +1446,13 @@ void hash_lookup_activations(const HashLookupArgs& a, DType dtype, int64_t clien
   });
 }
 
-ScatterShape hash_lookup_shape(const HashLookupArgs& a, int64_t clients) {
-  // Without SENet an entry is the gradient itself, and the mean's 1 / H is left to the row.
-  return {clients, a.positions, a.H, a.M, a.D, false, a.mean && !a.w1 ? 1.0 / double(a.H) : 1.0};
+ScatterShape hash_lookup_shape(const HashLookupArgs& a, DType dtype, int64_t clients) {
+  ScatterShape shape{clients, a.positions, a.H, a.M, a.D, false};
+  if (!a.w1) {  // an entry is the gradient itself, and the mean's 1 / H is left to the row
+    shape.bytes = element_size(dtype);
+    if (a.mean) shape.scale = 1.0 / double(a.H);
+  }
+  return shape;
 }
 
 void hash_lookup_keys(const HashLookupArgs& a, const ScatterPlan& plan, void* keys, Stream stream) {

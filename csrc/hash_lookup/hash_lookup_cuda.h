@@ -39,7 +39,7 @@ bool hash_lookup_backward_plain(const HashLookupArgs& a, DType dtype, int64_t cl
 
 // Gradient of the table: a scatter of H slots. Gradient of the SENet: a sum over positions. Outputs
 // have the dtype of the table.
-ScatterShape hash_lookup_shape(const HashLookupArgs& a, int64_t clients);
+ScatterShape hash_lookup_shape(const HashLookupArgs& a, DType dtype, int64_t clients);
 void hash_lookup_keys(const HashLookupArgs& a, const ScatterPlan& plan, void* keys, Stream stream);
 void hash_lookup_backward(const HashLookupArgs& a, DType dtype, const ScatterPlan& plan,
                           const SortedEntries& sorted, void* out, Stream stream);

@@ -117,7 +117,7 @@ Tensor rq_lookup_backward(const Tensor& grad, const Tensor& items, const Tensor&
       [&](auto stream) {
         out = torch::stable::new_empty(grad, shape);
         scatter(
-            gpu::plan_scatter(gpu::rq_lookup_shape(a, layout.clients)), out, accumulator,
+            gpu::plan_scatter(gpu::rq_lookup_shape(a, dtype, layout.clients)), out, accumulator,
             [&](const gpu::ScatterPlan& plan, void* keys) {
               gpu::rq_lookup_keys(a, plan, keys, stream);
             },

@@ -1,13 +1,15 @@
 // CUDA kernels of rq_lookup. Forward: a group of lanes takes several positions at once, 16
-// bytes of columns a lane; codebooks from shared memory where a block serves one client with
-// positions enough to pay for the copy, else through L2. Backward: a scatter (common/scatter.cuh).
+// bytes of columns a lane; codebooks from shared memory where a block serves one client, or all
+// clients share codebooks larger than L1, with positions enough to pay for the copy, else through
+// the caches. Backward: a scatter (common/scatter.cuh).
 #include "common/scatter.cuh"
+#include "common/streaming.cuh"
 #include "rq_lookup/rq_lookup_cuda.h"
 
 namespace fedpeft::gpu {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kSharedThreads = 512;
 constexpr int64_t kStagedBytes = 48 * 1024;  // so that several blocks share a multiprocessor
 
 // The item at position n, -1 at padding.
@@ -24,49 +26,57 @@ FEDPEFT_DEVICE int64_t code_at(const RqLookupArgs& a, int64_t item, int64_t leve
   return code;
 }
 
-// Positions first, first + step, ... before `end`, their loads of one kind under way together, the
-// codes of the next level with the rows of this one; codebooks(n) is where those of a position
-// begin.
-template <typename T, int V, typename Codebooks>
-FEDPEFT_DEVICE void look_up(const RqLookupArgs& a, const Codebooks& codebooks, int64_t first,
-                            int step, int64_t end, int lane, int lanes) {
-  constexpr int N = kAtOnce<T, V>;
-  int64_t item[N];
-  const T* books[N];
-  {
-    int64_t at[N];
+// The same for several positions at once, -1 where there is none or at padding.
+template <int N>
+FEDPEFT_DEVICE void items_at(const RqLookupArgs& a, const int64_t (&at)[N], int64_t (&item)[N]) {
+  gather(a.items, at, item);
 #pragma unroll
-    for (int u = 0; u < N; ++u) at[u] = first + u * step < end ? first + u * step : -1;
-    gather(a.items, at, item);
-#pragma unroll
-    for (int u = 0; u < N; ++u) {
-      if (at[u] >= 0 && classify(item[u], a.num_items) == Position::bad)
-        FEDPEFT_BAD_INDEX("items", item[u], at[u], a.num_items);
-      books[u] = codebooks(at[u] >= 0 ? at[u] : first);
-    }
+  for (int u = 0; u < N; ++u) {
+    if (at[u] >= 0 && classify(item[u], a.num_items) == Position::bad)
+      FEDPEFT_BAD_INDEX("items", item[u], at[u], a.num_items);
   }
-  // Of a level; -1 at padding.
-  const auto codes_at = [&](int64_t l, int (&code)[N]) {
-    int64_t place[N], found[N];
+}
+
+// Codes of a level; -1 at padding.
+template <int N>
+FEDPEFT_DEVICE void codes_at(const RqLookupArgs& a, const int64_t (&item)[N], int64_t level,
+                             int64_t (&code)[N]) {
+  int64_t place[N];
 #pragma unroll
-    for (int u = 0; u < N; ++u) place[u] = item[u] >= 0 ? item[u] * a.L + l : -1;
-    gather(a.codes, place, found);
+  for (int u = 0; u < N; ++u) place[u] = item[u] >= 0 ? item[u] * a.L + level : -1;
+  gather(a.codes, place, code);
 #pragma unroll
-    for (int u = 0; u < N; ++u) {
-      if (item[u] >= 0 && uint64_t(found[u]) >= uint64_t(a.K))
-        FEDPEFT_BAD_INDEX("codes", found[u], place[u], a.K);
-      code[u] = int(found[u]);
-    }
-  };
-  for (int64_t column = lane * V; column < a.D; column += lanes * V) {
+  for (int u = 0; u < N; ++u) {
+    if (item[u] >= 0 && uint64_t(code[u]) >= uint64_t(a.K))
+      FEDPEFT_BAD_INDEX("codes", code[u], place[u], a.K);
+  }
+}
+
+// Columns [first_column, first_column + columns) of the codebooks, `stride` elements a row.
+struct Slice {
+  int64_t first_column, columns, stride;
+};
+
+// Positions first, first + step, ... before `end`, of these items, their loads of one kind under
+// way together, the codes of the next level with the rows of this one; codebooks(n) is where those
+// of a position begin.
+template <typename T, int V, int N, typename Codebooks>
+FEDPEFT_DEVICE void look_up(const RqLookupArgs& a, const Codebooks& codebooks, const Slice& slice,
+                            const int64_t (&item)[N], int64_t first, int64_t step, int64_t end,
+                            int lane, int lanes) {
+  const T* books[N];
+#pragma unroll
+  for (int u = 0; u < N; ++u)
+    books[u] = codebooks(first + u * step < end ? first + u * step : first);
+  for (int64_t column = lane * V; column < slice.columns; column += lanes * V) {
     Sum<acc_t<T>, V> sum[N];
-    int code[N], next[N];
-    if (a.L > 0) codes_at(0, code);
+    int64_t code[N], next[N];
+    if (a.L > 0) codes_at(a, item, 0, code);
 #pragma unroll
     for (int u = 0; u < N; ++u) {
       sum[u].clear();
       if (a.base && item[u] >= 0)
-        sum[u].set(static_cast<const T*>(a.base) + item[u] * a.D + column);
+        sum[u].set(static_cast<const T*>(a.base) + item[u] * a.D + slice.first_column + column);
     }
 #pragma unroll 1
     for (int64_t l = 0; l < a.L; ++l) {
@@ -74,9 +84,10 @@ FEDPEFT_DEVICE void look_up(const RqLookupArgs& a, const Codebooks& codebooks, i
 #pragma unroll
       for (int u = 0; u < N; ++u) {
         pack[u] = zero_pack<V, T>();
-        if (item[u] >= 0) pack[u] = load_pack<V>(books[u] + (l * a.K + code[u]) * a.D + column);
+        if (item[u] >= 0)
+          pack[u] = load_pack<V>(books[u] + (l * a.K + code[u]) * slice.stride + column);
       }
-      if (l + 1 < a.L) codes_at(l + 1, next);
+      if (l + 1 < a.L) codes_at(a, item, l + 1, next);
 #pragma unroll
       for (int u = 0; u < N; ++u) {
         sum[u].add(pack[u]);
@@ -85,10 +96,22 @@ FEDPEFT_DEVICE void look_up(const RqLookupArgs& a, const Codebooks& codebooks, i
     }
 #pragma unroll
     for (int u = 0; u < N; ++u) {
-      if (first + u * step < end)
-        sum[u].store_once(static_cast<T*>(a.out) + (first + u * step) * a.D + column);
+      if (first + u * step < end) {
+        sum[u].store_once(static_cast<T*>(a.out) + (first + u * step) * a.D + slice.first_column +
+                          column);
+      }
     }
   }
+}
+
+// The items of positions first, first + step, ... before `end`.
+template <int N>
+FEDPEFT_DEVICE void items_from(const RqLookupArgs& a, int64_t first, int64_t step, int64_t end,
+                               int64_t (&item)[N]) {
+  int64_t at[N];
+#pragma unroll
+  for (int u = 0; u < N; ++u) at[u] = first + u * step < end ? first + u * step : -1;
+  items_at(a, at, item);
 }
 
 template <typename T, int V>
@@ -99,7 +122,9 @@ __global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
     return static_cast<const T*>(a.codebooks) + divide(n, a.positions) * table;
   };
   for_row_batches<kAtOnce<T, V>>(total, a.D / V, [&](int64_t first, int step, int lane, int lanes) {
-    look_up<T, V>(a, codebooks, first, step, total, lane, lanes);
+    int64_t item[kAtOnce<T, V>];
+    items_from(a, first, step, total, item);
+    look_up<T, V>(a, codebooks, {0, a.D, a.D}, item, first, step, total, lane, lanes);
   });
 }
 
@@ -118,10 +143,62 @@ __global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
     __syncthreads();
     const int64_t end = (client + 1) * a.positions;
     for (int64_t n = client * a.positions + threadIdx.x / lanes; n < end;
-         n += groups * kAtOnce<T, V>)
+         n += groups * kAtOnce<T, V>) {
+      int64_t item[kAtOnce<T, V>];
+      items_from(a, n, groups, end, item);
       look_up<T, V>(
-          a, [&](int64_t) { return codebooks; }, n, groups, end, int(threadIdx.x) % lanes, lanes);
+          a, [&](int64_t) { return codebooks; }, {0, a.D, a.D}, item, n, groups, end,
+          int(threadIdx.x) % lanes, lanes);
+    }
     __syncthreads();
+  }
+}
+
+// Shared codebooks, more than L1 holds beside what passes through it: a block a multiprocessor
+// keeps some of the columns in shared memory and takes every so many-th batch of positions, whose
+// items it reads a batch ahead.
+template <typename T, int V>
+__global__ void __launch_bounds__(kSharedThreads, 1)
+    forward_shared(RqLookupArgs a, int64_t total, int slice, int slices) {
+  constexpr int N = kAtOnce<T, V>;
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  T* codebooks = reinterpret_cast<T*>(shared);
+  const int64_t first_column = int64_t(blockIdx.x) % slices * slice;
+  const int64_t columns = a.D - first_column < slice ? a.D - first_column : slice;
+  const int lanes = lanes_for(slice / V), groups = kSharedThreads / lanes;
+  const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
+  const T* from = static_cast<const T*>(a.codebooks) + first_column;
+  for (int64_t row = group; row < a.L * a.K; row += groups) {
+    for (int column = lane * V; column < columns; column += lanes * V)
+      copy_to_shared<V>(codebooks + row * slice + column, from + row * a.D + column);
+  }
+  const int64_t step = int64_t(gridDim.x) / slices * groups * N;
+  int64_t n = int64_t(blockIdx.x) / slices * groups * N + group;
+  int64_t item[N], next[N];
+  items_from(a, n, groups, total, item);
+  copies_done();
+  __syncthreads();
+  for (; n < total; n += step) {
+    items_from(a, n + step, groups, total, next);
+    look_up<T, V>(
+        a, [&](int64_t) { return codebooks; }, {first_column, columns, slice}, item, n, groups,
+        total, lane, lanes);
+#pragma unroll
+    for (int u = 0; u < N; ++u) item[u] = next[u];
+  }
+}
+
+// How many slices of columns let shared memory hold one of all codebooks, for lookups of which each
+// block reads most rows several times; 0 where that does not pay.
+int64_t shared_slices(const RqLookupArgs& a, int64_t total, int64_t bytes, int64_t wide) {
+  const Limits device = limits();
+  const int64_t rows = a.L * a.K;
+  if (a.per_client || 2 * rows * a.D * bytes <= device.shared_bytes) return 0;
+  for (int64_t slices = 1;; slices *= 2) {
+    const int64_t slice = ((a.D + slices - 1) / slices + wide - 1) / wide * wide;
+    if (slices > 1 && slice * bytes < 32) return 0;  // a sector
+    if (rows * slice * bytes > device.shared_bytes) continue;
+    return total * slices >= 8 * device.multiprocessors * rows ? slices : 0;
   }
 }
 
@@ -134,6 +211,15 @@ struct Source {
     const int64_t item = item_at(a, n);
     return item < 0 ? -1 : slot * a.K + code_at(a, item, slot);
   }
+  template <int N>
+  FEDPEFT_DEVICE void rows(const int64_t (&n)[N], int64_t slot, int64_t (&row)[N]) const {
+    int64_t item[N];
+    items_at(a, n, item);
+    codes_at(a, item, slot, row);
+#pragma unroll
+    for (int u = 0; u < N; ++u) row[u] = item[u] < 0 ? -1 : slot * a.K + row[u];
+  }
+  const T* gradient() const { return static_cast<const T*>(a.grad); }
   template <int V>
   FEDPEFT_DEVICE Sum<acc_t<T>, V> value(int64_t n, int64_t, int64_t column) const {
     Sum<acc_t<T>, V> v;
@@ -155,7 +241,12 @@ void rq_lookup(const RqLookupArgs& a, DType dtype, int64_t clients, Stream strea
         a.D,
         [&](auto width) {
           constexpr int V = decltype(width)::value;
-          if (staged) {
+          if (const int64_t slices = shared_slices(a, total, sizeof(T), V); slices > 0) {
+            const int64_t slice = ((a.D + slices - 1) / slices + V - 1) / V * V;
+            const int64_t used = (a.D + slice - 1) / slice, sms = limits().multiprocessors;
+            launch(forward_shared<T, V>, sms / used > 0 ? sms / used * used : used, kSharedThreads,
+                   a.L * a.K * slice * int64_t(sizeof(T)), stream, a, total, int(slice), int(used));
+          } else if (staged) {
             launch(forward_staged<T, V>, clients, kThreads, bytes, stream, a, clients);
           } else {
             launch_row_batches<kAtOnce<T, V>>(forward<T, V>, total, a.D / V, stream, a, total);
@@ -165,8 +256,8 @@ void rq_lookup(const RqLookupArgs& a, DType dtype, int64_t clients, Stream strea
   });
 }
 
-ScatterShape rq_lookup_shape(const RqLookupArgs& a, int64_t clients) {
-  return {clients, a.positions, a.L, a.L * a.K, a.D, true};
+ScatterShape rq_lookup_shape(const RqLookupArgs& a, DType dtype, int64_t clients) {
+  return {clients, a.positions, a.L, a.L * a.K, a.D, true, 1, element_size(dtype)};
 }
 
 void rq_lookup_keys(const RqLookupArgs& a, const ScatterPlan& plan, void* keys, Stream stream) {

@@ -11,7 +11,7 @@ void rq_lookup(const RqLookupArgs& a, DType dtype, int64_t clients, Stream strea
 
 // Gradient of the codebooks as a scatter of L slots into tables of L * K rows; `out` has the dtype
 // of grad.
-ScatterShape rq_lookup_shape(const RqLookupArgs& a, int64_t clients);
+ScatterShape rq_lookup_shape(const RqLookupArgs& a, DType dtype, int64_t clients);
 void rq_lookup_keys(const RqLookupArgs& a, const ScatterPlan& plan, void* keys, Stream stream);
 void rq_lookup_backward(const RqLookupArgs& a, DType dtype, const ScatterPlan& plan,
                         const SortedEntries& sorted, void* out, Stream stream);

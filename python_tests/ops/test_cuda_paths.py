@@ -59,6 +59,54 @@ def test_many_rows(limit: int) -> None:
         assert torch.equal(gpu(grad, rows, 9000, True), cpu(grad, rows, 9000, True))
 
 
+# Tables of blocks' own, in three launches: slices of columns, odd widths, several parts, rows that many
+# positions of a batch read, lanes without a column, chunks shorter than a tile.
+@pytest.mark.parametrize(
+    ("items", "levels", "rows", "width"),
+    [(300, 4, 40, 64), (40, 2, 3, 7), (300, 3, 90, 8), (9000, 4, 90, 200), (300, 5, 16, 130), (300, 1, 7, 1)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gradients_of_shared_tables(
+    items: int, levels: int, rows: int, width: int, dtype: torch.dtype
+) -> None:
+    g = torch.Generator().manual_seed(11)
+    ids = torch.randint(-1, items, (3, 6000 // levels + 5), generator=g)
+    ids[1, :70] = 5  # whole batches of one row
+    grad = torch.randn(*ids.shape, width, generator=g).to(dtype)
+    grad[ids < 0] = torch.nan  # which padding must not let in
+    codes = torch.randint(0, rows, (items, levels), generator=g, dtype=torch.uint8)
+    hashes = torch.randint(1, 2**61 - 1, (levels, 2), generator=g)
+    table = torch.zeros(rows, width, dtype=dtype)
+    calls: list[tuple[str, tuple[Any, ...]]] = [
+        ("rq_lookup_backward", (ids, codes, rows, False)),
+        ("hash_lookup_backward", (ids, table, hashes, None, None, None, None, True)),
+        ("client_embedding_backward", (ids.clamp(max=2 * rows - 1), 2 * rows, False)),
+    ]
+    for name, arguments in calls:
+        cpu, gpu = both(name)
+        with limited(48 << 10), kernel_launches() as launched:
+            found = gpu(grad, *arguments)
+        expected = cpu(grad.double(), *(a.double() if a is table else a for a in arguments))
+        if name == "hash_lookup_backward":
+            found, expected = found[0], expected[0]
+        assert launched.count == 3 or name == "client_embedding_backward"  # short ones are lists
+        close = {"rtol": 1e-2, "atol": 0.5} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+        torch.testing.assert_close(found.double(), expected, **close)
+
+
+def test_lookups_in_large_shared_codebooks() -> None:
+    g = torch.Generator().manual_seed(12)
+    ids = torch.randint(-1, 500, (3000,), generator=g)
+    codes = torch.randint(0, 60, (500, 3), generator=g, dtype=torch.uint8)
+    base = torch.randn(500, 72, generator=g)
+    cpu, gpu = both("rq_lookup")
+    for dtype in (torch.float32, torch.bfloat16):
+        codebooks, under = torch.randn(3, 60, 72, generator=g).to(dtype), base.to(dtype)
+        for limit in (99 << 10, 32 << 10, 16 << 10):  # from L1; whole; columns in slices, the last narrower
+            with limited(limit):
+                assert torch.equal(gpu(ids, codes, codebooks, under), cpu(ids, codes, codebooks, under))
+
+
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_codebooks(limit: int, dtype: torch.dtype) -> None:
