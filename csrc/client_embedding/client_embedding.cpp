@@ -91,7 +91,8 @@ Tensor client_embedding_backward(const Tensor& grad, const Tensor& rows, int64_t
       [&](auto stream) {
         out = torch::stable::new_empty(grad, shape);
         scatter(
-            gpu::plan_scatter(gpu::client_embedding_shape(a, dtype, layout.clients)), out, accumulator,
+            gpu::plan_scatter(gpu::client_embedding_shape(a, dtype, layout.clients)), out,
+            accumulator,
             [&](const gpu::ScatterPlan& plan, void* keys) {
               gpu::client_embedding_keys(a, plan, keys, stream);
             },
