@@ -146,8 +146,13 @@ FEDPEFT_DEVICE void scatter_lists_tasks(const Source& source, T* out, const Scat
   }
 }
 
+// Blocks that a multiprocessor must have registers for.
+template <typename Source>
+constexpr int kListBlocks =
+    requires(const Source& source) { source.values(); } ? FEDPEFT_TWO_OR_THREE : 2;
+
 template <typename Source, typename T, int V>
-__global__ void __launch_bounds__(256, FEDPEFT_TWO_OR_THREE)
+__global__ void __launch_bounds__(256, kListBlocks<Source>)
     scatter_lists(Source source, T* out, ScatterPlan plan) {
   FEDPEFT_DYNAMIC_SHARED(shared);
   scatter_lists_tasks<T, V>(source, out, plan, shared, blockIdx.x, gridDim.x);

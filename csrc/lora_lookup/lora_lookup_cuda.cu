@@ -178,7 +178,7 @@ FEDPEFT_DEVICE void load_factors(const T* from, bool there, int ranks, acc_t<T> 
 }
 
 constexpr int kClientThreads = 128;
-constexpr int kTilePositions = 64;
+constexpr int kTilePositions = 32;
 
 // Places in the shared memory of backward_clients, in bytes.
 struct ClientPlan {
