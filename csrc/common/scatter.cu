@@ -54,7 +54,7 @@ bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables*
       *best = t;
     }
   }
-  if (most == 0) return false;
+  if (most < kEnough / 2) return false;  // the sort is faster then
   // A block for every place on the device; chunks of as many positions as rows at least, so that
   // tables are written and read no more than the gradient is read.
   ScatterTables& t = *best;
