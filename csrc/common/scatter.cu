@@ -8,9 +8,10 @@ namespace {
 // The slice of columns and the parts with which most cells are under way on a multiprocessor, or,
 // of those with enough, the widest slice. False where none fits.
 bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables* best) {
-  constexpr int kMaxThreads = 256;
+  constexpr int kMaxThreads = ScatterTables::kMaxThreads - kWarp;
   constexpr int64_t kEnough = 192;      // units, times slots at once: shared memory does no more
   constexpr int64_t kNarrowest = 32;    // bytes of a slice: a sector
+  constexpr int64_t kAhead = 32;        // bytes of rows that are read past the last
   constexpr int64_t kTileBytes = 2048;  // of the gradient
   constexpr int64_t kReserved = 1024;   // of a block, by CUDA
   constexpr int kMaxBlocks = 16;        // of a multiprocessor
@@ -32,7 +33,7 @@ bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables*
       if (threads > kMaxThreads || part_rows >= ScatterTables::kRowLimit) continue;
       t.table_bytes = ((part_rows + 1) * units * accumulator + 15) / 16 * 16;
       t.stage_bytes = (((slice * bytes << bits) + 15) / 16 * 16) + (slots * 2 << bits);
-      t.shared_bytes = t.table_bytes + ScatterTables::kStages * t.stage_bytes;
+      t.shared_bytes = t.table_bytes + ScatterTables::kStages * t.stage_bytes + kAhead;
       if (t.shared_bytes > device.shared_bytes) continue;
       int64_t fit = (device.shared_bytes + kReserved) / (t.shared_bytes + kReserved);
       if (fit > kMaxBlocks) fit = kMaxBlocks;
@@ -49,7 +50,7 @@ bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables*
       t.slice = int(slice);
       t.slices = int((shape.width + slice - 1) / slice);
       t.units = int(units);
-      t.threads = int(threads);
+      t.threads = int(threads) + kWarp;  // the last warp copies
       t.tile_bits = bits;
       *best = t;
     }

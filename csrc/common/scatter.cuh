@@ -236,53 +236,70 @@ __global__ void __launch_bounds__(256, 2)
   }
 }
 
-// Rows of the entries for tables, within their part; those of padding, and past the last position,
-// are one past a part's rows, and so is what they add. A row's top bit at the first position of a
-// batch tells that a row occurs twice among those that are added together: the batch's in this
-// slot, or, where slots share rows, in this slot and the one paired with it. A warp takes 32
-// (position, slot) at a time, several times at once.
-template <typename Source>
-__global__ void __launch_bounds__(256, 4)
-    scatter_rows(Source source, uint16_t* rows, ScatterPlan plan) {
-  constexpr int N = 4, kBatch = ScatterTables::kBatch;
-  const ScatterTables& tables = plan.tables;
-  const int slots = int(plan.slots), tile = tables.tile(), lane = int(threadIdx.x) % kWarp;
-  const int abreast = slots < 4 ? lanes_for(slots) : 4, step = kWarp / abreast;
-  const int position = lane / abreast, slot_lane = lane % abreast;
-  const bool joint = !plan.disjoint_slots && abreast > 1;
-  // Lanes of the calling one's batch and slot, or pair of slots.
-  unsigned together = abreast == 4 ? 0x11111111u : abreast == 2 ? 0x5555u : 0xffu;
-  if (joint) together |= together << 1;
-  together <<= position / kBatch * kBatch * abreast + (joint ? slot_lane & ~1 : slot_lane);
-  const int64_t total = tables.tiles * tile;
-  const int64_t warps = int64_t(gridDim.x) * (blockDim.x / kWarp);
-  const int64_t warp = int64_t(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-  for (int64_t first = warp * N * step; first < total; first += warps * N * step) {
-#pragma unroll 1
-    for (int slot_first = 0; slot_first < slots; slot_first += abreast) {
-      const int slot = slot_first + slot_lane;
-      const int part_first = slot / tables.part_slots * tables.part_rows;
-      int64_t n[N], row[N];
+// A bit for each of those rows that are there (at least 0) and come again: later in `row`, or, with
+// `also`, anywhere in `others`.
+template <int N>
+FEDPEFT_DEVICE unsigned rows_again(const int (&row)[N], const int (&others)[N], bool also) {
+  unsigned lost = 0;
 #pragma unroll
-      for (int u = 0; u < N; ++u) {
-        n[u] = first + u * step + position;
-        if (n[u] >= plan.positions || slot >= slots) n[u] = -1;
-      }
+  for (int i = 0; i < N; ++i) {
+    bool again = false;
+#pragma unroll
+    for (int j = i + 1; j < N; ++j) again |= row[i] == row[j];
+#pragma unroll
+    for (int j = 0; j < N; ++j) again |= also && row[i] == others[j];
+    if (again && row[i] >= 0) lost |= 1u << i;
+  }
+  return lost;
+}
+
+// Rows of the entries for tables, within their part; that of padding, and past the last position,
+// is one past a part's rows. A thread takes a batch of positions in one slot or, where slots share
+// rows, in two that are added together. Of rows that come again among these, all but the last are
+// lost: each even row's upper bits tell whether it and the next are. All eight are marked where
+// more than kMostLost are lost.
+template <typename Source, int Slots>
+__global__ void __launch_bounds__(256, 2)
+    scatter_rows(Source source, uint16_t* rows, ScatterPlan plan) {
+  constexpr int N = ScatterTables::kBatch;
+  const ScatterTables& tables = plan.tables;
+  const int slots = int(plan.slots), tile = tables.tile();
+  const int64_t each = (slots + Slots - 1) / Slots;
+  const int64_t tasks = (tables.tiles << tables.tile_bits) / N * each;
+  const int64_t step = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t task = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; task < tasks; task += step) {
+    const int64_t batch = divide(task, each), first = batch * N;
+    const int first_slot = int(task - batch * each) * Slots;
+    int64_t n[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) n[j] = first + j < plan.positions ? first + j : -1;
+    int local[Slots][N];
+#pragma unroll
+    for (int s = 0; s < Slots; ++s) {
+      const int slot = first_slot + s < slots ? first_slot + s : first_slot;
+      const int part_first = slot / tables.part_slots * tables.part_rows;
+      int64_t row[N];
       source.template rows<N>(n, slot, row);
 #pragma unroll
-      for (int u = 0; u < N; ++u) {
-        const int local = row[u] < 0 ? tables.part_rows : int(row[u]) - part_first;
-        int key = local | (position / kBatch) << 16 | (joint ? slot_lane / 2 : slot_lane) << 20;
-        if (row[u] < 0) key = -1 - lane;
-        const bool twice = __popc(__match_any_sync(kFullMask, key)) > 1;
-        const unsigned votes = __ballot_sync(kFullMask, twice);
-        const bool marked = position % kBatch == 0 && (votes & together) != 0;
-        const int64_t at = first + u * step + position;
-        if (slot < slots && at < total) {
-          rows[((at >> tables.tile_bits) * slots + slot) * tile + (at & (tile - 1))] =
-              uint16_t(local | (marked ? ScatterTables::kRowLimit : 0));
-        }
+      for (int j = 0; j < N; ++j) local[s][j] = row[j] < 0 ? -1 : int(row[j]) - part_first;
+    }
+#pragma unroll
+    for (int s = 0; s < Slots; ++s) {
+      if (first_slot + s >= slots) break;
+      unsigned lost =
+          rows_again(local[s], local[Slots - 1], s + 1 < Slots && first_slot + 1 < slots);
+      if (__popc(lost) > ScatterTables::kMostLost) lost = (1u << N) - 1;
+      Pack<uint16_t, N> pack;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const int row = local[s][j] < 0 ? tables.part_rows : local[s][j];
+        const unsigned bits = j % 2 == 0 ? lost >> j & 3u : 0u;
+        pack.at[j] = uint16_t(unsigned(row) | bits * unsigned(ScatterTables::kRowLimit));
       }
+      const int part = (first_slot + s) / tables.part_slots;
+      const int64_t of_part = (first >> tables.tile_bits) * tables.parts + part;
+      const int64_t to = (of_part * tile + (first & (tile - 1))) * tables.part_slots;
+      store_pack<N>(rows + to + (first_slot + s - part * tables.part_slots) * N, pack);
     }
   }
 }
@@ -291,9 +308,11 @@ template <typename Source>
 void launch_scatter_keys(const Source& source, const ScatterPlan& plan, void* keys, Stream stream) {
   if (plan.in_tables) {
     if constexpr (requires { source.gradient(); }) {
-      const int64_t entries = plan.tables.tiles * plan.tables.tile() * plan.slots;
-      launch(scatter_rows<Source>, (entries + 1023) / 1024, 256, 0, stream, source,
-             static_cast<uint16_t*>(keys), plan);
+      const bool joint = !plan.disjoint_slots && plan.slots > 1;
+      const int64_t batches = (plan.tables.tiles << plan.tables.tile_bits) / ScatterTables::kBatch;
+      const int64_t tasks = batches * (joint ? (plan.slots + 1) / 2 : plan.slots);
+      launch(joint ? scatter_rows<Source, 2> : scatter_rows<Source, 1>, (tasks + 255) / 256, 256, 0,
+             stream, source, static_cast<uint16_t*>(keys), plan);
     }
     return;
   }

@@ -34,12 +34,14 @@ struct ScatterShape {
 // A thread owns one column of the rows that some slots read (a part), and so one bank of shared
 // memory, and alone adds to them.
 struct ScatterTables {
+  static constexpr int kMaxThreads = 288;
   static constexpr int kStages = 4;         // tiles of positions in shared memory at a time
   static constexpr int kBatch = 8;          // positions whose rows a thread has under way
-  static constexpr int kRowLimit = 0x8000;  // rows of a part; the bit above marks batches
+  static constexpr int kRowLimit = 0x4000;  // rows of a part; the bits above are marks
+  static constexpr int kMostLost = 2;       // rows of a batch that are added one by one
   int parts, part_slots, part_rows;
   int slice, slices;   // columns of a block
-  int units, threads;  // parts * slice
+  int units, threads;  // parts * slice; the threads of a block
   int tile_bits;       // log2 of the positions of a tile
   int64_t tiles, chunk_tiles, chunks;
   int64_t table_bytes, stage_bytes, shared_bytes;
@@ -72,7 +74,7 @@ ScatterPlan plan_scatter(const ScatterShape& shape);
 struct SortedEntries {
   IndexArray keys;
   const int64_t* order = nullptr;
-  const uint16_t* rows = nullptr;  // [tiles, slots, positions of a tile], within a part's rows
+  const uint16_t* rows = nullptr;  // [tiles, parts, batches, slots, kBatch], within a part's rows
   void* partial = nullptr;  // accumulators. Sorted: [tiles, 2, width], sums of the rows that cross
                             // into and out of a tile; tables: [chunks, rows, width]
 };

@@ -3,7 +3,8 @@
 // A thread owns a unit: a column of the rows that some slots read. It walks the positions of the
 // block's chunk, a batch at a time: eight elements of the gradient, then, for two of its slots at a
 // time, sixteen rows, whose cells it loads, adds to and stores. Units lie side by side, so that a
-// thread meets its own bank whatever its row. Gradient and rows come a few tiles ahead.
+// thread meets its own bank whatever its row. A warp of its own copies gradient and rows a few
+// tiles ahead.
 #pragma once
 
 #include "common/scatter.cuh"
@@ -33,32 +34,33 @@ struct SharedPlace {
 #if defined(__CUDACC__)
 FEDPEFT_DEVICE float load_shared(SharedPlace p, float) {
   float x;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(p.at));
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(p.at) : "memory");
   return x;
 }
 FEDPEFT_DEVICE double load_shared(SharedPlace p, double) {
   double x;
-  asm volatile("ld.shared.f64 %0, [%1];" : "=d"(x) : "r"(p.at));
+  asm volatile("ld.shared.f64 %0, [%1];" : "=d"(x) : "r"(p.at) : "memory");
   return x;
 }
 template <typename T>
 FEDPEFT_DEVICE T load_shared(SharedPlace p, T) {
   T x;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x.bits) : "r"(p.at));
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x.bits) : "r"(p.at) : "memory");
   return x;
 }
 FEDPEFT_DEVICE Pack<uint32_t, 4> load_shared(SharedPlace p, Pack<uint32_t, 4>) {
   Pack<uint32_t, 4> x;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(x.at[0]), "=r"(x.at[1]), "=r"(x.at[2]), "=r"(x.at[3])
-               : "r"(p.at));
+               : "r"(p.at)
+               : "memory");
   return x;
 }
 FEDPEFT_DEVICE void store_shared(SharedPlace p, float x) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(p.at), "f"(x));
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(p.at), "f"(x) : "memory");
 }
 FEDPEFT_DEVICE void store_shared(SharedPlace p, double x) {
-  asm volatile("st.shared.f64 [%0], %1;" ::"r"(p.at), "d"(x));
+  asm volatile("st.shared.f64 [%0], %1;" ::"r"(p.at), "d"(x) : "memory");
 }
 #else
 template <typename T>
@@ -76,16 +78,24 @@ void store_shared(SharedPlace p, T x) {
 }
 #endif
 
-// Rows of a batch in one slot, two a word, and whether one of them occurs twice (scatter_rows).
+// Rows of a batch in one slot, two a word, with marks (scatter_rows).
 struct BatchRows {
+  static constexpr unsigned kMarks = 3 * ScatterTables::kRowLimit;
   Pack<uint32_t, ScatterTables::kBatch / 2> pack;
 
   FEDPEFT_DEVICE void load(SharedPlace from) { pack = load_shared(from, pack); }
-  FEDPEFT_DEVICE bool marked() const { return (pack.at[0] & ScatterTables::kRowLimit) != 0; }
   FEDPEFT_DEVICE int row(int j) const {
     const uint32_t word = pack.at[j / 2];
-    if (j % 2 == 1) return int(word >> 16);
-    return int(word & (j == 0 ? ScatterTables::kRowLimit - 1 : 0xffff));
+    return int(j % 2 == 1 ? word >> 16 : word & (ScatterTables::kRowLimit - 1));
+  }
+  FEDPEFT_DEVICE bool lost(int j) const {
+    return (pack.at[j / 2] & unsigned(ScatterTables::kRowLimit << j % 2)) != 0;
+  }
+  FEDPEFT_DEVICE bool any_lost() const {
+    return ((pack.at[0] | pack.at[1] | pack.at[2] | pack.at[3]) & kMarks) != 0;
+  }
+  FEDPEFT_DEVICE bool many_lost() const {
+    return (pack.at[0] & pack.at[1] & pack.at[2] & pack.at[3] & kMarks) == kMarks;
   }
 };
 
@@ -105,28 +115,47 @@ struct Cells {
 #pragma unroll
     for (int j = 0; j < N; ++j) store_shared(at(rows.row(j)), sum[j]);
   }
-  FEDPEFT_DEVICE void add(const BatchRows& rows, const A (&value)[N]) const {
+  // Where many rows come again: each takes over from its place before, and is stored over it.
+  FEDPEFT_DEVICE void add_many_lost(const BatchRows& rows, const A (&value)[N]) const {
     A sum[N];
     load(rows, sum);
-    if (rows.marked()) {  // a row takes over from its place before, and is stored over it
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
+    for (int j = 0; j < N; ++j) {
 #pragma unroll
-        for (int i = 0; i < j; ++i) sum[j] = rows.row(i) == rows.row(j) ? sum[i] : sum[j];
-        sum[j] += value[j];
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < N; ++j) sum[j] += value[j];
+      for (int i = 0; i < j; ++i) sum[j] = rows.row(i) == rows.row(j) ? sum[i] : sum[j];
+      sum[j] += value[j];
     }
     store(rows, sum);
   }
-  // In two slots at once, unless they may meet.
+  // What was stored over in a few rows that came again.
+  FEDPEFT_DEVICE void add_lost(const BatchRows& rows, const A (&value)[N]) const {
+    if (!rows.any_lost()) return;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (!rows.lost(j)) continue;
+      const SharedPlace place = at(rows.row(j));
+      store_shared(place, load_shared(place, A()) + value[j]);
+    }
+  }
+  FEDPEFT_DEVICE void add(const BatchRows& rows, const A (&value)[N]) const {
+    if (rows.many_lost()) {
+      add_many_lost(rows, value);
+      return;
+    }
+    A sum[N];
+    load(rows, sum);
+#pragma unroll
+    for (int j = 0; j < N; ++j) sum[j] += value[j];
+    store(rows, sum);
+    add_lost(rows, value);
+  }
+  // In two slots at once.
   FEDPEFT_DEVICE void add(const BatchRows& rows, const BatchRows& others,
                           const A (&value)[N]) const {
-    if (rows.marked() || others.marked()) {
-      add(rows, value);
-      add(others, value);
+    const bool lost = rows.any_lost() || others.any_lost();
+    if (lost && (rows.many_lost() || others.many_lost())) {
+      add_many_lost(rows, value);
+      add_many_lost(others, value);
       return;
     }
     A sum[N], other[N];
@@ -139,32 +168,36 @@ struct Cells {
     }
     store(rows, sum);
     store(others, other);
+    if (!lost) return;
+    add_lost(rows, value);
+    add_lost(others, value);
   }
 };
 
-// A thread's share of the copies of tiles into shared memory, one after the other: some columns of
-// every so many-th position, and some rows.
+// The copies of tiles into shared memory, one after the other, by one warp: a lane's columns of
+// every so many-th position, and its rows.
 template <typename T, int V>
 struct TileCopies {
   static constexpr int kRows = 16 / int(sizeof(uint16_t));
   const T* grad;
   const uint16_t* rows;
   int64_t step, tile_step, left;  // left: positions from the next tile on
-  int lanes, group, groups, column, columns, slice, tile, count;
+  int lanes, lane, group, groups, column, columns, slice, tile, count;
 
   FEDPEFT_DEVICE TileCopies(const T* grad_, const uint16_t* rows_, const ScatterPlan& plan,
                             int64_t first_tile, int64_t first_column, int columns_)
       : lanes(lanes_for(columns_ / V)),
-        group(int(threadIdx.x) / lanes),
-        groups(int(blockDim.x) / lanes),
-        column(int(threadIdx.x) % lanes * V),
+        lane(int(threadIdx.x) % kWarp),
+        group(lane / lanes),
+        groups(kWarp / lanes),
+        column(lane % lanes * V),
         columns(columns_),
         slice(plan.tables.slice),
         tile(plan.tables.tile()),
         count(int(plan.slots) << plan.tables.tile_bits) {
     const int64_t first = first_tile << plan.tables.tile_bits;
     grad = grad_ + (first + group) * plan.width + first_column + column;
-    rows = rows_ + first_tile * count + int(threadIdx.x) * kRows;
+    rows = rows_ + first_tile * count + lane * kRows;
     step = groups * plan.width;
     tile_step = tile * plan.width;
     left = plan.positions - first;
@@ -194,8 +227,8 @@ struct TileCopies {
       }
     }
 #pragma unroll 1
-    for (int i = 0; int(threadIdx.x) * kRows + i < count; i += int(blockDim.x) * kRows)
-      copy_to_shared<kRows>(to_rows + int(threadIdx.x) * kRows + i, rows + i);
+    for (int i = 0; lane * kRows + i < count; i += kWarp * kRows)
+      copy_to_shared<kRows>(to_rows + lane * kRows + i, rows + i);
     grad += tile_step;
     rows += count;
     left -= tile;
@@ -204,10 +237,11 @@ struct TileCopies {
 
 // A block a chunk of positions and slice of columns.
 template <typename T, int V>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(ScatterTables::kMaxThreads, 1)
     scatter_tables(const T* grad, const uint16_t* rows, acc_t<T>* partial, ScatterPlan plan) {
   using A = acc_t<T>;
   constexpr int kStages = ScatterTables::kStages, kBatch = ScatterTables::kBatch;
+  constexpr int kRowsBytes = kBatch * int(sizeof(uint16_t));
   FEDPEFT_DYNAMIC_SHARED(shared);
   const ScatterTables& tables = plan.tables;
   const int units = tables.units, slice = tables.slice, tile = tables.tile();
@@ -225,6 +259,7 @@ __global__ void __launch_bounds__(256, 2)
   const int stage_bytes = int(tables.stage_bytes);
   const int rows_bytes = int(plan.slots) * 2 << tables.tile_bits;
   TileCopies<T, V> copies(grad, rows, plan, begin, first_column, columns);
+  const bool copier = threadIdx.x / kWarp == blockDim.x / kWarp - 1;
   const auto copy = [&](int t) {
     if (t < count) {
       unsigned char* const stage = stages + t % kStages * stage_bytes;
@@ -233,8 +268,10 @@ __global__ void __launch_bounds__(256, 2)
     }
     commit_copies();
   };
+  if (copier) {
 #pragma unroll 1
-  for (int t = 0; t < kStages - 1; ++t) copy(t);
+    for (int t = 0; t < kStages - 1; ++t) copy(t);
+  }
   if (owns) {
 #pragma unroll 8
     for (int r = 0; r <= tables.part_rows; ++r) store_shared(cells.at(r), A(0));
@@ -243,48 +280,42 @@ __global__ void __launch_bounds__(256, 2)
   const SharedPlace values(stages + column * sizeof(T));
   const SharedPlace lists(stages + stage_bytes - rows_bytes +
                           (part * tables.part_slots * 2 << tables.tile_bits));
-  const int slot_bytes = tile * 2, value_bytes = slice * int(sizeof(T));
-  const bool paired = tables.part_slots > 1;
+  const int value_bytes = slice * int(sizeof(T)), slots = tables.part_slots;
 #pragma unroll 1
   for (int t = 0; t < count; ++t) {
-    wait_for_copies<kStages - 2>();
+    if (copier) wait_for_copies<kStages - 2>();
     __syncthreads();
-    copy(t + kStages - 1);  // where the tile before was
+    if (copier) copy(t + kStages - 1);  // where the tile before was
     if (!owns) continue;
-    const SharedPlace from = values + t % kStages * stage_bytes;
-    const SharedPlace list = lists + t % kStages * stage_bytes;
-    A value[kBatch];
+    SharedPlace from = values + t % kStages * stage_bytes;
+    SharedPlace list = lists + t % kStages * stage_bytes;
     BatchRows rows_now, others_now;
-    const auto load_values = [&](int p) {
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j)
-        value[j] = to_acc(load_shared(from + (p + j) * value_bytes, T()));
-    };
-    load_values(0);
     rows_now.load(list);
-    others_now.load(paired ? list + slot_bytes : list);
-    int p = 0, slot = 0;
+    others_now.load(list + kRowsBytes);
 #pragma unroll 1
-    while (p < tile) {
-      // The rows of the next step while this one's are added.
-      const bool more = slot + 2 < tables.part_slots;
-      const int next_slot = more ? slot + 2 : 0, next = more ? p : p + kBatch;
-      BatchRows rows_next = rows_now, others_next = others_now;
-      if (next < tile) {
-        const SharedPlace at = list + (next_slot * slot_bytes + next * 2);
-        rows_next.load(at);
-        others_next.load(next_slot + 1 < tables.part_slots ? at + slot_bytes : at);
+    for (int p = 0; p < tile; p += kBatch) {
+      A value[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        value[j] = to_acc(load_shared(from, T()));
+        from = from + value_bytes;
       }
-      if (slot + 1 < tables.part_slots) {
-        cells.add(rows_now, others_now, value);
-      } else {
-        cells.add(rows_now, value);
+#pragma unroll 1
+      for (int slot = 0; slot < slots; slot += 2) {
+        // The rows of the next step, or what follows the last, while this one's are added.
+        const bool both = slot + 1 < slots;
+        list = list + (both ? 2 * kRowsBytes : kRowsBytes);
+        BatchRows rows_next, others_next;
+        rows_next.load(list);
+        others_next.load(list + kRowsBytes);
+        if (both) {
+          cells.add(rows_now, others_now, value);
+        } else {
+          cells.add(rows_now, value);
+        }
+        rows_now = rows_next;
+        others_now = others_next;
       }
-      if (!more && next < tile) load_values(next);
-      p = next;
-      slot = next_slot;
-      rows_now = rows_next;
-      others_now = others_next;
     }
   }
 

@@ -9,13 +9,14 @@
 
 namespace fedpeft::gpu {
 
-// V elements to shared memory, in the background where they are 16 bytes; copies_done waits for the
-// calling thread's.
+// V elements to shared memory, in the background where they are 4, 8 or 16 bytes; copies_done waits
+// for the calling thread's.
 template <int V, typename T>
 FEDPEFT_DEVICE void copy_to_shared(T* to, const T* from) {
 #if defined(__CUDACC__)
-  if constexpr (sizeof(Pack<T, V>) == 16) {
-    __pipeline_memcpy_async(to, from, 16);
+  constexpr size_t kBytes = sizeof(Pack<T, V>);
+  if constexpr (kBytes == 4 || kBytes == 8 || kBytes == 16) {
+    __pipeline_memcpy_async(to, from, kBytes);
     return;
   }
 #endif

@@ -777,7 +777,6 @@ struct Source {
   FEDPEFT_DEVICE void rows(const int64_t (&n)[N], int64_t slot, int64_t (&row)[N]) const {
     int64_t item[N];
     gather(a.items, n, item);
-    if (slot >= a.H) slot = 0;  // n is -1 then
     const Hash hash(a.hashes, slot);
 #pragma unroll
     for (int u = 0; u < N; ++u) {
