@@ -107,6 +107,38 @@ FEDPEFT_DEVICE Pack<T, V> load_pack(const T* p) {
 }
 
 template <int V, typename T>
+FEDPEFT_DEVICE Pack<T, V> zero_pack() {
+  Pack<T, V> pack;
+#pragma unroll
+  for (int v = 0; v < V; ++v) pack.at[v] = from_acc<T>(acc_t<T>(0));
+  return pack;
+}
+
+// The elements at p in global memory where they are `there`, else zeros. Loads of several calls are
+// under way together: an `if` around load_pack makes the compiler wait for each.
+template <int V, typename T>
+FEDPEFT_DEVICE Pack<T, V> load_global_if(const T* p, bool there) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(Pack<T, V>) == 16) {
+    Pack<T, V> pack;
+    uint4 x;
+    asm volatile(
+        "{\n\t.reg .pred there;\n\tsetp.ne.s32 there, %5, 0;\n\t"
+        "mov.b32 %0, 0;\n\tmov.b32 %1, 0;\n\tmov.b32 %2, 0;\n\tmov.b32 %3, 0;\n\t"
+        "@there ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+        : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+        : "l"(__cvta_generic_to_global(p)), "r"(int(there)));
+    *reinterpret_cast<uint4*>(&pack) = x;
+    return pack;
+  } else {
+    return there ? load_pack<V>(p) : zero_pack<V, T>();
+  }
+#else
+  return there ? load_pack<V>(p) : zero_pack<V, T>();
+#endif
+}
+
+template <int V, typename T>
 FEDPEFT_DEVICE void store_pack(T* p, const Pack<T, V>& pack) {
   check_aligned<T, V>(p);
   if constexpr (V == 1) {
@@ -134,14 +166,6 @@ FEDPEFT_DEVICE void store_pack_once(T* p, const Pack<T, V>& pack) {
   }
 #endif
   store_pack<V>(p, pack);
-}
-
-template <int V, typename T>
-FEDPEFT_DEVICE Pack<T, V> zero_pack() {
-  Pack<T, V> pack;
-#pragma unroll
-  for (int v = 0; v < V; ++v) pack.at[v] = from_acc<T>(acc_t<T>(0));
-  return pack;
 }
 
 // Asks for `bytes` from p on to be in L2 soon; the `threads` threads share the work.

@@ -76,6 +76,13 @@ FEDPEFT_DEVICE void check_item(const HashLookupArgs& a, int64_t item, int64_t n)
   if (classify(item, a.num_items) == Position::bad)
     FEDPEFT_BAD_INDEX("items", item, n, a.num_items);
 }
+// Columns of an item's base vector, if there is one and `item` is not -1.
+template <int V, typename T>
+FEDPEFT_DEVICE Pack<T, V> base_at(const HashLookupArgs& a, int64_t item, int64_t column) {
+  const bool there = a.base && item >= 0;
+  const int64_t at = there ? item * a.D + column : 0;
+  return load_global_if<V>(static_cast<const T*>(a.base) + at, there);
+}
 // The item at position n, -1 at padding.
 FEDPEFT_DEVICE int64_t item_at(const HashLookupArgs& a, int64_t n) {
   const int64_t item = a.items[n];
@@ -500,22 +507,34 @@ __global__ void __launch_bounds__(Gated ? 1024 : 320, Gated ? 1 : 3)
         }
         __syncthreads();
       }
-      for (int p = group; p < count; p += groups) {
-        const bool item = bucket[p * H] >= 0;
-        T* out = static_cast<T*>(a.out) + (n + p) * a.D + begin;
+      // Two positions at a time, whose loads from memory are then under way together.
+      for (int p = group; p < count; p += 2 * groups) {
+        int64_t item[2];
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          const int at = p + u * groups;
+          item[u] = at < count && bucket[at * H] >= 0 ? (a.base ? a.items[n + at] : 0) : -1;
+        }
         for (int column = lane * V; column < here; column += lanes * V) {
-          Sum<A, V> sum;
-          sum.clear();
-          if (item) {
-            if (a.base)
-              sum.set(static_cast<const T*>(a.base) + a.items[n + p] * a.D + begin + column);
+          Pack<T, V> base[2];
+#pragma unroll
+          for (int u = 0; u < 2; ++u) base[u] = base_at<V, T>(a, item[u], begin + column);
+#pragma unroll
+          for (int u = 0; u < 2; ++u) {
+            const int at = p + u * groups;
+            if (at >= count) continue;
+            Sum<A, V> sum;
+            sum.clear();
+            sum.add(base[u]);
+            if (item[u] >= 0) {
 #pragma unroll 4
-            for (int h = 0; h < H; ++h) {
-              const A scale = Gated ? gate[p * H + h] : weight;
-              sum.add_scaled(scale, rows + bucket[p * H + h] * width + column);
+              for (int h = 0; h < H; ++h) {
+                const A scale = Gated ? gate[at * H + h] : weight;
+                sum.add_scaled(scale, rows + bucket[at * H + h] * width + column);
+              }
             }
+            sum.store_once(static_cast<T*>(a.out) + (n + at) * a.D + begin + column);
           }
-          sum.store_once(out + column);
         }
       }
       __syncthreads();
@@ -656,15 +675,12 @@ __global__ void __launch_bounds__(kThreads, kLaneBlocks<T, V>)
       for (int k = 0; k < 2; ++k) {
         const int64_t from = __shfl_sync(kFullMask, item, k * kLaneHashes, lanes);
         active[k] = from >= 0;
-        base[k] = zero_pack<V, T>();
-        if (a.base && active[k] && mine)
-          base[k] = load_pack<V>(static_cast<const T*>(a.base) + from * a.D + column);
+        base[k] = base_at<V, T>(a, mine ? from : -1, column);
 #pragma unroll
         for (int h = 0; h < kLaneHashes; ++h) {
           const uint32_t row = __shfl_sync(kFullMask, bucket, k * kLaneHashes + h, lanes);
-          pack[4 * k + h] = zero_pack<V, T>();
-          if (active[k] && mine && h < H)
-            pack[4 * k + h] = load_pack<V>(table + int64_t(row) * a.D);
+          pack[4 * k + h] =
+              load_global_if<V>(table + int64_t(row) * a.D, active[k] && mine && h < H);
         }
       }
       A of[8], all[8];
@@ -1149,13 +1165,12 @@ __global__ void __launch_bounds__(kThreads, kLaneBlocks<T, V>)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           active[k] = p + k < P && bucket[(p + k) * H] >= 0;
-          g[k] = zero_pack<V, T>();
-          if (active[k] && mine) g[k] = load_pack<V>(grad + (p + k) * D + column);
+          g[k] = load_global_if<V>(grad + (p + k) * D + column, active[k] && mine);
 #pragma unroll
           for (int h = 0; h < kLaneHashes; ++h) {
-            pack[4 * k + h] = zero_pack<V, T>();
-            if (active[k] && mine && h < H)
-              pack[4 * k + h] = load_pack<V>(rows + int64_t(bucket[(p + k) * H + h]) * D + column);
+            const bool there = active[k] && h < H;
+            const int row = there ? bucket[(p + k) * H + h] : 0;
+            pack[4 * k + h] = load_global_if<V>(rows + int64_t(row) * D + column, there && mine);
           }
         }
         A sums[8], products[8], means[8], slopes[8];
