@@ -213,6 +213,11 @@ struct Sum {
 #pragma unroll
     for (int v = 0; v < V; ++v) at[v] = to_acc(pack.at[v]);
   }
+  template <typename T>
+  FEDPEFT_DEVICE void set(const Pack<T, V>& pack) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) at[v] = to_acc(pack.at[v]);
+  }
   FEDPEFT_DEVICE void add(const Sum& other) {
 #pragma unroll
     for (int v = 0; v < V; ++v) at[v] += other.at[v];

@@ -5,6 +5,7 @@
 // through phases that all of its threads share, or a group a position. Backward without SENet is a
 // scatter.
 #include "common/hash.h"
+#include "common/lane_rows.cuh"
 #include "common/logistic.cuh"
 #include "common/position_sum.cuh"
 #include "common/scatter.cuh"
@@ -264,7 +265,7 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 3)
     forward_plain(HashLookupArgs a, int64_t total, Modulus modulus, int lanes) {
   using A = acc_t<T>;
-  constexpr int kBatch = V > 4 ? 2 : 4;
+  constexpr int kBatch = kLanePositions<V>;
   const int groups = kThreads / lanes;
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
   const int64_t table = a.per_client ? a.M * a.D : 0;
@@ -293,39 +294,8 @@ __global__ void __launch_bounds__(kThreads, 3)
         row = client * table + bucket_of(a.hashes, modulus, item, h_mine) * a.D;
       }
     }
-    for (int64_t column = lane * V; column - lane * V < a.D; column += lanes * V) {
-      const bool mine = column < a.D;
-      Sum<A, V> sum[kBatch];
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        sum[k].clear();
-        if (base) {
-          const int64_t from = __shfl_sync(kFullMask, item, k * H, lanes);
-          if (mine && from >= 0) sum[k].set(base + from * a.D + column);
-        }
-      }
-#pragma unroll 1
-      for (int h = 0; h < H; ++h) {
-        int64_t from[kBatch];
-        Pack<T, V> pack[kBatch];
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
-          from[k] = __shfl_sync(kFullMask, row, k * H + h, lanes);
-          if (mine && from[k] >= 0) pack[k] = load_pack<V>(tables + from[k] + column);
-        }
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
-          if (!mine || from[k] < 0) continue;
-#pragma unroll
-          for (int i = 0; i < V; ++i) sum[k].at[i] += weight * to_acc(pack[k].at[i]);
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        if (mine && n + k < total)
-          sum[k].store_once(static_cast<T*>(a.out) + (n + k) * a.D + column);
-      }
-    }
+    sum_lane_rows<V>(tables, base, static_cast<T*>(a.out), n, total, a.D, H, weight, item, row,
+                     lane, lanes);
   }
 }
 
@@ -1332,7 +1302,7 @@ void launch_plain(const HashLookupArgs& a, int64_t clients, Stream stream) {
     return;
   }
   const int lanes = lanes_for(a.D / V);
-  const int64_t total = clients * a.positions, groups = kThreads / lanes * (V > 4 ? 2 : 4);
+  const int64_t total = clients * a.positions, groups = kThreads / lanes * kLanePositions<V>;
   launch(forward_plain<T, V>, (total + groups - 1) / groups, kThreads, 0, stream, a, total,
          Modulus(a.M), lanes);
 }

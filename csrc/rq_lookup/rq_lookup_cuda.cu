@@ -2,6 +2,7 @@
 // bytes of columns a lane; codebooks from shared memory where a block serves one client, or all
 // clients share codebooks larger than L1, with positions enough to pay for the copy, else through
 // the caches. Backward: a scatter (common/scatter.cuh).
+#include "common/lane_rows.cuh"
 #include "common/scatter.cuh"
 #include "common/streaming.cuh"
 #include "rq_lookup/rq_lookup_cuda.h"
@@ -128,6 +129,31 @@ __global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
   });
 }
 
+// Where the lanes of a group find the rows of several positions at once.
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads, 3)
+    forward_lanes(RqLookupArgs a, int64_t total, int lanes) {
+  constexpr int N = kLanePositions<V>;
+  const int groups = kThreads / lanes, L = int(a.L);
+  const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
+  const int own = lane / L, level = lane - own * L;
+  const int64_t table = a.per_client ? a.L * a.K * a.D : 0;
+  for (int64_t first = int64_t(blockIdx.x) * groups * N; first < total;
+       first += int64_t(gridDim.x) * groups * N) {
+    const int64_t n = first + group * N;
+    int64_t item = -1, row = -1;  // of the lane's own position and level
+    if (own < N && n + own < total) {
+      item = item_at(a, n + own);
+      if (item >= 0) {
+        const int64_t client = table == 0 ? 0 : divide(n + own, a.positions);
+        row = client * table + (level * a.K + code_at(a, item, level)) * a.D;
+      }
+    }
+    sum_lane_rows<V>(static_cast<const T*>(a.codebooks), static_cast<const T*>(a.base),
+                     static_cast<T*>(a.out), n, total, a.D, L, acc_t<T>(1), item, row, lane, lanes);
+  }
+}
+
 // One block a client, its codebooks in shared memory.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
@@ -248,6 +274,11 @@ void rq_lookup(const RqLookupArgs& a, DType dtype, int64_t clients, Stream strea
                    a.L * a.K * slice * int64_t(sizeof(T)), stream, a, total, int(slice), int(used));
           } else if (staged) {
             launch(forward_staged<T, V>, clients, kThreads, bytes, stream, a, clients);
+          } else if (const int lanes = lanes_for(a.D / V);
+                     a.L > 0 && kLanePositions<V> * a.L <= lanes) {
+            const int64_t rows = kThreads / lanes * kLanePositions<V>;
+            launch(forward_lanes<T, V>, (total + rows - 1) / rows, kThreads, 0, stream, a, total,
+                   lanes);
           } else {
             launch_row_batches<kAtOnce<T, V>>(forward<T, V>, total, a.D / V, stream, a, total);
           }
