@@ -115,7 +115,7 @@ FEDPEFT_DEVICE Pack<T, V> zero_pack() {
 }
 
 // The elements at p in global memory where they are `there`, else zeros. Loads of several calls are
-// under way together: an `if` around load_pack makes the compiler wait for each.
+// under way together: with an `if` around load_pack the compiler may wait for each.
 template <int V, typename T>
 FEDPEFT_DEVICE Pack<T, V> load_global_if(const T* p, bool there) {
 #if defined(__CUDACC__)

@@ -520,53 +520,19 @@ template <int V>
 bool suits_lanes(const HashLookupArgs& a) {
   const int lanes = lanes_for(a.D / V);
   return a.H <= kLaneHashes && lanes >= 2 * kLaneHashes && a.D <= lanes * V &&
-         a.S <= kLaneSlots * lanes && a.M <= int64_t{UINT32_MAX};
+         a.S <= kLaneSlots * lanes;
 }
 
 // SENet of two positions by a group of at least eight lanes. Of eight values for (position k, hash
-// h) lane i has that of k = i / 4 % 2 and h = i % 4, or each lane has all, at [4 k + h]. Weights
-// are in shared memory, as accumulators; those of hashes that are not there are zero.
+// h) lane i has that of k = i / 4 % 2 and h = i % 4, or each lane has all, at [4 k + h].
 template <typename T>
 struct LaneNet {
   using A = acc_t<T>;
-  A *w1, *w2, *b1, *b2;  // [S, kLaneHashes] (w2 transposed), [S], [kLaneHashes]
-  int S, lane, lanes;
+  const BlockNet<T>& net;
+  int lane, lanes;
   A hidden[kLaneSlots][2];
 
-  static int64_t size(int64_t S) { return (2 * kLaneHashes + 1) * S + kLaneHashes; }
-
-  FEDPEFT_DEVICE LaneNet(const HashLookupArgs& a, void* to, int own, int of)
-      : w1(static_cast<A*>(to)),
-        w2(w1 + kLaneHashes * a.S),
-        b1(w2 + kLaneHashes * a.S),
-        b2(b1 + a.S),
-        S(int(a.S)),
-        lane(own),
-        lanes(of) {}
-
-  FEDPEFT_DEVICE void load(const HashLookupArgs& a, int64_t client) {
-    const int64_t c = a.per_client ? client : 0;
-    const int H = int(a.H);
-    for (int i = int(threadIdx.x); i < kLaneHashes * S; i += int(blockDim.x)) {
-      const int s = i / kLaneHashes, h = i % kLaneHashes;
-      w1[i] = h < H ? to_acc(static_cast<const T*>(a.w1)[(c * S + s) * H + h]) : A(0);
-      w2[i] = h < H ? to_acc(static_cast<const T*>(a.w2)[(c * H + h) * S + s]) : A(0);
-    }
-    for (int s = int(threadIdx.x); s < S; s += int(blockDim.x))
-      b1[s] = to_acc(static_cast<const T*>(a.b1)[c * S + s]);
-    for (int h = int(threadIdx.x); h < kLaneHashes; h += int(blockDim.x))
-      b2[h] = h < H ? to_acc(static_cast<const T*>(a.b2)[c * H + h]) : A(0);
-  }
-
-  FEDPEFT_DEVICE void weights(const A* of, int s, A (&to)[kLaneHashes]) const {
-    constexpr int kWidth = kWide<A>;
-#pragma unroll
-    for (int h = 0; h < kLaneHashes; h += kWidth) {
-      const Pack<A, kWidth> pack = load_pack<kWidth>(of + s * kLaneHashes + h);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) to[h + i] = pack.at[i];
-    }
-  }
+  FEDPEFT_DEVICE LaneNet(const BlockNet<T>& n, int own, int of) : net(n), lane(own), lanes(of) {}
 
   FEDPEFT_DEVICE void spread(A mine, A (&all)[8]) const {
 #pragma unroll
@@ -580,22 +546,28 @@ struct LaneNet {
     for (int slot = 0; slot < kLaneSlots; ++slot) {
       const int s = lane + slot * lanes;
       hidden[slot][0] = hidden[slot][1] = A(0);
-      if (s >= S) continue;
-      A of1[kLaneHashes], of2[kLaneHashes];
-      weights(w1, s, of1);
-      weights(w2, s, of2);
-      const A start = b1[s];
+      if (s >= net.S) continue;
+      A sum[2] = {net.b1[s], net.b1[s]};
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        A sum = start;
+      for (int h = 0; h < kLaneHashes; ++h) {
+        if (h >= net.H) break;
+        const A w = net.w1[s * net.row1 + h];
 #pragma unroll
-        for (int h = 0; h < kLaneHashes; ++h) sum += of1[h] * means[4 * k + h];
-        hidden[slot][k] = active[k] && sum > A(0) ? sum : A(0);
+        for (int k = 0; k < 2; ++k) sum[k] += w * means[4 * k + h];
+      }
 #pragma unroll
-        for (int h = 0; h < kLaneHashes; ++h) part[4 * k + h] += of2[h] * hidden[slot][k];
+      for (int k = 0; k < 2; ++k) hidden[slot][k] = active[k] && sum[k] > A(0) ? sum[k] : A(0);
+#pragma unroll
+      for (int h = 0; h < kLaneHashes; ++h) {
+        if (h >= net.H) break;
+        const A w = net.w2[h * net.row2 + s];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) part[4 * k + h] += w * hidden[slot][k];
       }
     }
-    return sigmoid(b2[lane % kLaneHashes] + sums_of_eight(part, lane, lanes));
+    const A sum = sums_of_eight(part, lane, lanes);
+    const int h = lane % kLaneHashes;
+    return h < net.H ? sigmoid(net.b2[h] + sum) : A(0);
   }
 };
 
@@ -617,13 +589,12 @@ __global__ void __launch_bounds__(kThreads, kLaneBlocks<T, V>)
   const bool mine = column < a.D;
   const Hash hash(a.hashes, own_h < H ? own_h : 0);
   const int64_t spans = (a.positions + span - 1) / span, tasks = clients * spans;
-  const A per_column = A(1) / A(a.D);
-  LaneNet<T> net(a, shared, lane, lanes);
+  BlockNet<T> net(a, shared);
+  LaneNet<T> own(net, lane, lanes);
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t client = divide(task, spans), begin = (task - client * spans) * span;
     const int64_t end = begin + span < a.positions ? begin + span : a.positions;
-    const T* table =
-        static_cast<const T*>(a.table) + (a.per_client ? client * a.M * a.D : 0) + column;
+    const T* table = static_cast<const T*>(a.table) + (a.per_client ? client * a.M * a.D : 0);
     __syncthreads();  // the readers of the task before
     net.load(a, client);
     __syncthreads();
@@ -637,44 +608,45 @@ __global__ void __launch_bounds__(kThreads, kLaneBlocks<T, V>)
     for (int64_t turn = begin; turn < end; turn += 2 * groups) {
       const int64_t p = turn + 2 * group, n = client * a.positions + p, item = next;
       next = item_of(p + 2 * groups);
-      const uint32_t bucket =
-          item >= 0 ? uint32_t(modulus(hash_of(hash.a, hash.b, uint64_t(item)))) : 0u;
-      Pack<T, V> pack[8], base[2];
+      const int64_t row =
+          item >= 0 ? modulus(hash_of(hash.a, hash.b, uint64_t(item))) * a.D : int64_t{-1};
+      int64_t items[2];
       bool active[2];
+      Sum<A, V> sum[2];
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const int64_t from = __shfl_sync(kFullMask, item, k * kLaneHashes, lanes);
-        active[k] = from >= 0;
-        base[k] = base_at<V, T>(a, mine ? from : -1, column);
-#pragma unroll
-        for (int h = 0; h < kLaneHashes; ++h) {
-          const uint32_t row = __shfl_sync(kFullMask, bucket, k * kLaneHashes + h, lanes);
-          pack[4 * k + h] =
-              load_global_if<V>(table + int64_t(row) * a.D, active[k] && mine && h < H);
-        }
+        items[k] = __shfl_sync(kFullMask, item, k * kLaneHashes, lanes);
+        active[k] = items[k] >= 0;
+        sum[k].clear();
+        if (a.base && active[k] && mine)
+          sum[k].set(static_cast<const T*>(a.base) + items[k] * a.D + column);
       }
+      Pack<T, V> pack[8];
       A of[8], all[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int64_t from = __shfl_sync(kFullMask, row, i, lanes);
+        pack[i] = zero_pack<V, T>();
+        if (from >= 0 && mine) pack[i] = load_pack<V>(table + from + column);
+      }
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         of[i] = A(0);
 #pragma unroll
         for (int v = 0; v < V; ++v) of[i] += to_acc(pack[i].at[v]);
       }
-      net.spread(sums_of_eight(of, lane, lanes) * per_column, all);
-      const A gate = net.gate(all, active);
-      net.spread(gate, all);
+      own.spread(sums_of_eight(of, lane, lanes) / A(a.D), all);
+      const A gate = own.gate(all, active);
+      own.spread(gate, all);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[i / 4].at[v] += all[i] * to_acc(pack[i].at[v]);
+      }
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        Sum<A, V> sum;
-        sum.clear();
-        sum.add(base[k]);
-#pragma unroll
-        for (int h = 0; h < kLaneHashes; ++h) {
-#pragma unroll
-          for (int v = 0; v < V; ++v) sum.at[v] += all[4 * k + h] * to_acc(pack[4 * k + h].at[v]);
-        }
-        if (!active[k]) sum.clear();
-        if (mine && p + k < end) sum.store_once(static_cast<T*>(a.out) + (n + k) * a.D + column);
+        if (!active[k]) sum[k].clear();
+        if (mine && p + k < end) sum[k].store_once(static_cast<T*>(a.out) + (n + k) * a.D + column);
       }
     }
   }
@@ -1106,14 +1078,14 @@ __global__ void __launch_bounds__(kThreads, kLaneBlocks<T, V>)
   int* head = reinterpret_cast<int*>(shared + plan.head);
   int* next = reinterpret_cast<int*>(shared + plan.next);
   int* bucket = reinterpret_cast<int*>(shared + plan.bucket);
-  const int H = int(a.H), S = int(a.S), M = int(a.M), D = int(a.D), P = int(a.positions);
+  BlockNet<T> net(a, shared + plan.net);
+  const int H = net.H, S = net.S, M = int(a.M), D = int(a.D), P = int(a.positions);
   const int outputs = 2 * S * H + S + H;
   const int thread = int(threadIdx.x), lanes = plan.lanes, lane = thread % lanes;
   const int groups = (kThreads - kWarp) / lanes, group = (thread - kWarp) / lanes;
   const int own_h = lane % kLaneHashes, own_k = lane / kLaneHashes, column = lane * V;
   const bool mine = column < D;
-  const A per_column = A(1) / A(D);
-  LaneNet<T> net(a, shared + plan.net, lane, lanes);
+  LaneNet<T> own(net, lane, lanes);
 
   for (int64_t client = blockIdx.x; client < clients; client += gridDim.x) {
     const T* rows = static_cast<const T*>(a.table) + client * a.M * a.D;
@@ -1135,12 +1107,13 @@ __global__ void __launch_bounds__(kThreads, kLaneBlocks<T, V>)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           active[k] = p + k < P && bucket[(p + k) * H] >= 0;
-          g[k] = load_global_if<V>(grad + (p + k) * D + column, active[k] && mine);
+          g[k] = zero_pack<V, T>();
+          if (active[k] && mine) g[k] = load_pack<V>(grad + (p + k) * D + column);
 #pragma unroll
           for (int h = 0; h < kLaneHashes; ++h) {
-            const bool there = active[k] && h < H;
-            const int row = there ? bucket[(p + k) * H + h] : 0;
-            pack[4 * k + h] = load_global_if<V>(rows + int64_t(row) * D + column, there && mine);
+            pack[4 * k + h] = zero_pack<V, T>();
+            if (active[k] && mine && h < H)
+              pack[4 * k + h] = load_pack<V>(rows + int64_t(bucket[(p + k) * H + h]) * D + column);
           }
         }
         A sums[8], products[8], means[8], slopes[8];
@@ -1159,39 +1132,46 @@ __global__ void __launch_bounds__(kThreads, kLaneBlocks<T, V>)
           for (int k = 0; k < 2; ++k)
             if (active[k]) store_pack<V>(staged + (p + k) * D + column, g[k]);
         }
-        net.spread(sums_of_eight(sums, lane, lanes) * per_column, means);
-        const A gate = net.gate(means, active);
+        own.spread(sums_of_eight(sums, lane, lanes) / A(D), means);
+        const A gate = own.gate(means, active);
         const A product = sums_of_eight(products, lane, lanes);
         // The gradient before the sigmoid; zero at padding, of whose rows the products are.
         const A slope = product * gate * (A(1) - gate);
-        net.spread(slope, slopes);
+        own.spread(slope, slopes);
         if (own_k < 2) grad_b2 += slope;
         A part[8] = {};
 #pragma unroll
         for (int slot = 0; slot < kLaneSlots; ++slot) {
           const int s = lane + slot * lanes;
           if (s >= S) continue;
-          A of1[kLaneHashes], of2[kLaneHashes];
-          net.weights(net.w1, s, of1);
-          net.weights(net.w2, s, of2);
+          A before[2] = {};  // the ReLU
+#pragma unroll
+          for (int h = 0; h < kLaneHashes; ++h) {
+            if (h >= H) break;
+            const A w = net.w2[h * net.row2 + s];
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              before[k] += slopes[4 * k + h] * w;
+              grad_w2[slot][h] += slopes[4 * k + h] * own.hidden[slot][k];
+            }
+          }
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
-            A before = 0;  // the ReLU
+            if (!(own.hidden[slot][k] > A(0))) before[k] = A(0);
+            grad_b1[slot] += before[k];
+          }
 #pragma unroll
-            for (int h = 0; h < kLaneHashes; ++h) {
-              before += slopes[4 * k + h] * of2[h];
-              grad_w2[slot][h] += slopes[4 * k + h] * net.hidden[slot][k];
-            }
-            if (!(net.hidden[slot][k] > A(0))) before = A(0);
-            grad_b1[slot] += before;
+          for (int h = 0; h < kLaneHashes; ++h) {
+            if (h >= H) break;
+            const A w = net.w1[s * net.row1 + h];
 #pragma unroll
-            for (int h = 0; h < kLaneHashes; ++h) {
-              part[4 * k + h] += before * of1[h];
-              grad_w1[slot][h] += before * means[4 * k + h];
+            for (int k = 0; k < 2; ++k) {
+              part[4 * k + h] += before[k] * w;
+              grad_w1[slot][h] += before[k] * means[4 * k + h];
             }
           }
         }
-        const A shift = sums_of_eight(part, lane, lanes) * per_column;
+        const A shift = sums_of_eight(part, lane, lanes) / A(D);
         if (own_k < 2 && own_h < H && p + own_k < P)
           coefficients[(p + own_k) * H + own_h] = {gate, shift};
       }
@@ -1316,7 +1296,7 @@ void launch_gated(const HashLookupArgs& a, int64_t clients, void* memory, Stream
     const int64_t even = (clients * a.positions + blocks - 1) / blocks;
     const int64_t span = even > 4 * turn ? (even + turn - 1) / turn * turn : 4 * turn;
     launch(forward_lanes<T, V>, clients * ((a.positions + span - 1) / span), kThreads,
-           LaneNet<T>::size(a.S) * int64_t(sizeof(acc_t<T>)), stream, a, clients, span,
+           BlockNet<T>::size(a.H, a.S) * int64_t(sizeof(acc_t<T>)), stream, a, clients, span,
            Modulus(a.M));
     return;
   }
@@ -1379,7 +1359,7 @@ bool plan_lanes(const HashLookupArgs& a, WholePlan* plan) {
   plan->lanes = lanes_for(a.D / V);
   Carve carve;
   plan->coefficients = carve.take<A>(2 * entries);
-  plan->net = carve.take<A>(LaneNet<T>::size(a.S));
+  plan->net = carve.take<A>(BlockNet<T>::size(a.H, a.S));
   plan->partial = carve.take<A>((kThreads - kWarp) / plan->lanes * a.senet_size());
   plan->head = carve.take<int>(a.M);
   plan->next = carve.take<int>(entries);
