@@ -912,7 +912,7 @@ __global__ void __launch_bounds__(256, 3)
 // others take the means of the rows that positions read and their products with the gradient; then
 // the SENet, forward and backward; then each row's sum.
 template <typename T, int V>
-__global__ void __launch_bounds__(384, 2)
+__global__ void __launch_bounds__(384, FEDPEFT_TWO_OR_THREE - 1)
     backward_whole(HashLookupArgs a, int64_t clients, Modulus modulus, WholePlan plan, T* out,
                    SENetOutputs<T> weights) {
   using A = acc_t<T>;
