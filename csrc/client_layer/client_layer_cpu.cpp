@@ -37,28 +37,33 @@ FEDPEFT_INLINE void store_up_to(A* p, vec_t<A> v, int64_t n) {
   }
 }
 
-// [depth, columns] into panels [columns / kPanel][depth][kPanel], zeros behind the last column.
+// [depth, columns] into panels [columns / kPanel][depth][kPanel], zeros behind the last column. Along
+// what is contiguous, which may have to come from memory.
 template <typename A, typename T>
 FEDPEFT_INLINE void pack_panels(A* out, const T* from, int64_t depth, int64_t columns,
                                 int64_t depth_stride, int64_t column_stride) {
-  for (int64_t first = 0; first < columns; first += kPanel<A>) {
-    const int64_t count = columns - first < kPanel<A> ? columns - first : kPanel<A>;
-    if (column_stride == 1) {
-      for (int64_t k = 0; k < depth; ++k) {
-        const T* row = from + k * depth_stride + first;
-        for (int64_t j = 0; j < count; ++j) out[k * kPanel<A> + j] = to_acc(row[j]);
+  const int64_t whole = columns / kPanel<A> * kPanel<A>, panel = depth * kPanel<A>;
+  if (column_stride == 1) {
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* const row = from + k * depth_stride;
+      A* to = out + k * kPanel<A>;
+      for (int64_t first = 0; first < whole; first += kPanel<A>, to += panel) {
+        for (int64_t j = 0; j < kPanel<A>; j += kLanes<A>) store(to + j, load(row + first + j));
       }
-    } else {  // along the columns, which are the contiguous ones
-      for (int64_t j = 0; j < count; ++j) {
-        const T* column = from + (first + j) * column_stride;
-        for (int64_t k = 0; k < depth; ++k)
-          out[k * kPanel<A> + j] = to_acc(column[k * depth_stride]);
-      }
+      if (whole == columns) continue;
+      for (int64_t j = 0; j < kPanel<A>; ++j)
+        to[j] = j < columns - whole ? to_acc(row[whole + j]) : A(0);
     }
-    for (int64_t j = count; j < kPanel<A>; ++j) {
-      for (int64_t k = 0; k < depth; ++k) out[k * kPanel<A> + j] = A(0);
-    }
-    out += depth * kPanel<A>;
+    return;
+  }
+  for (int64_t column = 0; column < columns; ++column) {
+    const T* const in = from + column * column_stride;
+    A* const to = out + column / kPanel<A> * panel + column % kPanel<A>;
+    for (int64_t k = 0; k < depth; ++k) to[k * kPanel<A>] = to_acc(in[k * depth_stride]);
+  }
+  A* const last = out + whole * depth;
+  for (int64_t j = columns - whole; whole < columns && j < kPanel<A>; ++j) {
+    for (int64_t k = 0; k < depth; ++k) last[k * kPanel<A> + j] = A(0);
   }
 }
 
