@@ -63,7 +63,9 @@ std::vector<int64_t> largest_first(const std::vector<int64_t>& sizes) {
 const void* data_of(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
 
 // Trains the clients of the call in `order`, each as one task taken by whichever of `threads` is
-// free. `train(thread, c, scratch)`: trains client c with memory of the thread's own.
+// free. A thread draws for its next client before it trains the present one, which then asks for
+// the next one's rows on the way. `train(thread, c, draws, ahead, scratch)`: as the kernel, with
+// memory of the thread's own.
 template <typename Train>
 [[maybe_unused]] void train_on_cpu(const LocalTrainArgs& a, const std::vector<int64_t>& sizes,
                                    const std::vector<int64_t>& order, int64_t threads, DType dtype,
@@ -71,16 +73,34 @@ template <typename Train>
   const LocalTrainKernels& kernels = select_local_train_kernels();
   const int64_t C = int64_t(order.size());
   // Not always the most for the most items: the maps of rows change their kind.
-  int64_t bytes = 0, known = -1;
+  int64_t bytes = 0, draws_bytes = 0, known = -1;
   for (const int64_t c : order) {
     const int64_t n = sizes[size_t(c)];
-    if (n != known) bytes = std::max(bytes, kernels.scratch[int(dtype)](a, known = n));
+    if (n == known) continue;
+    bytes = std::max(bytes, kernels.scratch[int(dtype)](a, known = n));
+    draws_bytes = std::max(draws_bytes, kernels.draws_room(a, n));
   }
-  Tensor room = torch::stable::new_empty(like, {threads, bytes}, ScalarType::Byte);
+  const int64_t room_bytes = bytes + 2 * draws_bytes;
+  Tensor room = torch::stable::new_empty(like, {threads, room_bytes}, ScalarType::Byte);
   char* memory = static_cast<char*>(room.mutable_data_ptr());
   std::atomic<int64_t> next{0};
   parallel_tasks(threads, [&](int64_t t) {
-    for (int64_t i = next++; i < C; i = next++) train(t, order[size_t(i)], memory + t * bytes);
+    char *const scratch = memory + t * room_bytes, *draws = scratch + bytes,
+                *ahead_draws = draws + draws_bytes;
+    bool drawn = false;
+    for (int64_t i = next++; i < C;) {
+      const int64_t c = order[size_t(i)];
+      if (!drawn) kernels.draw(a, c, draws);
+      // The last clients are left to whoever is free first.
+      drawn = threads == 1 || i + 2 * threads < C;
+      i = drawn ? next++ : C;
+      drawn = i < C;
+      if (drawn) kernels.draw(a, order[size_t(i)], ahead_draws);
+      if (i + threads < C) kernels.ask(a, order[size_t(i + threads)]);
+      train(t, c, draws, drawn ? ahead_draws : nullptr, scratch);
+      if (!drawn) i = next++;
+      std::swap(draws, ahead_draws);
+    }
   });
 }
 
@@ -394,7 +414,9 @@ local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
         const auto train = select_local_train_kernels().train[int(call.dtype)];
         train_on_cpu(
             a, call.sizes, largest_first(call.sizes), threads_for(C), call.dtype, user,
-            [&](int64_t, int64_t c, char* scratch) { train(a, c, scratch, nullptr, 0.0); });
+            [&](int64_t, int64_t c, const void* drawn, const void* ahead, void* scratch) {
+              train(a, c, drawn, ahead, scratch, nullptr, 0.0);
+            });
         raise_errors(a);
       },
       [&](auto stream) { train_on_gpu(a, call.sizes, call.dtype, user, stream); });
@@ -543,6 +565,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(
 
   // Sums that are rounded have an order, that of the clients, and so one thread.
   const int64_t threads = grid > 0 ? threads_for(C) : std::min<int64_t>(C, 1);
+  sums.alone = threads <= 1;
   std::vector<int64_t> order;
   if (grid > 0) {
     order = largest_first(call.sizes);
@@ -558,7 +581,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(
   std::vector<int64_t> counts(static_cast<size_t>(threads), 0);
   const auto train = select_local_train_kernels().train[int(call.dtype)];
   train_on_cpu(a, call.sizes, order, threads, call.dtype, user,
-               [&](int64_t t, int64_t c, char* scratch) {
+               [&](int64_t t, int64_t c, const void* drawn, const void* ahead, void* scratch) {
                  LocalSums& mine = shared.of(t);
                  int64_t& count = counts[size_t(t)];
                  std::vector<int64_t>& rows = fresh[size_t(t)];
@@ -567,7 +590,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(
                    if (int64_t(rows.size()) < count + most) rows.resize(size_t(2 * count + most));
                    mine.fresh = rows.data() + count;
                  }
-                 train(a, c, scratch, &mine, weight_of[c]);
+                 train(a, c, drawn, ahead, scratch, &mine, weight_of[c]);
                  if (mine.touched) count = mine.fresh - rows.data();
                });
   const uint32_t any = shared.gather();

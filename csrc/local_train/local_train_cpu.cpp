@@ -8,92 +8,61 @@
 namespace fedpeft::FEDPEFT_ISA {
 namespace {
 
-template <typename T>
-class Trainer {
- public:
-  Trainer(const LocalTrainArgs& args, int64_t n, void* scratch) : a(args), size(n), arena(scratch) {
-    const int64_t draws = n * (1 + a.epochs), batch = 2 * n;
-    items = arena.take<int64_t>(draws + kDrawBatch);
-    gaps = arena.take<int64_t>(n);
-    batch_draws = arena.take<int32_t>(batch);
-    scores = arena.take<T>(batch);
-    coefficients = arena.take<T>(batch);
-    difference = arena.take<T>(2 * n);
-    if (a.batch > 0) {
-      order = arena.take<int32_t>(n);
-      spare = arena.take<int32_t>(n);
-      keys = arena.take<uint64_t>(n);
+// Calls f with the elements of an index array.
+template <typename F>
+FEDPEFT_INLINE auto with_type(const IndexArray& index, const F& f) {
+  switch (index.bytes) {
+    case 8:
+      return f(static_cast<const int64_t*>(index.data));
+    case 4:
+      return f(static_cast<const int32_t*>(index.data));
+    case 2:
+      return f(static_cast<const int16_t*>(index.data));
+    default:
+      return f(static_cast<const uint8_t*>(index.data));
+  }
+}
+
+FEDPEFT_INLINE int64_t items_of(const LocalTrainArgs& a, int64_t c) {
+  const int64_t client = a.clients[c];
+  return a.indptr[client + 1] - a.indptr[client];
+}
+
+// What a client trains on, which may be made while another client trains: its items, and the
+// negatives of all its epochs.
+struct Draws {
+  int64_t client, first, size, count;
+  bool usable;     // nothing was reported
+  int64_t* items;  // [count]: the positives, then each epoch's negatives
+  int64_t* gaps;   // [size]: each positive less the positives before it
+
+  // Lays it out for a client of n items, and returns the bytes that it takes.
+  static int64_t lay_out(const LocalTrainArgs& a, int64_t n, void* room, Draws** draws) {
+    Arena arena(room);
+    Draws* const at = arena.take<Draws>(1);
+    const int64_t count = n * (1 + a.epochs);
+    int64_t *const items = arena.take<int64_t>(count + kDrawBatch),
+                  *const gaps = arena.take<int64_t>(n);
+    if (draws) {
+      *at = {0, 0, n, count, false, items, gaps};
+      *draws = at;
     }
-    user.lay_out(arena, a, a.user, 1, a.D, false);
-    if (a.graph) {
-      T** const vectors[] = {&base_sum, &graph_user, &score_grad, &neighbour_grad};
-      for (T** vector : vectors) *vector = arena.take<T>(user.stride);
-    }
-    if (a.table) table.lay_out(arena, a, a.table, a.num_items, a.D, 1, draws, a.graph, false);
-    if (a.A) lora.lay_out(arena, a, draws);
-    if (a.codebooks)
-      codewords.lay_out(arena, a, a.codebooks, a.L * a.K, a.D, a.L, draws, a.graph, true);
-    if (a.buckets && a.w1) senet.lay_out(arena, a, draws, batch);
-    if (a.buckets && !a.w1) {
-      hashed.lay_out(arena, a, a.buckets, a.M, a.D, a.H, draws, a.graph, true);
-      hashed.scale = a.mean ? T(1) / T(a.H) : T(1);
-    }
+    return arena.used();
   }
 
-  int64_t scratch() const { return arena.used(); }
-
-  void train(int64_t c, LocalSums* sums, double weight) {
+  void make(const LocalTrainArgs& a, int64_t c) {
     client = a.clients[c];
     first = a.indptr[client];
-    if (sums) add_to(*sums, weight);
-    if (!start()) return;
-    double loss = 0;
-    const int64_t most = a.batch > 0 ? a.batch : size;
-    const int64_t all = size ? a.epochs * ((size + most - 1) / most) : 0;
-    int64_t steps = 0;
-    for (int64_t epoch = 0; epoch < a.epochs; ++epoch) {
-      if (!draw_negatives(epoch)) return;
-      if (a.batch > 0) shuffle(epoch);
-      for (int64_t at = 0; at < size; at += most) {
-        const int64_t count = size - at < most ? size - at : most;
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t positive = order ? order[at + i] : at + i;
-          batch_draws[2 * i] = int32_t(positive);
-          batch_draws[2 * i + 1] = int32_t((1 + epoch) * size + positive);
-        }
-        loss += take_step(Batch{batch_draws, 2 * count}, LocalStep<T>(a, ++steps, all));
-      }
-    }
-    a.losses[c] = steps ? loss / double(steps) : 0.0;
-    copy_row(static_cast<T*>(a.new_user) + c * a.D, user.p, a.D);
-    if (sums) {
-      add_up(*sums);
-    } else {
-      write(c);
-    }
+    usable = take_items(a);
+    if (!usable) return;
+    with_type(a.positives, [&](const auto* given) {
+      for (int64_t i = 0; i < size; ++i) gaps[i] = int64_t(given[first + i]) - i;
+    });
+    for (int64_t epoch = 0; epoch < a.epochs; ++epoch) draw_negatives(a, epoch);
   }
 
  private:
-  const LocalTrainArgs& a;
-  const int64_t size;
-  Arena arena;
-  int64_t client = 0, first = 0;
-  int64_t* items;        // [draws]: the positives, then each epoch's negatives
-  int64_t* gaps;         // [n]: each positive less the positives before it
-  int32_t* batch_draws;  // positives and negatives alternating, so that what cancels in a pair
-                         // cancels exactly
-  T *scores, *coefficients, *difference;
-  int32_t *order = nullptr, *spare = nullptr;
-  uint64_t* keys = nullptr;
-  // Of the graph: the sum of the own items' frozen vectors, the user vector that scores, its
-  // gradient, and that of an own item's vector through it.
-  T *base_sum = nullptr, *graph_user = nullptr, *score_grad = nullptr, *neighbour_grad = nullptr;
-  DensePart<T> user;
-  RowsPart<T> table, codewords, hashed;
-  LoraPart<T> lora;
-  SenetPart<T> senet;
-
-  bool start() {
+  bool take_items(const LocalTrainArgs& a) {
     const bool known = with_type(a.items, [&](const auto* given) {
       bool ok = true;
       for (int64_t i = 0; i < size; ++i) {
@@ -121,20 +90,135 @@ class Trainer {
       return ok;
     });
     if (!known || !ascending) return false;
-    with_type(a.positives, [&](const auto* given) {
-      for (int64_t i = 0; i < size; ++i) gaps[i] = int64_t(given[first + i]) - i;
-    });
-    if (size >= a.num_items) {
-      a.no_negative->report(client);
-      return false;
+    if (size >= a.num_items) a.no_negative->report(client);
+    return size < a.num_items;
+  }
+
+  // Draws of an epoch, as sample_negatives makes them.
+  void draw_negatives(const LocalTrainArgs& a, int64_t epoch) {
+    const uint64_t choices = uint64_t(a.num_items - size);
+    const uint32_t stream = philox_stream(Purpose::negatives, 0, uint32_t(epoch));
+    for (int64_t p = 0; p < size; p += kDrawBatch) {
+      uint64_t random[kDrawBatch], unused[kDrawBatch];
+      philox_batch(uint64_t(p), uint32_t(client), a.round, stream, a.seed, random, unused);
+      int64_t rank[kDrawBatch];
+      for (int64_t i = 0; i < kDrawBatch; ++i) rank[i] = int64_t(multiply_high(random[i], choices));
+      // A last batch goes beyond its epoch, where the next one begins or nothing is read.
+      kth_negatives(rank, items + (1 + epoch) * size + p);
     }
+  }
+
+  // The items that draws stand for, as in common/draws.h: rank + j for the number j of gaps that
+  // are at most it. Searched for in step, so that their chains of loads overlap, from the gaps,
+  // which are made once a client.
+  FEDPEFT_INLINE void kth_negatives(const int64_t* rank, int64_t* drawn) const {
+    const int64_t* at[kDrawBatch];
+    for (int64_t i = 0; i < kDrawBatch; ++i) at[i] = gaps;
+    int64_t n = size;
+    for (; n > 1; n -= n / 2) {
+      const int64_t half = n / 2;
+      for (int64_t i = 0; i < kDrawBatch; ++i) at[i] += half & -int64_t(at[i][half - 1] <= rank[i]);
+    }
+    for (int64_t i = 0; i < kDrawBatch; ++i)
+      drawn[i] = rank[i] + (at[i] - gaps) + int64_t(n == 1 && *at[i] <= rank[i]);
+  }
+};
+
+template <typename T>
+class Trainer {
+ public:
+  Trainer(const LocalTrainArgs& args, int64_t n, void* scratch) : a(args), size(n), arena(scratch) {
+    const int64_t draws = n * (1 + a.epochs), batch = 2 * n;
+    batch_draws = arena.take<int32_t>(batch);
+    scores = arena.take<T>(batch);
+    coefficients = arena.take<T>(batch);
+    difference = arena.take<T>(2 * n);
+    if (a.batch > 0) {
+      order = arena.take<int32_t>(n);
+      spare = arena.take<int32_t>(n);
+      keys = arena.take<uint64_t>(n);
+    }
+    user.lay_out(arena, a, a.user, 1, a.D, false);
+    if (a.graph) {
+      T** const vectors[] = {&base_sum, &graph_user, &score_grad, &neighbour_grad};
+      for (T** vector : vectors) *vector = arena.take<T>(user.stride);
+    }
+    if (a.table) table.lay_out(arena, a, a.table, a.num_items, a.D, 1, draws, a.graph, false);
+    if (a.A) lora.lay_out(arena, a, draws);
+    if (a.codebooks)
+      codewords.lay_out(arena, a, a.codebooks, a.L * a.K, a.D, a.L, draws, a.graph, true);
+    if (a.buckets && a.w1) senet.lay_out(arena, a, draws, batch);
+    if (a.buckets && !a.w1) {
+      hashed.lay_out(arena, a, a.buckets, a.M, a.D, a.H, draws, a.graph, true);
+      hashed.scale = a.mean ? T(1) / T(a.H) : T(1);
+    }
+  }
+
+  int64_t scratch() const { return arena.used(); }
+
+  // Trains client c on its draws. Meanwhile the rows that `ahead` will read, if there is such, are
+  // asked for.
+  void train(int64_t c, const Draws& draws, const Draws* ahead, LocalSums* sums, double weight) {
+    if (!draws.usable) return;
+    client = draws.client;
+    items = draws.items;
+    if (sums) add_to(*sums, weight);
+    const int64_t most = a.batch > 0 ? a.batch : size;
+    const int64_t all = size ? a.epochs * ((size + most - 1) / most) : 0;
+    if (ahead && ahead->usable) look_ahead_to(*ahead, all);
+    if (!start()) return;
+    double loss = 0;
+    int64_t steps = 0;
+    for (int64_t epoch = 0; epoch < a.epochs; ++epoch) {
+      if (!meet((1 + epoch) * size, (2 + epoch) * size)) return;
+      if (a.batch > 0) shuffle(epoch);
+      for (int64_t at = 0; at < size; at += most) {
+        const int64_t count = size - at < most ? size - at : most;
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t positive = order ? order[at + i] : at + i;
+          batch_draws[2 * i] = int32_t(positive);
+          batch_draws[2 * i + 1] = int32_t((1 + epoch) * size + positive);
+        }
+        loss += take_step(Batch{batch_draws, 2 * count}, LocalStep<T>(a, ++steps, all));
+      }
+    }
+    a.losses[c] = steps ? loss / double(steps) : 0.0;
+    copy_row(static_cast<T*>(a.new_user) + c * a.D, user.p, a.D);
+    if (sums) {
+      add_up(*sums);
+    } else {
+      write(c);
+    }
+  }
+
+ private:
+  const LocalTrainArgs& a;
+  const int64_t size;
+  Arena arena;
+  int64_t client = 0;
+  const int64_t* items = nullptr;  // of its draws
+  const int64_t *soon = nullptr, *soon_end = nullptr;  // draws of the next client, to be asked for,
+  int64_t soon_share = 0;                              // so many at a time
+  int32_t* batch_draws;  // positives and negatives alternating, so that what cancels in a pair
+                         // cancels exactly
+  T *scores, *coefficients, *difference;
+  int32_t *order = nullptr, *spare = nullptr;
+  uint64_t* keys = nullptr;
+  // Of the graph: the sum of the own items' frozen vectors, the user vector that scores, its
+  // gradient, and that of an own item's vector through it.
+  T *base_sum = nullptr, *graph_user = nullptr, *score_grad = nullptr, *neighbour_grad = nullptr;
+  DensePart<T> user;
+  RowsPart<T> table, codewords, hashed;
+  LoraPart<T> lora;
+  SenetPart<T> senet;
+
+  bool start() {
     user.source = static_cast<const T*>(a.user) + client * a.D;
     user.load_start();
     for_slots([](Slots<T>& slots) { slots.clear(); });
     if (a.A) lora.B.load_start();
     if (a.buckets && a.w1) senet.load_start();
-    prefetch(0, size);
-    if (!resolve(0, size)) return false;
+    if (!meet(0, size)) return false;
     if (a.graph) meet_neighbours();
     return true;
   }
@@ -222,17 +306,29 @@ class Trainer {
   }
 
   void add_up(LocalSums& sums) {
+    const Slots<T>& slots = a.table ? table.slots : lora.A.slots;
+    if (sums.touched) {
+      for (int64_t s = 0; s < slots.count; ++s) __builtin_prefetch(sums.touched + slots.rows[s], 1);
+    }
     for_parts([&](auto& part, BrokenPart name) {
       part.add_up();
       sums.broken |= uint32_t(part.total.broken) << name;
     });
     if (!sums.touched) return;
-    const Slots<T>& slots = a.table ? table.slots : lora.A.slots;
+    int64_t* fresh = sums.fresh;
     for (int64_t s = 0; s < slots.count; ++s) {
-      uint8_t* mark = sums.touched + slots.rows[s];
-      if (__atomic_load_n(mark, __ATOMIC_RELAXED)) continue;
-      if (!__atomic_exchange_n(mark, uint8_t(1), __ATOMIC_RELAXED)) *sums.fresh++ = slots.rows[s];
+      const int64_t row = slots.rows[s];
+      uint8_t* const mark = sums.touched + row;
+      if (sums.alone) {
+        *fresh = row;
+        fresh += *mark == 0;
+        *mark = 1;
+      } else if (!__atomic_load_n(mark, __ATOMIC_RELAXED) &&
+                 !__atomic_exchange_n(mark, uint8_t(1), __ATOMIC_RELAXED)) {
+        *fresh++ = row;
+      }
     }
+    sums.fresh = fresh;
   }
 
   template <typename F>
@@ -243,69 +339,70 @@ class Trainer {
     if (a.buckets) f(a.w1 ? senet.table.slots : hashed.slots);
   }
 
-  // Draws of an epoch, as sample_negatives makes them.
-  bool draw_negatives(int64_t epoch) {
-    const int64_t begin = (1 + epoch) * size;
-    const uint64_t choices = uint64_t(a.num_items - size);
-    const uint32_t stream = philox_stream(Purpose::negatives, 0, uint32_t(epoch));
-    for (int64_t p = 0; p < size; p += kDrawBatch) {
-      uint64_t random[kDrawBatch], unused[kDrawBatch];
-      philox_batch(uint64_t(p), uint32_t(client), a.round, stream, a.seed, random, unused);
-      int64_t rank[kDrawBatch];
-      for (int64_t i = 0; i < kDrawBatch; ++i) rank[i] = int64_t(multiply_high(random[i], choices));
-      // A last batch goes beyond its epoch, where the next one begins or nothing is read.
-      int64_t* const drawn = items + begin + p;
-      kth_negatives(rank, drawn);
+  // Parts of which a draw's rows may have to come from beyond a core's own caches.
+  struct Far {
+    static constexpr int64_t kNear = 1 << 18;  // bytes
+    bool codes, base, table, A;
+
+    explicit Far(const LocalTrainArgs& a) {
+      const int64_t row = a.D * int64_t(sizeof(T));
+      codes = a.codebooks && a.num_items * a.L * a.codes.bytes > kNear;
+      base = a.base && a.num_items * row > kNear;
+      table = a.table && a.num_items * row > kNear;
+      A = a.A && a.num_items * a.rank * int64_t(sizeof(T)) > kNear;
     }
-    prefetch(begin, begin + size);
-    return resolve(begin, begin + size);
+    bool any() const { return codes || base || table || A; }
+  };
+  const Far far{a};
+
+  // Takes up what draws [begin, end) read.
+  bool meet(int64_t begin, int64_t end) {
+    if (far.any()) {
+      for (int64_t n = begin; n < end; ++n) {
+        if (far.codes) a.codes.prefetch(items[n] * a.L);
+        if (far.base) prefetch_row(static_cast<const T*>(a.base) + items[n] * a.D, a.D);
+        if (far.table) table.slots.prefetch(items[n]);
+        if (far.A) lora.A.slots.prefetch(items[n]);
+      }
+    }
+    return resolve(begin, end);
   }
 
-  // The items that draws stand for, as in common/draws.h: rank + j for the number j of gaps that
-  // are at most it. Searched for in step, so that their chains of loads overlap, from the gaps,
-  // which are made once a client.
-  FEDPEFT_INLINE void kth_negatives(const int64_t* rank, int64_t* drawn) const {
-    const int64_t* at[kDrawBatch];
-    for (int64_t i = 0; i < kDrawBatch; ++i) at[i] = gaps;
-    int64_t n = size;
-    for (; n > 1; n -= n / 2) {
-      const int64_t half = n / 2;
-      for (int64_t i = 0; i < kDrawBatch; ++i) at[i] += half & -int64_t(at[i][half - 1] <= rank[i]);
-    }
-    for (int64_t i = 0; i < kDrawBatch; ++i)
-      drawn[i] = rank[i] + (at[i] - gaps) + int64_t(n == 1 && *at[i] <= rank[i]);
+  // Memory takes a while to answer, and a processor keeps track of a few dozen questions: so they
+  // are put little by little, between the passes of this client's steps. The answers fit in the
+  // second-level cache.
+  static constexpr int64_t kStretch = 16;  // scores between two pauses
+
+  void look_ahead_to(const Draws& ahead, int64_t steps) {
+    if (!far.any() || steps == 0) return;
+    soon = ahead.items;
+    soon_end = soon + ahead.count;
+    const int64_t of_batch = 2 * ((a.batch > 0 && a.batch < size ? a.batch : size) / kStretch);
+    const int64_t pauses = steps * (4 + (a.base ? 2 * of_batch : 0));
+    soon_share = (ahead.count + pauses - 1) / pauses;
   }
 
-  // Asks for what draws will read, where it may have to come from beyond a core's own caches.
-  FEDPEFT_INLINE void prefetch(int64_t begin, int64_t end) const {
-    constexpr int64_t kNear = 1 << 18;  // bytes
-    const int64_t row = a.D * int64_t(sizeof(T));
-    const bool codes = a.codebooks && a.num_items * a.L * a.codes.bytes > kNear,
-               base = a.base && a.num_items * row > kNear,
-               whole_rows = a.table && a.num_items * row > kNear,
-               low_rank = a.A && a.num_items * a.rank * int64_t(sizeof(T)) > kNear;
-    if (!(codes || base || whole_rows || low_rank)) return;
-    for (int64_t n = begin; n < end; ++n) {
-      if (codes) a.codes.prefetch(items[n] * a.L);
-      if (base) prefetch_row(static_cast<const T*>(a.base) + items[n] * a.D, a.D);
-      if (whole_rows) table.slots.prefetch(items[n]);
-      if (low_rank) lora.A.slots.prefetch(items[n]);
-    }
+  template <typename E>
+  static FEDPEFT_INLINE void ask_for_row(const E* row, int64_t width) {
+    const char* bytes = reinterpret_cast<const char*>(row);
+    const int64_t all = width * int64_t(sizeof(E)), some = all < 512 ? all : 512;
+    for (int64_t b = 0; b < some; b += 64) __builtin_prefetch(bytes + b, 0, 2);
   }
 
-  // Calls f with the elements of an index array.
-  template <typename F>
-  FEDPEFT_INLINE static auto with_type(const IndexArray& index, const F& f) {
-    switch (index.bytes) {
-      case 8:
-        return f(static_cast<const int64_t*>(index.data));
-      case 4:
-        return f(static_cast<const int32_t*>(index.data));
-      case 2:
-        return f(static_cast<const int16_t*>(index.data));
-      default:
-        return f(static_cast<const uint8_t*>(index.data));
+  FEDPEFT_INLINE void look_ahead() {
+    if (soon == soon_end) return;
+    const int64_t* const end = soon_end - soon < soon_share ? soon_end : soon + soon_share;
+    for (; soon < end; ++soon) {
+      const int64_t item = *soon;
+      if (far.codes) a.codes.prefetch(item * a.L);
+      if (far.base) ask_for_row(static_cast<const T*>(a.base) + item * a.D, a.D);
+      if (far.table) ask_for(table.slots, item);
+      if (far.A) ask_for(lora.A.slots, item);
     }
+  }
+  FEDPEFT_INLINE void ask_for(const Slots<T>& slots, int64_t row) const {
+    ask_for_row(slots.source + row * slots.width, slots.width);
+    if (slots.total.rows) ask_for_row(slots.total.rows + row * slots.width, slots.width);
   }
 
   bool resolve(int64_t begin, int64_t end) {
@@ -408,10 +505,14 @@ class Trainer {
     const T* const u = a.graph ? layer() : user.p;
     const T l2 = T(a.l2_items);
     if (a.base) {
-      base.set_scores(batch, u, scores);
+      for (int64_t k = 0; k < batch.size; k += kStretch) {
+        base.set_scores(batch.part(k, kStretch), u, scores + k);
+        look_ahead();
+      }
     } else {
       zero_row(scores, batch.size);
     }
+    look_ahead();
     if (a.table) {
       table.begin(u);
       table.add_scores(batch, scores);
@@ -434,23 +535,31 @@ class Trainer {
       }
     }
 
+    look_ahead();
     const double loss = loss_of(batch.size / 2);
+    look_ahead();
     if (a.graph) {
       step_graph(batch, step, u, l2);
       return loss;
     }
     T* user_grad = user.grad;
-    if (a.base) base.step(batch, coefficients, user_grad);
+    for (int64_t k = 0; a.base && k < batch.size; k += kStretch) {
+      base.step(batch.part(k, kStretch), coefficients + k, user_grad);
+      look_ahead();
+    }
     if (a.table) {
       table.add_gradients(batch, coefficients);
+      look_ahead();
       table.step(u, step, l2, user_grad);
     }
     if (a.A) {
       lora.A.add_gradients(batch, coefficients);
+      look_ahead();
       lora.step(u, step, l2, user_grad);
     }
     if (a.codebooks) {
       codewords.add_gradients(batch, coefficients);
+      look_ahead();
       codewords.step(u, step, l2, user_grad);
     }
     if (a.buckets) {
@@ -463,6 +572,7 @@ class Trainer {
         hashed.step(u, step, l2, user_grad);
       }
     }
+    look_ahead();
     user.step(step, T(a.l2_user));
     return loss;
   }
@@ -503,26 +613,43 @@ class Trainer {
   }
 };
 
-FEDPEFT_INLINE int64_t items_of(const LocalTrainArgs& a, int64_t c) {
-  const int64_t client = a.clients[c];
-  return a.indptr[client + 1] - a.indptr[client];
-}
-
 template <typename T>
 int64_t scratch(const LocalTrainArgs& a, int64_t n) {
   return Trainer<T>(a, n, nullptr).scratch();
 }
 
+int64_t draws_room(const LocalTrainArgs& a, int64_t n) {
+  return Draws::lay_out(a, n, nullptr, nullptr);
+}
+
+void draw(const LocalTrainArgs& a, int64_t c, void* room) {
+  Draws* draws;
+  Draws::lay_out(a, items_of(a, c), room, &draws);
+  draws->make(a, c);
+}
+
+void ask(const LocalTrainArgs& a, int64_t c) {
+  const int64_t client = a.clients[c], first = a.indptr[client], last = a.indptr[client + 1];
+  const IndexArray* const read[] = {&a.items, &a.positives};
+  for (const IndexArray* index : read) {
+    const char* const data = static_cast<const char*>(index->data);
+    for (int64_t at = first * index->bytes; at < last * index->bytes; at += 64)
+      __builtin_prefetch(data + at, 0, 2);
+  }
+}
+
 template <typename T>
-void train(const LocalTrainArgs& a, int64_t c, void* scratch, LocalSums* sums, double weight) {
-  Trainer<T>(a, items_of(a, c), scratch).train(c, sums, weight);
+void train(const LocalTrainArgs& a, int64_t c, const void* draws, const void* ahead, void* scratch,
+           LocalSums* sums, double weight) {
+  const Draws& mine = *static_cast<const Draws*>(draws);
+  Trainer<T>(a, mine.size, scratch)
+      .train(c, mine, static_cast<const Draws*>(ahead), sums, weight);
 }
 
 }  // namespace
 
 const LocalTrainKernels local_train_kernels = {
-    {scratch<float>, scratch<double>},
-    {train<float>, train<double>},
+    {scratch<float>, scratch<double>}, draws_room, ask, draw, {train<float>, train<double>},
 };
 
 }  // namespace fedpeft::FEDPEFT_ISA

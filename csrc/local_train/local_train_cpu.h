@@ -82,14 +82,22 @@ struct LocalSums {
   double shift;      // 1.5 * 2^52 * grid: x + shift - shift rounds x to the grid; 0 leaves x
   uint8_t* touched;  // [I]: marks rows of table and A that are added to; null: not asked
   int64_t* fresh;    // takes the rows that were not marked, and is moved on
+  bool alone;        // no other thread marks rows
   uint32_t broken;   // bits of BrokenPart
 };
 
 struct LocalTrainKernels {
-  // Bytes that training a client of n items needs (index by dtype: f32, f64).
+  // Bytes that training a client of n items needs (index by dtype: f32, f64), and its draws.
   int64_t (*scratch[2])(const LocalTrainArgs&, int64_t n);
-  // Trains client c of the call, and writes its upload or adds it, with its weight, to the sums.
-  void (*train[2])(const LocalTrainArgs&, int64_t c, void* scratch, LocalSums* sums, double weight);
+  int64_t (*draws_room)(const LocalTrainArgs&, int64_t n);
+  // Asks memory for what `draw` of client c of the call will read.
+  void (*ask)(const LocalTrainArgs&, int64_t c);
+  // Makes the draws of client c.
+  void (*draw)(const LocalTrainArgs&, int64_t c, void* room);
+  // Trains client c on its draws, and writes its upload or adds it, with its weight, to the sums.
+  // `ahead`: draws of the client to be trained next, whose rows are asked for; or null.
+  void (*train[2])(const LocalTrainArgs&, int64_t c, const void* draws, const void* ahead,
+                   void* scratch, LocalSums* sums, double weight);
 };
 
 FEDPEFT_DECLARE_KERNELS(LocalTrainKernels, local_train_kernels)

@@ -18,6 +18,11 @@ namespace fedpeft::FEDPEFT_ISA {
 struct Batch {
   const int32_t* draws;  // [size]
   int64_t size;
+
+  // At most `most` scores from the `first` on.
+  FEDPEFT_INLINE Batch part(int64_t first, int64_t most) const {
+    return {draws + first, size - first < most ? size - first : most};
+  }
 };
 
 // The frozen full embedding, read in place.
