@@ -71,6 +71,7 @@ Tensor client_layer(const Tensor& x, const Tensor& weight, const Tensor& bias, c
   a.items = indices_of(items_, "items");
   a.clients = indices_of(clients_, "clients");
   a.out = out.mutable_data_ptr();
+  a.sparse = layer > 0;
   a.drop = p > 0;
   a.threshold = uint32_t(std::floor(std::ldexp(p, 32)));
   a.seed = uint64_t(seed);
@@ -84,7 +85,7 @@ Tensor client_layer(const Tensor& x, const Tensor& weight, const Tensor& bias, c
         check_clients(a.clients, count, int64_t{1} << 32);
         a.tasks = (a.positions + kLayerTask - 1) / kLayerTask;
         a.packed_size = layer_packed_size(a.in, a.out_width);
-        a.scratch_size = layer_forward_scratch(a.out_width);
+        a.scratch_size = layer_forward_scratch(a.in, a.out_width);
         Tensor packed = torch::stable::new_empty(x, {count * a.packed_size}, accumulator);
         Tensor scratch =
             torch::stable::new_empty(x, {count * a.tasks * a.scratch_size}, accumulator);

@@ -4,6 +4,9 @@
 // in a register or stored and taken up again: its bits depend neither on the tile that it falls
 // into nor on how many positions there are. Runs of positions without padding are worked on, so
 // padding costs nothing and adds nothing.
+//
+// ReLU leaves zeros, dropout more of them, and the gradient has them in the same places: of a
+// factor that went through them only the elements that are not zero are multiplied with.
 #include "client_layer/client_layer_cpu.h"
 
 #include "common/draws.h"
@@ -113,6 +116,98 @@ FEDPEFT_INLINE void product(A* out, int64_t out_stride, const A* start, int64_t 
   }
 }
 
+// The places in a group of 8 whose bits are set, in order.
+struct SetBits {
+  uint8_t places[256][8];
+  constexpr SetBits() : places{} {
+    for (int bits = 0; bits < 256; ++bits) {
+      for (int bit = 0, count = 0; bit < 8; ++bit) {
+        if (bits >> bit & 1) places[bits][count++] = uint8_t(bit);
+      }
+    }
+  }
+};
+[[maybe_unused]] constexpr SetBits kSetBits;
+
+// Places of the elements of x [n] that are not zero, in order; there is room for n + kPlacesBehind.
+template <typename T>
+FEDPEFT_INLINE int64_t nonzero_places(const T* x, int64_t n, int32_t* places) {
+  int64_t count = 0, i = 0;
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    for (; i + 8 <= n; i += 8) {
+      const __m256 differs =
+          _mm256_cmp_ps(_mm256_loadu_ps(x + i), _mm256_setzero_ps(), _CMP_NEQ_UQ);
+      const int bits = _mm256_movemask_ps(differs);
+      const __m256i at = _mm256_cvtepu8_epi32(
+          _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits.places[bits])));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(places + count),
+                          _mm256_add_epi32(at, _mm256_set1_epi32(int(i))));
+      count += __builtin_popcount(unsigned(bits));
+    }
+  }
+#endif
+  for (; i < n; ++i) {
+    places[count] = int32_t(i);
+    count += to_acc(x[i]) != 0;
+  }
+  return count;
+}
+
+// The right factor [depth, columns] of a product: element (k, c) at
+// from[k * row + c / kPanel * panel + c % kPanel], readable to the end of the last panel.
+template <typename A>
+struct Right {
+  const A* from;
+  int64_t row, panel;
+
+  static FEDPEFT_INLINE Right packed(const A* panels, int64_t depth) {
+    return {panels, kPanel<A>, depth * kPanel<A>};
+  }
+};
+
+// A row of a product, `count` elements of whose left factor are not zero: columns of G panels from
+// `first` on.
+template <int G, typename A, typename T, typename Place>
+FEDPEFT_INLINE void sparse_row(A* out, const A* start, const T* left, int64_t depth_stride,
+                               const Place* places, int64_t count, const Right<A>& right,
+                               int64_t first, int64_t columns) {
+  constexpr int V = kPanelVectors;
+  constexpr int64_t N = kLanes<A>;
+  const A* const from = right.from + first / kPanel<A> * right.panel;
+  vec_t<A> sum[G][V];
+  for (int g = 0; g < G; ++g) {
+    for (int v = 0; v < V; ++v) {
+      const int64_t c = first + g * kPanel<A> + v * N;
+      sum[g][v] = start ? load_up_to(start + c, columns - c) : vec_t<A>{};
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t k = places[i];
+    const A factor = to_acc(left[k * depth_stride]);
+    for (int g = 0; g < G; ++g) {
+      for (int v = 0; v < V; ++v)
+        sum[g][v] += factor * load(from + k * right.row + g * right.panel + v * N);
+    }
+  }
+  for (int g = 0; g < G; ++g) {
+    for (int v = 0; v < V; ++v) {
+      const int64_t c = first + g * kPanel<A> + v * N;
+      store_up_to(out + c, sum[g][v], columns - c);
+    }
+  }
+}
+
+// Calls row(Fixed<G>, first) for columns in stretches of G panels, as many as registers hold.
+template <typename A, typename Stretch>
+FEDPEFT_INLINE void for_stretches(int64_t columns, const Stretch& stretch) {
+  constexpr int64_t kWide = 4;
+  int64_t first = 0;
+  for (; first + (kWide - 1) * kPanel<A> < columns; first += kWide * kPanel<A>)
+    stretch(Fixed<kWide>{}, first);
+  for (; first < columns; first += kPanel<A>) stretch(Fixed<1>{}, first);
+}
+
 // Calls run(first, last) for the runs of positions without padding in [begin, end).
 template <typename Run>
 FEDPEFT_INLINE void for_runs(const ClientLayerArgs& a, int64_t client, int64_t begin, int64_t end,
@@ -189,6 +284,7 @@ void forward(const ClientLayerArgs& a, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(a.x) + c * a.positions * I;
     T* out = static_cast<T*>(a.out) + c * a.positions * O;
     const A* packed = static_cast<const A*>(a.packed) + c * a.packed_size;
+    int32_t* const places = reinterpret_cast<int32_t*>(scratch + (kLayerBlock + 1) * O);
     // Products and the bias are of the accumulator type: in place where the tensors are too.
     const A* bias;
     if constexpr (sizeof(T) == sizeof(A)) {
@@ -210,8 +306,22 @@ void forward(const ClientLayerArgs& a, int64_t begin, int64_t end) {
       int64_t used = block;
       for_runs(a, c, block, after, [&](int64_t from, int64_t to) {
         zero_row(sums + (used - block) * O, (from - used) * O);
-        product(sums + (from - block) * O, O, bias, int64_t{0}, x + from * I, I, int64_t{1}, packed,
-                to - from, I, O);
+        if (a.sparse) {
+          int64_t counts[kLayerBlock];
+          const int64_t rows = to - from, room = I + kPlacesBehind;
+          for (int64_t r = 0; r < rows; ++r)
+            counts[r] = nonzero_places(x + (from + r) * I, I, places + r * room);
+          for_stretches<A>(O, [&](auto panels, int64_t first) {
+            for (int64_t r = 0; r < rows; ++r) {
+              sparse_row<int(decltype(panels)::value)>(
+                  sums + (from - block + r) * O, bias, x + (from + r) * I, int64_t{1},
+                  places + r * room, counts[r], Right<A>::packed(packed, I), first, O);
+            }
+          });
+        } else {
+          product(sums + (from - block) * O, O, bias, int64_t{0}, x + from * I, I, int64_t{1},
+                  packed, to - from, I, O);
+        }
         used = to;
       });
       activate(a, c, static_cast<const A*>(sums), out + block * O, block, used);
@@ -228,6 +338,11 @@ void backward(const ClientLayerArgs& a, int64_t begin, int64_t end) {
   A* inputs = weights + O * layer_padded(I);                         // a block [rows, I] in panels
   A* before = inputs + kLayerBlock * layer_padded(I);                // a block [rows, O]
   A* narrow = before + kLayerBlock * O;                              // a block [rows, I]
+  int32_t* const places =                                            // of its rows' elements
+      reinterpret_cast<int32_t*>(narrow + kLayerBlock * I + O * (I + 1));
+  const int64_t room = O + kPlacesBehind;
+  int32_t* const column_counts = places + kLayerBlock * room;  // and of its columns'
+  uint8_t* const column_places = reinterpret_cast<uint8_t*>(column_counts + O);
   for (int64_t c = begin; c < end; ++c) {
     const T* x = static_cast<const T*>(a.x) + c * a.positions * I;
     const T* kept = static_cast<const T*>(a.kept) + c * a.positions * O;
@@ -246,7 +361,14 @@ void backward(const ClientLayerArgs& a, int64_t begin, int64_t end) {
     }
     zero_row(sum_weight, O * I);
     zero_row(sum_bias, O);
-    pack_panels(weights, weight, O, I, I, int64_t{1});
+    // Read where they are, if their rows are whole panels.
+    const bool in_place = sizeof(T) == sizeof(A) && I % kPanel<A> == 0;
+    Right<A> of_weights = Right<A>::packed(weights, O);
+    if (in_place) {
+      of_weights = {reinterpret_cast<const A*>(weight), I, kPanel<A>};
+    } else {
+      pack_panels(weights, weight, O, I, I, int64_t{1});
+    }
     const A scale = A(a.scale);
     for (int64_t block = 0; block < a.positions; block += kLayerBlock) {
       const int64_t after = block + kLayerBlock < a.positions ? block + kLayerBlock : a.positions;
@@ -260,17 +382,41 @@ void backward(const ClientLayerArgs& a, int64_t begin, int64_t end) {
           before[e] = to_acc(kept[first * O + e]) > A(0) ? g : A(0);
         }
         for (int64_t r = 0; r < rows; ++r) add_row(sum_bias, before + r * O, O);
-        pack_panels(inputs, x + first * I, rows, I, I, int64_t{1});
-        product(sum_weight, I, static_cast<const A*>(sum_weight), I, static_cast<const A*>(before),
-                int64_t{1}, O, static_cast<const A*>(inputs), O, rows, I);
+        int64_t counts[kLayerBlock];
+        for (int64_t o = 0; o < O; ++o) column_counts[o] = 0;
+        for (int64_t r = 0; r < rows; ++r) {
+          const int32_t* const mine = places + r * room;
+          counts[r] = nonzero_places(static_cast<const A*>(before) + r * O, O, places + r * room);
+          for (int64_t i = 0; i < counts[r]; ++i) {
+            const int64_t o = mine[i];
+            column_places[o * kLayerBlock + column_counts[o]++] = uint8_t(r);
+          }
+        }
+        Right<A> of_inputs = Right<A>::packed(inputs, rows);
+        if (in_place) {
+          of_inputs = {reinterpret_cast<const A*>(x + first * I), I, kPanel<A>};
+        } else {
+          pack_panels(inputs, x + first * I, rows, I, I, int64_t{1});
+        }
         A* out;
         if constexpr (sizeof(T) == sizeof(A)) {
           out = grad_x + first * I;
         } else {
           out = narrow;
         }
-        product(out, I, static_cast<const A*>(nullptr), int64_t{0}, static_cast<const A*>(before),
-                O, int64_t{1}, static_cast<const A*>(weights), rows, O, I);
+        for_stretches<A>(I, [&](auto panels, int64_t column) {
+          constexpr int G = int(decltype(panels)::value);
+          for (int64_t o = 0; o < O; ++o) {
+            sparse_row<G>(sum_weight + o * I, static_cast<const A*>(sum_weight) + o * I,
+                          static_cast<const A*>(before) + o, O, column_places + o * kLayerBlock,
+                          column_counts[o], of_inputs, column, I);
+          }
+          for (int64_t r = 0; r < rows; ++r) {
+            sparse_row<G>(out + r * I, static_cast<const A*>(nullptr),
+                          static_cast<const A*>(before) + r * O, int64_t{1}, places + r * room,
+                          counts[r], of_weights, column, I);
+          }
+        });
         if constexpr (sizeof(T) != sizeof(A)) {
           for (int64_t e = 0; e < rows * I; ++e) from_acc(narrow[e], grad_x + first * I + e);
         }

@@ -8,6 +8,7 @@ namespace fedpeft {
 
 constexpr int64_t kLayerBlock = 64;         // positions worked on together; a multiple of 4
 constexpr int64_t kLayerTask = 1024;        // positions of a forward work item; whole blocks
+constexpr int64_t kPlacesBehind = 8;        // room behind a list of places
 constexpr int64_t kLayerPanelColumns = 64;  // the widest panel of any instruction set
 
 struct ClientLayerArgs {
@@ -28,6 +29,7 @@ struct ClientLayerArgs {
   int64_t packed_size;
   void* scratch;  // [work items, scratch_size] of the accumulator type
   int64_t scratch_size;
+  bool sparse;  // forward: x went through a layer, which left zeros
   bool drop;
   uint32_t threshold;  // floor(p * 2^32): an element with a word below it is dropped
   double scale;        // 1 / (1 - p)
@@ -42,9 +44,13 @@ inline int64_t layer_padded(int64_t columns) {
 // Elements of scratch: weights in panels; a block of the output, and the bias; of the backward also
 // a block of inputs in panels, and the sums of 16-bit gradients.
 inline int64_t layer_packed_size(int64_t in, int64_t out) { return in * layer_padded(out); }
-inline int64_t layer_forward_scratch(int64_t out) { return (kLayerBlock + 1) * out; }
+// Places of what is not zero in a block are of 4 bytes or less each.
+inline int64_t layer_forward_scratch(int64_t in, int64_t out) {
+  return (kLayerBlock + 1) * out + kLayerBlock * (in + kPlacesBehind);
+}
 inline int64_t layer_backward_scratch(int64_t in, int64_t out) {
-  return (out + kLayerBlock) * layer_padded(in) + kLayerBlock * (out + in) + out * (in + 1);
+  return (out + kLayerBlock) * layer_padded(in) + kLayerBlock * (out + in) + out * (in + 1) +
+         kLayerBlock * (out + kPlacesBehind) + out * (1 + kLayerBlock / 4);
 }
 
 struct ClientLayerKernels {

@@ -142,10 +142,11 @@ std::tuple<Tensor, Tensor> client_mlp(const Tensor& x, std::vector<Tensor> weigh
 
   Tensor scores = torch::stable::new_empty(x, {m.clients, m.positions});
   Tensor hidden = torch::stable::new_empty(x, {m.clients, m.positions * m.hidden});
-  int64_t packed = 0;
-  for (size_t l = 0; l < weights.size(); ++l)
+  int64_t packed = 0, scratch = 0;
+  for (size_t l = 0; l < weights.size(); ++l) {
     packed = std::max(packed, layer_packed_size(m.inputs(l), m.widths[l]));
-  const int64_t scratch = layer_forward_scratch(m.widest());
+    scratch = std::max(scratch, layer_forward_scratch(m.inputs(l), m.widths[l]));
+  }
   const int64_t accumulator = std::max<int64_t>(m.element, 4);
   const ClientLayerKernels& layers = select_client_layer_kernels();
   const DotScoresKernels& dots = select_dot_scores_kernels();
@@ -163,6 +164,7 @@ std::tuple<Tensor, Tensor> client_mlp(const Tensor& x, std::vector<Tensor> weigh
         a.tasks = (m.positions + kLayerTask - 1) / kLayerTask;
         a.packed = packed_room.get();
         a.scratch = scratch_room.get();
+        a.sparse = l > 0;
         a.drop = p > 0;
         a.threshold = uint32_t(std::floor(std::ldexp(p, 32)));
         a.seed = uint64_t(seed);
