@@ -40,8 +40,8 @@ FEDPEFT_INLINE void store_up_to(A* p, vec_t<A> v, int64_t n) {
   }
 }
 
-// [depth, columns] into panels [columns / kPanel][depth][kPanel], zeros behind the last column. Along
-// what is contiguous, which may have to come from memory.
+// [depth, columns] into panels [columns / kPanel][depth][kPanel], zeros behind the last column.
+// Along what is contiguous, which may have to come from memory.
 template <typename A, typename T>
 FEDPEFT_INLINE void pack_panels(A* out, const T* from, int64_t depth, int64_t columns,
                                 int64_t depth_stride, int64_t column_stride) {
@@ -154,16 +154,29 @@ FEDPEFT_INLINE int64_t nonzero_places(const T* x, int64_t n, int32_t* places) {
   return count;
 }
 
-// The right factor [depth, columns] of a product: element (k, c) at
-// from[k * row + c / kPanel * panel + c % kPanel], readable to the end of the last panel.
+// [rows, columns] with zeros behind to whole panels, `padded` a row. Along what is contiguous.
+template <typename A, typename T>
+FEDPEFT_INLINE void pad_rows(A* out, const T* from, int64_t rows, int64_t columns,
+                             int64_t row_stride, int64_t column_stride, int64_t padded) {
+  const int64_t behind = (columns + kPanel<A> - 1) / kPanel<A> * kPanel<A> - columns;
+  if (column_stride == 1) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) out[r * padded + c] = to_acc(from[r * row_stride + c]);
+    }
+  } else {
+    for (int64_t c = 0; c < columns; ++c) {
+      const T* const column = from + c * column_stride;
+      for (int64_t r = 0; r < rows; ++r) out[r * padded + c] = to_acc(column[r * row_stride]);
+    }
+  }
+  for (int64_t r = 0; r < rows && behind > 0; ++r) zero_row(out + r * padded + columns, behind);
+}
+
+// The right factor [depth, columns] of a product, whose rows can be read to the end of a panel.
 template <typename A>
 struct Right {
   const A* from;
-  int64_t row, panel;
-
-  static FEDPEFT_INLINE Right packed(const A* panels, int64_t depth) {
-    return {panels, kPanel<A>, depth * kPanel<A>};
-  }
+  int64_t stride;
 };
 
 // A row of a product, `count` elements of whose left factor are not zero: columns of G panels from
@@ -172,33 +185,39 @@ template <int G, typename A, typename T, typename Place>
 FEDPEFT_INLINE void sparse_row(A* out, const A* start, const T* left, int64_t depth_stride,
                                const Place* places, int64_t count, const Right<A>& right,
                                int64_t first, int64_t columns) {
-  constexpr int V = kPanelVectors;
+  constexpr int V = G * kPanelVectors;
   constexpr int64_t N = kLanes<A>;
-  const A* const from = right.from + first / kPanel<A> * right.panel;
-  vec_t<A> sum[G][V];
-  for (int g = 0; g < G; ++g) {
-    for (int v = 0; v < V; ++v) {
-      const int64_t c = first + g * kPanel<A> + v * N;
-      sum[g][v] = start ? load_up_to(start + c, columns - c) : vec_t<A>{};
-    }
+  const A* const from = right.from + first;
+  const int64_t stride = right.stride, left_of = columns - first;
+  out += first;
+  vec_t<A> sum[V];
+  if (!start) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) sum[v] = vec_t<A>{};
+  } else if (left_of >= V * N) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) sum[v] = load(start + first + v * N);
+  } else {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) sum[v] = load_up_to(start + first + v * N, left_of - v * N);
   }
   for (int64_t i = 0; i < count; ++i) {
     const int64_t k = places[i];
     const A factor = to_acc(left[k * depth_stride]);
-    for (int g = 0; g < G; ++g) {
-      for (int v = 0; v < V; ++v)
-        sum[g][v] += factor * load(from + k * right.row + g * right.panel + v * N);
-    }
+    const A* const row = from + k * stride;
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) sum[v] += factor * load(row + v * N);
   }
-  for (int g = 0; g < G; ++g) {
-    for (int v = 0; v < V; ++v) {
-      const int64_t c = first + g * kPanel<A> + v * N;
-      store_up_to(out + c, sum[g][v], columns - c);
-    }
+  if (left_of >= V * N) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) store(out + v * N, sum[v]);
+  } else {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) store_up_to(out + v * N, sum[v], left_of - v * N);
   }
 }
 
-// Calls row(Fixed<G>, first) for columns in stretches of G panels, as many as registers hold.
+// Calls stretch(Fixed<G>, first) for columns in stretches of G panels, as many as registers hold.
 template <typename A, typename Stretch>
 FEDPEFT_INLINE void for_stretches(int64_t columns, const Stretch& stretch) {
   constexpr int64_t kWide = 4;
@@ -225,9 +244,13 @@ template <typename T>
 void pack(const ClientLayerArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   for (int64_t c = begin; c < end; ++c) {
-    pack_panels(static_cast<A*>(a.packed) + c * a.packed_size,
-                static_cast<const T*>(a.weight) + c * a.out_width * a.in, a.in, a.out_width,
-                int64_t{1}, a.in);
+    A* const packed = static_cast<A*>(a.packed) + c * a.packed_size;
+    const T* const weight = static_cast<const T*>(a.weight) + c * a.out_width * a.in;
+    if (a.sparse) {
+      pad_rows(packed, weight, a.in, a.out_width, int64_t{1}, a.in, layer_padded(a.out_width));
+    } else {
+      pack_panels(packed, weight, a.in, a.out_width, int64_t{1}, a.in);
+    }
   }
 }
 
@@ -315,7 +338,7 @@ void forward(const ClientLayerArgs& a, int64_t begin, int64_t end) {
             for (int64_t r = 0; r < rows; ++r) {
               sparse_row<int(decltype(panels)::value)>(
                   sums + (from - block + r) * O, bias, x + (from + r) * I, int64_t{1},
-                  places + r * room, counts[r], Right<A>::packed(packed, I), first, O);
+                  places + r * room, counts[r], Right<A>{packed, layer_padded(O)}, first, O);
             }
           });
         } else {
@@ -363,11 +386,11 @@ void backward(const ClientLayerArgs& a, int64_t begin, int64_t end) {
     zero_row(sum_bias, O);
     // Read where they are, if their rows are whole panels.
     const bool in_place = sizeof(T) == sizeof(A) && I % kPanel<A> == 0;
-    Right<A> of_weights = Right<A>::packed(weights, O);
+    Right<A> of_weights{weights, layer_padded(I)}, of_inputs{inputs, layer_padded(I)};
     if (in_place) {
-      of_weights = {reinterpret_cast<const A*>(weight), I, kPanel<A>};
+      of_weights = {reinterpret_cast<const A*>(weight), I};
     } else {
-      pack_panels(weights, weight, O, I, I, int64_t{1});
+      pad_rows(weights, weight, O, I, I, int64_t{1}, of_weights.stride);
     }
     const A scale = A(a.scale);
     for (int64_t block = 0; block < a.positions; block += kLayerBlock) {
@@ -392,11 +415,10 @@ void backward(const ClientLayerArgs& a, int64_t begin, int64_t end) {
             column_places[o * kLayerBlock + column_counts[o]++] = uint8_t(r);
           }
         }
-        Right<A> of_inputs = Right<A>::packed(inputs, rows);
         if (in_place) {
-          of_inputs = {reinterpret_cast<const A*>(x + first * I), I, kPanel<A>};
+          of_inputs = {reinterpret_cast<const A*>(x + first * I), I};
         } else {
-          pack_panels(inputs, x + first * I, rows, I, I, int64_t{1});
+          pad_rows(inputs, x + first * I, rows, I, I, int64_t{1}, of_inputs.stride);
         }
         A* out;
         if constexpr (sizeof(T) == sizeof(A)) {

@@ -54,7 +54,7 @@ inline int64_t layer_backward_scratch(int64_t in, int64_t out) {
 }
 
 struct ClientLayerKernels {
-  // Clients [begin, end): weights transposed into panels.
+  // Clients [begin, end): weights transposed, into panels or, for a sparse x, padded rows.
   void (*pack[kDTypes])(const ClientLayerArgs&, int64_t begin, int64_t end);
   // Work items [begin, end) of C * tasks.
   void (*forward[kDTypes])(const ClientLayerArgs&, int64_t begin, int64_t end);

@@ -412,11 +412,10 @@ local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
       user,
       [&](auto) {
         const auto train = select_local_train_kernels().train[int(call.dtype)];
-        train_on_cpu(
-            a, call.sizes, largest_first(call.sizes), threads_for(C), call.dtype, user,
-            [&](int64_t, int64_t c, const void* drawn, const void* ahead, void* scratch) {
-              train(a, c, drawn, ahead, scratch, nullptr, 0.0);
-            });
+        train_on_cpu(a, call.sizes, largest_first(call.sizes), threads_for(C), call.dtype, user,
+                     [&](int64_t, int64_t c, const void* drawn, const void* ahead, void* scratch) {
+                       train(a, c, drawn, ahead, scratch, nullptr, 0.0);
+                     });
         raise_errors(a);
       },
       [&](auto stream) { train_on_gpu(a, call.sizes, call.dtype, user, stream); });

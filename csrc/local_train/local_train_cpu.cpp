@@ -41,8 +41,8 @@ struct Draws {
     Arena arena(room);
     Draws* const at = arena.take<Draws>(1);
     const int64_t count = n * (1 + a.epochs);
-    int64_t *const items = arena.take<int64_t>(count + kDrawBatch),
-                  *const gaps = arena.take<int64_t>(n);
+    int64_t *const items = arena.take<int64_t>(count + kDrawBatch), *const gaps =
+                                                                        arena.take<int64_t>(n);
     if (draws) {
       *at = {0, 0, n, count, false, items, gaps};
       *draws = at;
@@ -196,7 +196,7 @@ class Trainer {
   const int64_t size;
   Arena arena;
   int64_t client = 0;
-  const int64_t* items = nullptr;  // of its draws
+  const int64_t* items = nullptr;                      // of its draws
   const int64_t *soon = nullptr, *soon_end = nullptr;  // draws of the next client, to be asked for,
   int64_t soon_share = 0;                              // so many at a time
   int32_t* batch_draws;  // positives and negatives alternating, so that what cancels in a pair
@@ -642,8 +642,7 @@ template <typename T>
 void train(const LocalTrainArgs& a, int64_t c, const void* draws, const void* ahead, void* scratch,
            LocalSums* sums, double weight) {
   const Draws& mine = *static_cast<const Draws*>(draws);
-  Trainer<T>(a, mine.size, scratch)
-      .train(c, mine, static_cast<const Draws*>(ahead), sums, weight);
+  Trainer<T>(a, mine.size, scratch).train(c, mine, static_cast<const Draws*>(ahead), sums, weight);
 }
 
 }  // namespace
