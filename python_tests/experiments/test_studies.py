@@ -248,6 +248,20 @@ def test_other_grids_fill_their_tables(config: Config, dataset: Dataset, tmp_pat
     assert all(table.frame.height for table in findings.tables)
 
 
+def test_privacy_tells_epsilon_where_there_is_one(
+    config: Config, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"cdp": (4.0, 8.0), "ldp": (4.0,)}  # accounting for weak noise takes long
+    monkeypatch.setattr("fedpeft_ext.experiments.studies.privacy.MULTIPLIERS", few)
+    made = context(config, dataset, tmp_path / "runs", seeds=1, embeddings=("p-rq",))
+    findings, files = run_study(STUDIES["privacy"], made, tmp_path)
+    assert all(file.is_file() and file.stat().st_size for file in files)
+    rows = findings.tables[0].frame.select("privacy", "noise", "epsilon").rows()
+    assert [privacy for privacy, _, epsilon in rows if epsilon is None] == ["none", "clipping"]
+    weaker, stronger, local = (epsilon for *_, epsilon in rows if epsilon is not None)
+    assert local > weaker > stronger > 0
+
+
 @pytest.mark.parametrize("name", ["sensitivity", "privacy"])
 def test_sweeps_validate_every_run_before_the_first(
     config: Config, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -155,7 +155,7 @@ class Trained:
                     "seconds": summary.seconds,
                 }
                 if summary.privacy is not None:
-                    row["epsilon"] = summary.privacy["epsilon"]
+                    row["epsilon"] = summary.privacy.get("epsilon")  # absent where nothing is guaranteed
             rows.append({**row, "diverged": result is None, "run": name})
         return pl.DataFrame(rows, infer_schema_length=None)
 
