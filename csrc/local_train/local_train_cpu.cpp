@@ -502,11 +502,12 @@ class Trainer {
 
   double take_step(const Batch& batch, const LocalStep<T>& step) {
     const BasePart<T> base = frozen();
+    const int64_t stretch = soon == soon_end ? batch.size : kStretch;
     const T* const u = a.graph ? layer() : user.p;
     const T l2 = T(a.l2_items);
     if (a.base) {
-      for (int64_t k = 0; k < batch.size; k += kStretch) {
-        base.set_scores(batch.part(k, kStretch), u, scores + k);
+      for (int64_t k = 0; k < batch.size; k += stretch) {
+        base.set_scores(batch.part(k, stretch), u, scores + k);
         look_ahead();
       }
     } else {
@@ -543,8 +544,8 @@ class Trainer {
       return loss;
     }
     T* user_grad = user.grad;
-    for (int64_t k = 0; a.base && k < batch.size; k += kStretch) {
-      base.step(batch.part(k, kStretch), coefficients + k, user_grad);
+    for (int64_t k = 0; a.base && k < batch.size; k += stretch) {
+      base.step(batch.part(k, stretch), coefficients + k, user_grad);
       look_ahead();
     }
     if (a.table) {
