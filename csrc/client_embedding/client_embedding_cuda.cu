@@ -61,13 +61,12 @@ template <typename T>
 struct Source {
   ClientEmbeddingArgs a;
 
-  FEDPEFT_DEVICE const T* values() const { return static_cast<const T*>(a.grad); }
+  FEDPEFT_HD const T* values() const { return static_cast<const T*>(a.grad); }
   FEDPEFT_DEVICE int64_t row(int64_t n, int64_t) const { return row_at(a, n); }
   template <int N>
   FEDPEFT_DEVICE void rows(const int64_t (&n)[N], int64_t, int64_t (&row)[N]) const {
     rows_at(a, n, row);
   }
-  const T* gradient() const { return static_cast<const T*>(a.grad); }
   template <int V>
   FEDPEFT_DEVICE Sum<acc_t<T>, V> value(int64_t n, int64_t, int64_t column) const {
     Sum<acc_t<T>, V> v;

@@ -139,7 +139,7 @@ FEDPEFT_DEVICE bool copy_rows(const ClientLayerArgs& a, int64_t n0, int rows, fl
 #pragma unroll 4
   for (int e = int(threadIdx.x); e < kTile * kPacks; e += kTileThreads) {
     const int row = e / kPacks, column = e % kPacks * V;
-    const bool valid = row < rows && a.items[n0 + (row < rows ? row : 0)] >= 0;
+    const bool valid = row < rows && a.items[n0 + row] >= 0;
     any |= valid;
     if (valid && column < a.in) {
       copy_to_shared<V>(to + row * kTileStride + column, x + (n0 + row) * a.in + column);

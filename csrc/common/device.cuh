@@ -130,12 +130,9 @@ FEDPEFT_DEVICE Pack<T, V> load_global_if(const T* p, bool there) {
         : "l"(__cvta_generic_to_global(p)), "r"(int(there)));
     *reinterpret_cast<uint4*>(&pack) = x;
     return pack;
-  } else {
-    return there ? load_pack<V>(p) : zero_pack<V, T>();
   }
-#else
-  return there ? load_pack<V>(p) : zero_pack<V, T>();
 #endif
+  return there ? load_pack<V>(p) : zero_pack<V, T>();
 }
 
 template <int V, typename T>

@@ -110,6 +110,14 @@ void launch(void (*kernel)(Params...), int64_t grid, unsigned block, int64_t sha
 
 #endif
 
+// Of `total` positions, how many a block takes that first copies what they share: `least`, to pay
+// for the copy, or more, as long as there are sixteen blocks a multiprocessor.
+inline int64_t span_for(int64_t total, int64_t least) {
+  const int64_t blocks = 16 * limits().multiprocessors;
+  const int64_t even = (total + blocks - 1) / blocks;
+  return even > least ? even : least;
+}
+
 // Index `index` at `position` of argument `name` is outside [0, size): a device-side assertion, as
 // in torch's embedding.
 #if defined(__CUDACC__)

@@ -5,8 +5,7 @@
 //   const T* values(): where value() is no more than a load, the array [clients, positions, width]
 //   that it reads
 //   int kRowsAtOnce: rows that a group sums at a time, where value() is more than a load
-// and where value() is a load of the gradient at n, so that tables can do it:
-//   const T* gradient(): all of it
+// and with values(), so that tables can do it:
 //   void rows<N>(const int64_t (&n)[N], int64_t slot, int64_t (&row)[N]): N rows, their loads under
 //   way together; n is -1 where there is no position
 #pragma once
@@ -307,7 +306,7 @@ __global__ void __launch_bounds__(256, 2)
 template <typename Source>
 void launch_scatter_keys(const Source& source, const ScatterPlan& plan, void* keys, Stream stream) {
   if (plan.in_tables) {
-    if constexpr (requires { source.gradient(); }) {
+    if constexpr (requires { source.values(); }) {
       const bool joint = !plan.disjoint_slots && plan.slots > 1;
       const int64_t batches = (plan.tables.tiles << plan.tables.tile_bits) / ScatterTables::kBatch;
       const int64_t tasks = batches * (joint ? (plan.slots + 1) / 2 : plan.slots);
@@ -337,8 +336,8 @@ void launch_scatter(const Source& source, const ScatterPlan& plan, const SortedE
   if (plan.width == 0) return;
   T* to = static_cast<T*>(out);
   if (plan.in_tables) {
-    if constexpr (requires { source.gradient(); })
-      launch_scatter_tables<T, V>(plan, source.gradient(), sorted, to, stream);
+    if constexpr (requires { source.values(); })
+      launch_scatter_tables<T, V>(plan, source.values(), sorted, to, stream);
     return;
   }
   if (!plan.sorted) {

@@ -742,7 +742,7 @@ struct Source {
       row[u] = item[u] < 0 ? -1 : modulus(hash_of(hash.a, hash.b, uint64_t(item[u])));
     }
   }
-  const T* gradient() const
+  FEDPEFT_HD const T* values() const
     requires(!Gated)
   {
     return static_cast<const T*>(a.grad);
@@ -1290,11 +1290,8 @@ void launch_plain(const HashLookupArgs& a, int64_t clients, Stream stream) {
 template <typename T, int V>
 void launch_gated(const HashLookupArgs& a, int64_t clients, void* memory, Stream stream) {
   if (suits_lanes<V>(a)) {
-    // Long enough to pay for the copy of the weights, short enough to fill the device.
     const int64_t turn = 2 * (kThreads / lanes_for(a.D / V));
-    const int64_t blocks = 16 * limits().multiprocessors;
-    const int64_t even = (clients * a.positions + blocks - 1) / blocks;
-    const int64_t span = even > 4 * turn ? (even + turn - 1) / turn * turn : 4 * turn;
+    const int64_t span = (span_for(clients * a.positions, 4 * turn) + turn - 1) / turn * turn;
     launch(forward_lanes<T, V>, clients * ((a.positions + span - 1) / span), kThreads,
            BlockNet<T>::size(a.H, a.S) * int64_t(sizeof(acc_t<T>)), stream, a, clients, span,
            Modulus(a.M));
@@ -1312,12 +1309,21 @@ void launch_gated(const HashLookupArgs& a, int64_t clients, void* memory, Stream
          clients * a.positions, Modulus(a.M), plan.lanes, static_cast<unsigned char*>(memory));
 }
 
+// Takes room for the gradient too where two blocks still share a multiprocessor.
+template <typename T>
+void stage_gradient(const HashLookupArgs& a, Carve* carve, WholePlan* plan) {
+  const int64_t without = carve->used;
+  plan->grad = carve->take<T>(a.positions * a.D);
+  plan->staged = carve->used <= (limits().shared_bytes - 1024) / 2;
+  if (!plan->staged) carve->used = without;
+  plan->bytes = carve->used;
+}
+
 // False where shared memory does not hold it.
 template <typename T, int V>
 bool plan_whole(const HashLookupArgs& a, WholePlan* plan) {
   using A = acc_t<T>;
-  const int64_t device = limits().shared_bytes, entries = a.positions * a.H;
-  const int64_t outputs = a.senet_size();
+  const int64_t entries = a.positions * a.H, outputs = a.senet_size();
   int64_t chunk = a.positions < 64 ? a.positions : 64;
   while (chunk > 1 && chunk * a.S > 4096) chunk = (chunk + 1) / 2;
   int strips = 1;
@@ -1334,18 +1340,13 @@ bool plan_whole(const HashLookupArgs& a, WholePlan* plan) {
   plan->next = carve.take<int>(entries);
   plan->bucket = carve.take<int>(entries);
   plan->work = carve.take<int>(1);
-  // The gradient too where two blocks still share a multiprocessor.
-  const int64_t without = carve.used;
-  plan->grad = carve.take<T>(a.positions * a.D);
-  plan->staged = carve.used <= (device - 1024) / 2;
-  if (!plan->staged) carve.used = without;
-  plan->bytes = carve.used;
+  stage_gradient<T>(a, &carve, plan);
   plan->chunk = int(chunk);
   plan->strips = strips;
   const int lanes = lanes_for(a.D / V);
   plan->lanes = lanes < 8 ? 8 : lanes;
   plan->threads = carve.used > 72 * 1024 ? 384 : 256;
-  return carve.used <= device;
+  return carve.used <= limits().shared_bytes;
 }
 
 // False where shared memory does not hold it, or its registers.
@@ -1353,7 +1354,7 @@ template <typename T, int V>
 bool plan_lanes(const HashLookupArgs& a, WholePlan* plan) {
   using A = acc_t<T>;
   if (!suits_lanes<V>(a)) return false;
-  const int64_t device = limits().shared_bytes, entries = a.positions * a.H;
+  const int64_t entries = a.positions * a.H;
   *plan = {};
   plan->threads = kThreads;
   plan->lanes = lanes_for(a.D / V);
@@ -1364,13 +1365,8 @@ bool plan_lanes(const HashLookupArgs& a, WholePlan* plan) {
   plan->head = carve.take<int>(a.M);
   plan->next = carve.take<int>(entries);
   plan->bucket = carve.take<int>(entries);
-  // The gradient too where two blocks still share a multiprocessor.
-  const int64_t without = carve.used;
-  plan->grad = carve.take<T>(a.positions * a.D);
-  plan->staged = carve.used <= (device - 1024) / 2;
-  if (!plan->staged) carve.used = without;
-  plan->bytes = carve.used;
-  return carve.used <= device;
+  stage_gradient<T>(a, &carve, plan);
+  return carve.used <= limits().shared_bytes;
 }
 
 }  // namespace

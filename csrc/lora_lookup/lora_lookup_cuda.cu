@@ -371,11 +371,7 @@ void lora_lookup(const LoraLookupArgs& a, DType dtype, int64_t clients, Stream s
         a.D,
         [&](auto width) {
           constexpr int V = decltype(width)::value;
-          // Long enough to pay for the copy of B, short enough to fill the device.
-          const int64_t groups = kThreads / lanes_for(a.D / V);
-          const int64_t even =
-              (total + 16 * device.multiprocessors - 1) / (16 * device.multiprocessors);
-          const int64_t span = even > 4 * groups ? even : 4 * groups;
+          const int64_t span = span_for(total, 4 * (kThreads / lanes_for(a.D / V)));
           const int64_t grid = clients * ((a.positions + span - 1) / span);
           if (staged) {
             launch(forward<T, V, true>, grid, kThreads, bytes, stream, a, clients, span);

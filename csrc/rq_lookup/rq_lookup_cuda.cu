@@ -232,7 +232,7 @@ template <typename T>
 struct Source {
   RqLookupArgs a;
 
-  FEDPEFT_DEVICE const T* values() const { return static_cast<const T*>(a.grad); }
+  FEDPEFT_HD const T* values() const { return static_cast<const T*>(a.grad); }
   FEDPEFT_DEVICE int64_t row(int64_t n, int64_t slot) const {
     const int64_t item = item_at(a, n);
     return item < 0 ? -1 : slot * a.K + code_at(a, item, slot);
@@ -245,7 +245,6 @@ struct Source {
 #pragma unroll
     for (int u = 0; u < N; ++u) row[u] = item[u] < 0 ? -1 : slot * a.K + row[u];
   }
-  const T* gradient() const { return static_cast<const T*>(a.grad); }
   template <int V>
   FEDPEFT_DEVICE Sum<acc_t<T>, V> value(int64_t n, int64_t, int64_t column) const {
     Sum<acc_t<T>, V> v;
