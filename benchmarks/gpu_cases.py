@@ -331,6 +331,30 @@ def _accumulate(s: Sizes, draw: Draw, by_row: bool) -> Case:
     )
 
 
+def _apply(s: Sizes, draw: Draw, by_row: bool) -> Case:
+    parameter = draw.floats(s.I, s.D)
+    total = draw.floats(s.I, s.D).double()
+    rows = torch.arange(0, s.I, 2, device=draw.device) if by_row else None
+    moved = 2 * size(parameter, total)
+    return Case(
+        lambda o: o.apply_updates_(parameter, total, rows, scale=0.5),
+        (),
+        moved if rows is None else moved // s.I * len(rows) + size(rows),
+        state=(parameter, total),
+    )
+
+
+def _clients(s: Sizes, draw: Draw) -> Case:
+    clients = torch.arange(16 * s.I, device=draw.device)
+    return Case(
+        lambda o: o.sample_clients(clients, s.C, seed=1, round=2),
+        (),
+        size(clients) + 8 * s.C,
+        compiles=False,  # its twin is NumPy
+        tolerance=0,
+    )
+
+
 def _encode(s: Sizes, draw: Draw) -> Case:
     x, codebooks = draw.floats(s.N, s.D), draw.floats(s.L, s.K, s.D)
     return Case(
@@ -422,6 +446,9 @@ CASES: dict[str, Callable[[Sizes, Draw], Case]] = {
     "touched_rows": _touched,
     "accumulate_updates_": lambda s, d: _accumulate(s, d, False),
     "accumulate_updates_, rows": lambda s, d: _accumulate(s, d, True),
+    "apply_updates_": lambda s, d: _apply(s, d, False),
+    "apply_updates_, rows": lambda s, d: _apply(s, d, True),
+    "sample_clients": _clients,
     "rq_encode": _encode,
     "local_train, LoRA": lambda s, d: _train(s, d, "LoRA"),
     "local_train, RQ": lambda s, d: _train(s, d, "RQ"),

@@ -154,7 +154,6 @@ void accumulate_updates_(const Tensor& total, const Tensor& updates, const Tenso
   }
 }
 
-#if !defined(FEDPEFT_EMULATOR)  // on the CPU alone
 void apply_updates_(Tensor parameter, Tensor total, const std::optional<Tensor>& rows,
                     double scale) {
   const DType dtype = dtype_of(parameter, "parameter");
@@ -178,29 +177,29 @@ void apply_updates_(Tensor parameter, Tensor total, const std::optional<Tensor>&
     rows_ = dense(*rows);
     a.rows = indices_of(*rows_, "rows");
     n = rows->size(0);
-    FirstError bad_row;
-    for (int64_t i = 0; i < n; ++i) {
-      if (classify(a.rows[i], a.num_rows) != Position::item) bad_row.report(i);
-    }
-    raise_bad_index(bad_row, a.rows, a.num_rows, "rows");
   }
-  const auto kernel = select_aggregate_kernels().apply[int(dtype)];
-  parallel_ranges(n, 2 * a.width, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  run_on(
+      parameter,
+      [&](auto) {
+        if (rows_) {
+          FirstError bad_row;  // before anything is written
+          for (int64_t i = 0; i < n; ++i) {
+            if (classify(a.rows[i], a.num_rows) != Position::item) bad_row.report(i);
+          }
+          raise_bad_index(bad_row, a.rows, a.num_rows, "rows");
+        }
+        const auto kernel = select_aggregate_kernels().apply[int(dtype)];
+        parallel_ranges(n, 2 * a.width, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+      },
+      [&](auto stream) { gpu::apply_updates(a, dtype, n, stream); });
 }
-
-#endif
 
 }  // namespace
-
-#if !defined(FEDPEFT_EMULATOR)
-STABLE_TORCH_LIBRARY_IMPL(FEDPEFT_LIBRARY, CPU, m) {
-  m.impl("apply_updates_", TORCH_BOX(&apply_updates_));
-}
-#endif
 
 FEDPEFT_IMPL(m) {
   m.impl("touched_rows", TORCH_BOX(&touched_rows));
   m.impl("accumulate_updates_", TORCH_BOX(&accumulate_updates_));
+  m.impl("apply_updates_", TORCH_BOX(&apply_updates_));
 }
 
 }  // namespace fedpeft

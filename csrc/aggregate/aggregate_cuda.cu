@@ -1,6 +1,6 @@
-// CUDA kernels of touched_rows (a block a client, over its sorted items) and accumulate_updates_ (a
+// CUDA kernels of touched_rows (a block a client, over its sorted items), accumulate_updates_ (a
 // thread an element, clients in order; with rows a group of lanes a row, over entries sorted by
-// row).
+// row) and apply_updates_ (one pass, a thread a few elements).
 #include "aggregate/aggregate_cuda.h"
 #include "common/block.cuh"
 
@@ -147,12 +147,37 @@ __global__ void __launch_bounds__(kThreads, 4)
   });
 }
 
+// A group of lanes a row, V columns a lane. Rounds as the CPU does: the step, then the sum.
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads, 4) apply(ApplyArgs a, int64_t count) {
+  for_rows(count, a.width / V, [&](int64_t i, int lane, int lanes) {
+    int64_t row = i;
+    if (a.rows.data) {
+      row = a.rows[i];
+      if (classify(row, a.num_rows) != Position::item)
+        FEDPEFT_BAD_INDEX("rows", row, i, a.num_rows);
+    }
+    T* parameter = static_cast<T*>(a.parameter) + row * a.width;
+    double* total = a.total + row * a.width;
+    for (int64_t column = int64_t(lane) * V; column < a.width; column += int64_t(lanes) * V) {
+      const Pack<double, V> sum = load_pack<V>(total + column);
+      Pack<T, V> value = load_pack<V>(parameter + column);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const T step = from_acc<T>(acc_t<T>(sum.at[v] * a.scale));
+        value.at[v] = from_acc<T>(to_acc(value.at[v]) + to_acc(step));
+      }
+      store_pack<V>(parameter + column, value);
+      store_pack<V>(total + column, zero_pack<V, double>());
+    }
+  });
+}
+
+bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
 template <typename Key>
 void accumulate_sorted(const AccumulateArgs& a, DType dtype, bool in_double, const void* sorted,
                        const int64_t* order, Stream stream) {
-  const auto aligned = [](const void* p, size_t bytes) {
-    return reinterpret_cast<uintptr_t>(p) % bytes == 0;
-  };
   const auto run = [&](auto total, auto zero, auto width) {
     constexpr int V = decltype(width)::value;
     using T = decltype(zero);
@@ -228,6 +253,28 @@ void accumulate_rows(const AccumulateArgs& a, DType dtype, bool in_double, const
   } else {
     accumulate_sorted<int64_t>(a, dtype, in_double, sorted, order, stream);
   }
+}
+
+void apply_updates(const ApplyArgs& given, DType dtype, int64_t count, Stream stream) {
+  if (given.width == 0) return;
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int V = sizeof(T) == 8 ? 2 : 4;
+    ApplyArgs a = given;
+    int64_t rows = count;
+    const int64_t along = a.rows.data ? a.width : a.width * count;
+    const bool wide = along % V == 0 && aligned(a.parameter, V * sizeof(T)) &&
+                      aligned(a.total, V * sizeof(double));
+    if (!a.rows.data) {  // elements, whatever the rows
+      a.width = wide ? V : 1;
+      rows = along / a.width;
+    }
+    if (wide) {
+      launch_rows(apply<T, V>, rows, a.width / V, stream, a, rows);
+    } else {
+      launch_rows(apply<T, 1>, rows, a.width, stream, a, rows);
+    }
+  });
 }
 
 }  // namespace fedpeft::gpu

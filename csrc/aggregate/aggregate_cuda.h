@@ -23,4 +23,7 @@ void accumulate_keys(const AccumulateArgs& a, void* keys, int key_bytes, Stream 
 void accumulate_rows(const AccumulateArgs& a, DType dtype, bool in_double, const void* sorted,
                      int key_bytes, const int64_t* order, Stream stream);
 
+// At `count` places of a.rows, or everywhere.
+void apply_updates(const ApplyArgs& a, DType dtype, int64_t count, Stream stream);
+
 }  // namespace fedpeft::gpu

@@ -142,12 +142,11 @@ Tensor client_dropout(const Tensor& x, const Tensor& clients, double p, int64_t 
   return out;
 }
 
-#if !defined(FEDPEFT_EMULATOR)  // on the CPU alone
-
 using Keyed = std::pair<uint64_t, int64_t>;  // key, place: equal keys go by place
 
 // The clients whose keys have high halves of at most `bound`, in any order.
-std::vector<Keyed> smallest_keys(const ClientKeysArgs& a, int64_t n, uint32_t bound) {
+[[maybe_unused]] std::vector<Keyed> smallest_keys(const ClientKeysArgs& a, int64_t n,
+                                                  uint32_t bound) {
   const SamplingKernels& kernels = select_sampling_kernels();
   std::vector<Keyed> smallest;
   std::mutex mutex;
@@ -177,6 +176,18 @@ std::vector<Keyed> smallest_keys(const ClientKeysArgs& a, int64_t n, uint32_t bo
 
 // The `count` clients of the smallest keys, ascending by id. Keys are uniform, so that those below
 // a bound hold the smallest ones but for one call in many thousands, which looks at all.
+[[maybe_unused]] void sample_on_cpu(const ClientKeysArgs& a, int64_t n, int64_t count,
+                                    int64_t* ids) {
+  const double likely = double(count) + 6 * std::sqrt(double(count)) + 16;
+  const bool few = likely < double(n);
+  std::vector<Keyed> smallest =
+      smallest_keys(a, n, few ? uint32_t(likely / double(n) * 0x1p32) : UINT32_MAX);
+  if (int64_t(smallest.size()) < count) smallest = smallest_keys(a, n, UINT32_MAX);
+  std::nth_element(smallest.begin(), smallest.begin() + count, smallest.end());
+  for (int64_t i = 0; i < count; ++i) ids[i] = a.clients[smallest[size_t(i)].second];
+  std::sort(ids, ids + count);
+}
+
 Tensor sample_clients(const Tensor& clients, int64_t count, int64_t seed, int64_t round,
                       int64_t attempt) {
   check_dim(clients, 1, "clients", "[n]");
@@ -189,32 +200,30 @@ Tensor sample_clients(const Tensor& clients, int64_t count, int64_t seed, int64_
   a.round = check_uint(round, int64_t{1} << 32, "round");
   a.attempt = check_uint(attempt, int64_t{1} << 32, "attempt");
 
-  const double likely = double(count) + 6 * std::sqrt(double(count)) + 16;
-  const bool few = likely < double(n);
-  std::vector<Keyed> smallest =
-      smallest_keys(a, n, few ? uint32_t(likely / double(n) * 0x1p32) : UINT32_MAX);
-  if (int64_t(smallest.size()) < count) smallest = smallest_keys(a, n, UINT32_MAX);
-  std::nth_element(smallest.begin(), smallest.begin() + count, smallest.end());
   Tensor out = torch::stable::new_empty(clients, {count}, ScalarType::Long);
   int64_t* ids = static_cast<int64_t*>(out.mutable_data_ptr());
-  for (int64_t i = 0; i < count; ++i) ids[i] = a.clients[smallest[size_t(i)].second];
-  std::sort(ids, ids + count);
+  run_on(
+      clients, [&](auto) { sample_on_cpu(a, n, count, ids); },
+      [&](auto stream) {
+        check_value(n <= INT32_MAX, "clients: expected at most 2^31 - 1 on a GPU, got ", n);
+        using Room = gpu::SampleClientsRoom;
+        Tensor bins =
+            torch::stable::new_zeros(clients, {Room::kBins + Room::kNumbers}, ScalarType::Int);
+        Tensor near = torch::stable::new_empty(clients, {n}, ScalarType::Int);
+        const Room room = {static_cast<unsigned*>(bins.mutable_data_ptr()),
+                           static_cast<unsigned*>(near.mutable_data_ptr())};
+        gpu::sample_clients(a, n, count, room, ids, stream);
+        out = sort_stable(out).first;
+      });
   return out;
 }
 
-#endif
-
 }  // namespace
-
-#if !defined(FEDPEFT_EMULATOR)
-STABLE_TORCH_LIBRARY_IMPL(FEDPEFT_LIBRARY, CPU, m) {
-  m.impl("sample_clients", TORCH_BOX(&sample_clients));
-}
-#endif
 
 FEDPEFT_IMPL(m) {
   m.impl("sample_negatives", TORCH_BOX(&sample_negatives));
   m.impl("client_dropout", TORCH_BOX(&client_dropout));
+  m.impl("sample_clients", TORCH_BOX(&sample_clients));
 }
 
 }  // namespace fedpeft

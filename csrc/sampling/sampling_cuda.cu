@@ -1,5 +1,7 @@
-// CUDA kernels of sample_negatives (a thread a draw) and client_dropout (a thread a Philox block,
-// four elements).
+// CUDA kernels of sample_negatives (a thread a draw), client_dropout (a thread a Philox block, four
+// elements) and sample_clients (a thread a client, in two passes that make its key anew: keys are
+// counted by their first bits, which shows the bin where the sample ends; clients before it are
+// chosen, those in it ranked by a third launch).
 #include "common/negatives.cuh"
 #include "sampling/sampling_cuda.h"
 
@@ -93,6 +95,116 @@ __global__ void __launch_bounds__(kThreads, 4) dropout(ClientDropoutArgs a, int6
   }
 }
 
+constexpr int kBins = SampleClientsRoom::kBins;
+constexpr int kBinBits = 11;
+static_assert(kBins == 1 << kBinBits && kBins % kThreads == 0);
+
+FEDPEFT_DEVICE uint64_t client_key(const ClientKeysArgs& a, int64_t client) {
+  return philox(a.attempt, uint32_t(client), a.round, philox_stream(Purpose::client_sampling, 0, 0),
+                a.seed)
+      .low64();
+}
+FEDPEFT_DEVICE int bin_of(uint64_t key) { return int(key >> (64 - kBinBits)); }
+
+__global__ void __launch_bounds__(kThreads, 4)
+    count_keys(ClientKeysArgs a, int64_t n, SampleClientsRoom room) {
+  FEDPEFT_SHARED(unsigned, bins, kBins);
+  for (int b = int(threadIdx.x); b < kBins; b += kThreads) bins[b] = 0;
+  __syncthreads();
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < n;
+       i += int64_t(gridDim.x) * kThreads) {
+    const int64_t client = a.clients[i];
+    if (uint64_t(client) >> 32) FEDPEFT_BAD_INDEX("clients", client, i, int64_t{1} << 32);
+    atomicAdd(bins + bin_of(client_key(a, client)), 1u);
+  }
+  __syncthreads();
+  for (int b = int(threadIdx.x); b < kBins; b += kThreads) {
+    if (bins[b]) atomicAdd(room.bins + b, bins[b]);
+  }
+}
+
+// Room for one element of each lane that says so: its place behind what `used` counts. All lanes of
+// a warp call.
+FEDPEFT_DEVICE unsigned next_place(bool mine, unsigned* used) {
+  const unsigned votes = __ballot_sync(kFullMask, mine);
+  if (votes == 0) return 0;
+  const int lane = int(threadIdx.x) % kWarp, leader = __ffs(votes) - 1;
+  unsigned first = 0;
+  if (lane == leader) first = atomicAdd(used, unsigned(__popc(votes)));
+  return __shfl_sync(kFullMask, first, leader) + unsigned(__popc(votes & ((1u << lane) - 1)));
+}
+
+// room.bins[kBins + ...]: chosen so far, clients in the last bin, how many of these are to be
+// chosen.
+__global__ void __launch_bounds__(kThreads, 4)
+    choose_bins(ClientKeysArgs a, int64_t n, int64_t count, SampleClientsRoom room,
+                int64_t* chosen) {
+  FEDPEFT_SHARED(unsigned, sums, kThreads / kWarp);
+  FEDPEFT_SHARED(int, last_bin, 1);
+  constexpr int kOwn = kBins / kThreads;
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  const unsigned* own = room.bins + int(threadIdx.x) * kOwn;
+  unsigned mine = 0;
+#pragma unroll
+  for (int b = 0; b < kOwn; ++b) mine += own[b];
+  unsigned until = mine;  // sum over the threads up to this one
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const unsigned below = __shfl_up_sync(kFullMask, until, distance);
+    if (lane >= distance) until += below;
+  }
+  if (lane == kWarp - 1) sums[warp] = until;
+  if (threadIdx.x == 0) last_bin[0] = -1;  // of an empty sample
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) until += sums[w];
+  int64_t before = int64_t(until) - mine;
+  if (before < count && count <= int64_t(until)) {
+    int b = 0;
+    while (before + own[b] < count) before += own[b++];
+    last_bin[0] = int(threadIdx.x) * kOwn + b;
+    if (blockIdx.x == 0) room.bins[kBins + 2] = unsigned(count - before);
+  }
+  __syncthreads();
+  const int last = last_bin[0];
+  for (int64_t first = int64_t(blockIdx.x) * kThreads + warp * kWarp; first < n;
+       first += int64_t(gridDim.x) * kThreads) {
+    const int64_t i = first + lane;
+    const int64_t client = i < n ? a.clients[i] : 0;
+    const int bin = i < n ? bin_of(client_key(a, client)) : kBins;
+    const unsigned place = next_place(bin < last, room.bins + kBins);
+    if (bin < last) chosen[place] = client;
+    const unsigned near_place = next_place(bin == last, room.bins + kBins + 1);
+    if (bin == last) room.near[near_place] = unsigned(i);
+  }
+}
+
+// Of the clients in the last bin, a thread each, those that few enough come before: equal keys go
+// by place. Ranks are places behind what is chosen.
+__global__ void __launch_bounds__(kThreads, 4)
+    choose_near(ClientKeysArgs a, int64_t count, SampleClientsRoom room, int64_t* chosen) {
+  FEDPEFT_SHARED(uint64_t, keys, kThreads);
+  FEDPEFT_SHARED(unsigned, places, kThreads);
+  const unsigned near = room.bins[kBins + 1], wanted = room.bins[kBins + 2];
+  for (unsigned first = blockIdx.x * kThreads; first < near; first += gridDim.x * kThreads) {
+    const bool there = first + threadIdx.x < near;
+    const unsigned place = there ? room.near[first + threadIdx.x] : 0;
+    const int64_t client = a.clients[place];
+    const uint64_t key = client_key(a, client);
+    unsigned rank = 0;
+    for (unsigned tile = 0; tile < near; tile += kThreads) {
+      __syncthreads();
+      if (tile + threadIdx.x < near) {
+        places[threadIdx.x] = room.near[tile + threadIdx.x];
+        keys[threadIdx.x] = client_key(a, a.clients[places[threadIdx.x]]);
+      }
+      __syncthreads();
+      const int filled = int(near - tile < kThreads ? near - tile : kThreads);
+      for (int j = 0; j < filled; ++j)
+        rank += keys[j] < key || (keys[j] == key && places[j] < place);
+    }
+    if (there && rank < wanted) chosen[count - wanted + rank] = client;
+  }
+}
+
 }  // namespace
 
 void sample_negatives(const SampleNegativesArgs& a, int64_t clients, int64_t users, int64_t nnz,
@@ -117,6 +229,18 @@ void client_dropout(const ClientDropoutArgs& a, DType dtype, int64_t clients, St
       launch(dropout<T, false>, grid, kThreads, 0, stream, a, clients);
     }
   });
+}
+
+void sample_clients(const ClientKeysArgs& a, int64_t n, int64_t count,
+                    const SampleClientsRoom& room, int64_t* chosen, Stream stream) {
+  // A block counts more clients than there are bins, which it adds to everybody's.
+  const int64_t blocks = (n + 2 * kBins - 1) / (2 * kBins), most = 4 * limits().multiprocessors;
+  const int64_t grid = blocks < most ? blocks : most;
+  launch(count_keys, grid, kThreads, 0, stream, a, n, room);
+  if (count == 0) return;
+  launch(choose_bins, grid, kThreads, 0, stream, a, n, count, room, chosen);
+  // Keys are uniform: a bin holds about so many.
+  launch(choose_near, n / kBins / kThreads + 1, kThreads, 0, stream, a, count, room, chosen);
 }
 
 }  // namespace fedpeft::gpu

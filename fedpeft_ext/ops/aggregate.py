@@ -172,7 +172,7 @@ def _check_apply(parameter: Tensor, total: Tensor, rows: Tensor | None) -> None:
 
 
 def apply_updates_(parameter: Tensor, total: Tensor, rows: Tensor | None = None, *, scale: float) -> None:
-    """The server's step: adds scale * total to a parameter and makes the total zero, in one pass. CPU only.
+    """The server's step: adds scale * total to a parameter and makes the total zero, in one pass.
 
     Args:
         parameter: float32, float64, float16 or bfloat16 [I, ...], contiguous. Updated in place.

@@ -112,12 +112,12 @@ def _check_clients(clients: Tensor, count: int, seed: int, round: int, attempt: 
 
 
 def sample_clients(clients: Tensor, count: int, *, seed: int, round: int, attempt: int = 0) -> Tensor:
-    """Draws `count` of the clients, a uniform sample without replacement. CPU only.
+    """Draws `count` of the clients, a uniform sample without replacement.
 
     Each client has a 64-bit key, a function of (seed, round, attempt, client); the smallest take part.
 
     Args:
-        clients: int32 or int64 [n], distinct ids, 0 to 2^32 - 1.
+        clients: int32 or int64 [n], distinct ids, 0 to 2^32 - 1; on a GPU at most 2^31 - 1 of them.
         count: 0 to n.
         seed: 0 to 2^63 - 1. round, attempt: 0 to 2^32 - 1.
 

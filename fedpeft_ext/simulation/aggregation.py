@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft_ext import ops, reference
+from fedpeft_ext import ops
 from fedpeft_ext.simulation.distributed import Ranks, exact_grid
 from fedpeft_ext.simulation.state import State, below, copy_into, prefixed
 from fedpeft_ext.simulation.uploads import Uploads, UploadStage
@@ -84,12 +84,10 @@ class Server:
                 parameter.add_((self._lr * first / (second.sqrt() + TAU)).to(parameter.dtype))
                 total.zero_()
             else:
-                on_cpu = parameter.device.type == "cpu" and parameter.is_contiguous()
-                step = ops.apply_updates_ if on_cpu else reference.apply_updates_
                 values = parameter.detach()
                 if values.dim() == 0:
                     values, total = values.view(1), total.view(1)
-                step(values, total, at, scale=self._lr / weight)
+                ops.apply_updates_(values, total, at, scale=self._lr / weight)
 
     def state_dict(self, ranks: Ranks | None = None) -> State:
         """See `state.Stateful`: the optimizer's moments."""
@@ -132,6 +130,7 @@ class Aggregator:
         self._faults = faults
         self._variates = variates
         self._totals = {name: zeros_for(p) for name, p in parameters.items()}
+        self._device = next((p.device for p in parameters.values()), torch.device("cpu"))
         self._weight = 0.0
         self._uploads = 0
         self._rows: list[Tensor] = []  # of uploads so far,
@@ -178,8 +177,7 @@ class Aggregator:
     def marks(self) -> Tensor | None:
         """Bool as uint8 [I]: the rows of row parameters that `added` was told of; None without such."""
         if self._marks is None and self._heights:
-            device = next(iter(self._totals.values())).device
-            self._marks = torch.zeros(max(self._heights), dtype=torch.uint8, device=device)
+            self._marks = torch.zeros(max(self._heights), dtype=torch.uint8, device=self._device)
         return self._marks
 
     def added(self, weight: float, uploads: int, rows: Tensor, broken: str | None) -> None:
@@ -259,7 +257,7 @@ class Aggregator:
         if self._variates is not None:
             self._variates.exchange(ranks)
         union = ranks.union(None if self._whole else self._rows, max(self._heights, default=0))
-        self._whole, self._rows = union is None, [] if union is None else [union]
+        self._whole, self._rows = union is None, [] if union is None else [union.to(self._device)]
         self._distinct, self._watched = True, False  # other ranks' sums were not watched
         tables = frozenset[str]() if union is None else self._row_parameters
         ranks.sum_([total for name, total in self._totals.items() if name not in tables])
@@ -358,7 +356,7 @@ class Aggregator:
         if ROW_COST * sum(rows.numel() for rows in self._rows) >= max(self._heights):
             return None
         if not self._rows:  # no upload
-            return torch.zeros(0, dtype=torch.int64)
+            return torch.zeros(0, dtype=torch.int64, device=self._device)
         if self._distinct:
             return self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows)
         rows: Tensor = torch.unique(torch.cat([rows.flatten() for rows in self._rows]))

@@ -237,6 +237,20 @@ def test_sums_of_many_clients(clients: int) -> None:
     assert torch.equal(*sums)  # on a grid, sums are exact
 
 
+def test_samples_of_many_clients() -> None:
+    cpu, gpu = both("sample_clients")
+    clients = torch.randperm(20_000, generator=torch.Generator().manual_seed(10))
+    for count in (0, 1, 700, 19_999, 20_000):
+        with kernel_launches() as launched:
+            chosen = gpu(clients, count, 1, 2, 3)
+        assert torch.equal(chosen, cpu(clients, count, 1, 2, 3))
+        assert launched.count == (3 if count else 1)
+    # More clients than a block ranks at a time share the bin where the sample ends.
+    clients = torch.cat([torch.arange(100), torch.full((600,), 7)])
+    for count in (90, 300, 600):
+        assert torch.equal(gpu(clients, count, 1, 2, 3), cpu(clients, count, 1, 2, 3))
+
+
 # Shared memory for all groups of a block; for a warp a position; for none: activations in memory, with more
 # positions than have room at a time.
 @pytest.mark.parametrize(("limit", "hidden"), [(99 << 10, 9), (1 << 10, 9), (1 << 8, 40)])
@@ -295,6 +309,9 @@ def test_other_ops_take_one_launch() -> None:
         "touched_rows": lambda: ops.touched_rows(rows),  # besides torch's sort
         "accumulate_updates_": lambda: ops.accumulate_updates_(
             param[0].double(), grad, torch.ones(2).double()
+        ),
+        "apply_updates_": lambda: ops.apply_updates_(
+            param[0], first[0].double(), torch.tensor([1]), scale=0.5
         ),
     }
     counts = {}
