@@ -70,7 +70,7 @@ def _one_of_many(args: Sequence[str]) -> NoReturn:
             with redirect_stdout(nowhere), redirect_stderr(nowhere):
                 app([*args, "--debug"], prog_name="fedpeft", standalone_mode=False)
         except RankError as error:
-            _complain(error)
+            _complain(str(error))
             sys.exit(TRAINING_FAILED)
         except (ValueError, OSError, ImportError, FloatingPointError):
             sys.exit(USER_ERROR)  # the first process, which met it too, has told
@@ -90,7 +90,8 @@ _DatasetName = Annotated[
     typer.Option("--dataset", "-d", help="Name, file or folder: see fedpeft data.", show_default="ml-100k"),
 ]
 _Backbone = Annotated[
-    str | None, typer.Option("--backbone", help="Recommendation model.", show_default="fedmf")
+    str | None,
+    typer.Option("--backbone", help="fedmf, fedncf, pfedrec or fedpergnn.", show_default="fedmf"),
 ]
 _Rounds = Annotated[int | None, typer.Option("--rounds", "-r", help="Federated rounds.", show_default="100")]
 _Seed = Annotated[int | None, typer.Option("--seed", help="Of every random draw.", show_default="0")]
@@ -127,7 +128,7 @@ def _global_options(
     pass
 
 
-@app.command()
+@app.command(short_help="Train one embedding in the federation and evaluate it.")
 def run(
     dataset: _DatasetName = None,
     backbone: _Backbone = None,
@@ -160,14 +161,14 @@ def run(
     ends the run after its round, saved; again: at once.
     """
     named = _named(dataset, backbone, rounds, seed, engine, device, threads)
-    with _reported_errors(debug) as started:
+    with _reported_errors(debug, can_overwrite=True) as started:
         settings = _settings(config, {**named, "embedding.name": embedding}, set_)
         folder = out or _default_folder(settings, settings.embedding.name)
         started(folder)
         _run(settings, folder, overwrite=overwrite, quiet=quiet, as_json=json_)
 
 
-@app.command()
+@app.command(short_help="Go on with a run that was interrupted, or train it further.")
 def resume(
     folder: Annotated[Path, typer.Argument(help="Of the run to go on with.", show_default=False)],
     rounds: Annotated[
@@ -187,7 +188,7 @@ def resume(
         _resume(folder, rounds, quiet=quiet, as_json=json_)
 
 
-@app.command()
+@app.command(short_help="Train several embeddings alike; one table, two pictures.")
 def compare(
     embeddings: Annotated[
         str, typer.Option("--embeddings", "-e", help="Names as in run --embedding, separated by commas.")
@@ -214,7 +215,7 @@ def compare(
     each run. Full embeddings and codes are prepared once for all runs.
     """
     named = _named(dataset, backbone, rounds, seed, engine, device, threads)
-    with _reported_errors(debug) as started:
+    with _reported_errors(debug, can_overwrite=True) as started:
         settings = _settings(config, named, set_)
         folder = out or _default_folder(settings, "compare")
         started(folder)
@@ -222,7 +223,7 @@ def compare(
         _compare(settings, names, folder, overwrite=overwrite, quiet=quiet, as_json=json_)
 
 
-@app.command()
+@app.command(short_help="List known data sets, or tell what is in one.")
 def data(
     name: Annotated[
         str | None, typer.Argument(help="Data set to check: name, file or folder.", show_default=False)
@@ -241,7 +242,7 @@ def data(
             _describe_dataset(name, set_ or [])
 
 
-@app.command()
+@app.command(short_help="Write a data set as arrays that are mapped into memory.")
 def convert(
     source: Annotated[str, typer.Argument(help="Data set: name, file or folder.", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="New folder to write.", show_default=False)],
@@ -267,7 +268,7 @@ def convert(
         typer.echo(f"{folder}/: {_size(dataset)}")
 
 
-@app.command()
+@app.command(short_help="Print versions and what the kernels were built for.")
 def info(debug: _Debug = False) -> None:
     """Print versions and what the kernels were built for: put this into a bug report."""
     with _reported_errors(debug):
@@ -304,17 +305,25 @@ def _joined(value: object) -> str:
 
 
 @contextmanager
-def _reported_errors(debug: bool) -> Iterator[Callable[[Path], None]]:
+def _reported_errors(
+    debug: bool, can_overwrite: bool = False, goes_on: str = ""
+) -> Iterator[Callable[[Path], None]]:
     """Turn what a user can get wrong into a sentence and an exit code.
 
-    Yields a function to call with the folder that is being written, which an interruption then names.
+    Args:
+        debug: raise instead, with the traceback.
+        can_overwrite: the command has an option for a folder that has files in it.
+        goes_on: what starting the command again does after an interruption.
+
+    Yields a function to call with the folder that is being written, which interruptions and errors without a
+    file's name then name.
     """
     folders: list[Path] = []
     try:
         yield folders.append
     except KeyboardInterrupt:
         kept = f"; what was finished is in {folders[0]}/" if folders and folders[0].is_dir() else ""
-        typer.echo(f"\nfedpeft: interrupted{kept}", err=True)
+        typer.echo(f"\nfedpeft: interrupted{kept}{goes_on if kept else ''}", err=True)
         raise typer.Exit(SIGNALLED + signal.SIGINT) from None
     except _Stopped as stopped:
         typer.echo(f"\nfedpeft: {stopped}", err=True)
@@ -322,20 +331,30 @@ def _reported_errors(debug: bool) -> Iterator[Callable[[Path], None]]:
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
-        _complain(error, " (--overwrite)" if isinstance(error, FileExistsError) else "")
+        hint = " (--overwrite)" if can_overwrite and isinstance(error, FileExistsError) else ""
+        _complain(_named_file(error, folders), hint)
         raise typer.Exit(USER_ERROR) from None
     except (FloatingPointError, RuntimeError) as error:
         from fedpeft_ext.simulation import ClientError, RankError
 
         if debug or not isinstance(error, FloatingPointError | ClientError | RankError):
             raise
-        _complain(error)
+        _complain(str(error) or type(error).__name__)
         raise typer.Exit(TRAINING_FAILED) from None
 
 
-def _complain(error: Exception, hint: str = "") -> None:
+def _named_file(error: Exception, folders: Sequence[Path]) -> str:
+    """The text of an error; of one of the system, such as a full disk, with the file or folder concerned."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        place = error.filename or (folders[0] if folders else None)
+        text = f"{place}: {error.strerror}" if place is not None else error.strerror
+    return text or type(error).__name__
+
+
+def _complain(text: str, hint: str = "") -> None:
     label = typer.style("error:", fg="red", bold=True)
-    for line in str(error).splitlines() or [type(error).__name__]:
+    for line in text.splitlines():
         typer.echo(f"fedpeft: {label} {line}{hint}", err=True)
 
 

@@ -477,10 +477,31 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     return Config.from_dict(_apply(values, overrides))
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML's rule, which PyYAML leaves to its users: a second section of a name would silently replace the
+    first.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    problem = f"{key.value!r} is given a second time"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        values: dict[Any, Any] = super().construct_mapping(node, deep)
+        return values
+
+
 def _read_yaml(path: Path) -> Any:
     """What a YAML file holds. It may come from anyone, so no size on disk bounds what it expands to."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise ConfigError(f"{path} is not YAML: {place}{str(error.problem)[:_SHOWN]}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that there is not
         raise ConfigError(f"{path} is not YAML: {str(error)[:_SHOWN]}") from None
     except RecursionError:

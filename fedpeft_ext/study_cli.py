@@ -16,10 +16,17 @@ if TYPE_CHECKING:
 
 def study(
     name: Annotated[
-        str | None, typer.Argument(help="Which; without it, the list of them.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="table2, communication, sensitivity, privacy, hybrid, warm-start, pretraining, new-items or "
+            "select; without it, what each of them asks.",
+            show_default=False,
+        ),
     ] = None,
     dataset: cli._DatasetName = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many, from --set seed on.")] = 3,
+    backbone: cli._Backbone = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many runs of each, by seed.")] = 3,
+    seed: Annotated[int | None, typer.Option("--seed", help="The first of them.", show_default="0")] = None,
     out: cli._Out = None,
     runs: Annotated[
         Path | None,
@@ -46,6 +53,7 @@ def study(
     ] = None,
     config: cli._ConfigFile = None,
     set_: cli._Set = None,
+    engine: cli._Engine = None,
     device: cli._Device = None,
     threads: cli._Threads = None,
     quiet: cli._Quiet = False,
@@ -57,24 +65,30 @@ def study(
     study.json for fedpeft report, and a folder for each run. Start it again after an
     interruption: finished runs are not repeated.
     """
-    with cli._reported_errors(debug) as started:
+    again = "; started again, the study goes on from there"
+    with cli._reported_errors(debug, goes_on=again) as started:
         if name is None:
             _list_studies()
             return
-        from fedpeft_ext.experiments.studies import StudyOptions, study_by_name
+        from fedpeft_ext.experiments.studies import STUDIES, StudyOptions, study_by_name
 
         chosen = study_by_name(name)
         given = {"backbones": backbones, "embeddings": embeddings, "budget": budget, "check": check}
         for option, value in given.items():
             if value is not None and option not in chosen.options:
-                raise ValueError(f"--{option}: study {name} has no such option")
+                having = [study.name for study in STUDIES.values() if option in study.options]
+                raise ValueError(
+                    f"--{option}: study {name} has no such option, which is for {', '.join(having)}"
+                )
+        if backbone is not None and "backbones" in chosen.options:
+            raise ValueError(f"--backbone: study {name} trains several, chosen by --backbones {backbone}")
         options = StudyOptions(
             backbones=_names(backbones, "--backbones"),
             embeddings=_embeddings(embeddings),
             budget_kb=budget,
             check=check is not False,
         )
-        named = {"dataset.name": dataset, "training.rounds": rounds, "device": device, "threads": threads}
+        named = cli._named(dataset, backbone, rounds, seed, engine, device, threads)
         settings = cli._settings(config, named, [*chosen.settings, *(set_ or [])])
         folder = out or Path("runs") / f"study-{name}-{Path(settings.dataset.name).name}"
         started(folder)
@@ -90,9 +104,10 @@ def report(
     debug: cli._Debug = False,
 ) -> None:
     """Write one HTML page with all tables and pictures of a folder, which loads nothing from elsewhere."""
-    with cli._reported_errors(debug):
+    with cli._reported_errors(debug) as started:
         from fedpeft_ext.experiments.report import write_report
 
+        started(out or folder / "report.html")
         page, sections = write_report(folder, out, title=title)
         typer.echo(f"{page}: {sections} sections")
 
@@ -159,5 +174,5 @@ def _study(
 
 def add_commands(app: typer.Typer) -> None:
     """Make `study` and `report` commands of `app`."""
-    app.command()(study)
-    app.command()(report)
+    app.command(short_help="Answer one of the paper's questions by a grid of runs.")(study)
+    app.command(short_help="Write one HTML page of all results in a folder.")(report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,8 +18,10 @@ from safetensors import safe_open
 from typer.testing import CliRunner, Result
 
 from fedpeft_ext import __version__
+from fedpeft_ext.backbones import backbone_names
 from fedpeft_ext.cli import app
 from fedpeft_ext.config import load_config
+from fedpeft_ext.experiments.studies import STUDIES
 
 SMALL = [
     "--dataset=synthetic",
@@ -355,6 +358,41 @@ def test_study_and_report(tmp_path: Path) -> None:
     )
     assert "1 sections" in fedpeft("report", out).stdout
     assert "new-items" in fedpeft("study").stdout
+
+
+def test_errors_of_the_system_name_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write to a full disk fails without saying where."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("fedpeft_ext.data.mapped.DatasetWriter._append", full)
+    message = refused("convert", "synthetic", tmp_path / "new")
+    assert message == f"fedpeft: error: {tmp_path / 'new'}: {os.strerror(errno.ENOSPC)}\n"
+
+
+def test_only_commands_with_the_option_tell_to_overwrite(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note").touch()
+    assert "--overwrite" in refused("run", *SMALL, "--out", tmp_path / "full")
+    assert "--overwrite" not in refused("convert", "synthetic", tmp_path / "full")
+
+
+def test_help_is_whole_and_names_what_there_is() -> None:
+    assert "..." not in fedpeft("--help").stdout.partition("Commands:")[2]
+    told = " ".join(fedpeft("study", "--help").stdout.split())
+    assert all(name in told for name in STUDIES)
+    assert all(name in told for name in backbone_names())
+
+
+def test_study_takes_the_options_of_compare(tmp_path: Path) -> None:
+    options = ["--backbone", "fedpergnn", "--engine", "batched", "--seed", "4", "--seeds", "1", "-e", "full"]
+    result = fedpeft("study", "hybrid", *SMALL, *options, "--rounds", "2", "--out", tmp_path / "out", "-q")
+    assert result.exit_code == 0, result.output
+    (run,) = (tmp_path / "out" / "runs").iterdir()
+    config = load_config(run / "config.yaml")
+    assert (config.backbone.name, config.engine, config.seed) == ("fedpergnn", "batched", 4)
+    assert "chosen by --backbones fedmf" in refused("study", "table2", *SMALL, "--backbone", "fedmf")
 
 
 def test_study_refuses_before_any_work(tmp_path: Path) -> None:

@@ -92,13 +92,22 @@ def test_every_wrong_setting_is_reported_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "is not YAML"), ("- 1", "expected sections such as 'training:', got a list")],
+    [
+        ("a: [", "is not YAML: line 1, column 5"),
+        ("- 1", "expected sections such as 'training:', got a list"),
+        (
+            "training: {lr: 1}\nseed: 1\ntraining: {rounds: 2}",
+            "line 3, column 1: 'training' is given a second",
+        ),
+        ("training: {lr: 1, rounds: 2, lr: 3}", "line 1, column 30: 'lr' is given a second time"),
+    ],
 )
 def test_files_that_are_no_configuration(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         load_config(path)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_missing_file(tmp_path: Path) -> None:

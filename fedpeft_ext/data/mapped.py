@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, overload
@@ -139,9 +140,10 @@ class DatasetWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
-        shutil.rmtree(self._part, ignore_errors=True)  # renamed already where all went well
+        with ExitStack() as last:  # each is done although another fails, as closing does on a full disk
+            last.callback(shutil.rmtree, self._part, ignore_errors=True)  # renamed where all went well
+            for file in self._files.values():
+                last.callback(file.close)
 
     def add_users(
         self, counts: IntArray, indices: IntArray, test_items: IntArray, valid_items: IntArray

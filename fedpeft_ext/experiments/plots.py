@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Affine2D, Bbox, ScaledTranslation
 
 from fedpeft_ext.experiments.results import KB, RunResult
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 # Okabe and Ito, "Color Universal Design" (2008), for any colour vision; their yellow is too faint for lines.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _FULL = "#000000"
+_Style = Literal["-", "--", ":"]
+_STYLES: tuple[_Style, ...] = ("-", "--", ":")
 _FAMILIES = {
     "full": ("Full: trained and sent whole", "s", _FULL),
     "c": ("C-X: compressed alone", "^", "#D55E00"),
@@ -68,6 +72,14 @@ class Place(NamedTuple):
     x: float
     y: float
     spread: float = 0.0
+
+
+class _End(NamedTuple):
+    """Where a line ends, and how it is drawn."""
+
+    y: float
+    color: str
+    style: _Style
 
 
 def plot_accuracy_against_bytes(
@@ -119,6 +131,7 @@ def plot_points(points: Sequence[Point], path: str | Path, *, xlabel: str, ylabe
     axes.set_xlim(low / 1.6, high * 1.6)
     _plain_log_ticks(axes, high / low)
     axes.margins(y=0.15)
+    _not_below_zero(axes, [point.y for point in points])
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.set_title(title, loc="left")
@@ -163,36 +176,38 @@ def plot_lines(
     if not lines:
         raise ValueError("lines: expected at least one to draw, got none")
     figure, axes = _figure()
-    ends: dict[str, tuple[float, str]] = {}
-    drawn: list[float] = []
+    ends: dict[str, _End] = {}
+    drawn: list[Place] = []
     for index, (name, places) in enumerate(lines.items()):
         shown = [place for place in (Place(*each) for each in places) if place.x > 0 or not log_x]
         if not shown:
             raise ValueError(f"lines: expected places to draw, got none for {name!r}")
         x, y, spreads = zip(*shown, strict=True)
         color = _FULL if name == "full" else _PALETTE[index % len(_PALETTE)]
-        style = ("-", "--", ":")[index // len(_PALETTE) % 3]
+        style = _STYLES[index // len(_PALETTE) % len(_STYLES)]
         marker = "o" if len(x) <= 30 else None
         axes.plot(x, y, color=color, linestyle=style, linewidth=2, marker=marker, markersize=4)
         if any(spreads):
             below = [place.y - place.spread for place in shown]
             above = [place.y + place.spread for place in shown]
             axes.fill_between(x, below, above, color=color, alpha=0.15, linewidth=0)
-        ends[name] = (y[-1], color)
-        drawn += x
-    low, high = min(drawn), max(drawn)
+        ends[name] = _End(y[-1], color, style)
+        drawn += shown
+    sizes = sorted({place.x for place in drawn})
+    low, high = sizes[0], sizes[-1]
     if log_x:
         axes.set_xscale("log")
         axes.set_xlim(low / 1.1, high * 1.1)
         _plain_log_ticks(axes, high / low)
-        sizes = sorted(set(drawn))
-        if 3 <= len(sizes) <= 8 and all(float(x).is_integer() for x in sizes):
+        few = 3 <= len(sizes) <= 8 and all(right > 1.2 * left for left, right in pairwise(sizes))
+        if few and all(float(f"{x:.2g}") == x or float(x).is_integer() for x in sizes):
             axes.xaxis.set_major_locator(FixedLocator(sizes))
     else:
-        counts = all(float(x).is_integer() for x in drawn)  # rounds, ranks
+        counts = all(float(x).is_integer() for x in sizes)  # rounds, ranks
         axes.set_xlim(low if low > high / 4 else min(low, 0), max(high, 1) if counts else 1.05 * high)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=counts))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=counts, steps=[1, 2, 5, 10]))
     axes.margins(y=0.08)
+    _not_below_zero(axes, [place.y for place in drawn])
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.set_title(title, loc="left")
@@ -203,10 +218,16 @@ def plot_lines(
 def _plain_log_ticks(axes: Axes, ratio: float) -> None:
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if ratio < 200 else (1,)))
     axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+        FuncFormatter(lambda value, _: f"{value:,.0f}" if float(value).is_integer() else f"{value:g}")
     )
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _not_below_zero(axes: Axes, values: Sequence[float]) -> None:
+    """Where no value is negative, let neither a margin nor a spread take the y axis below zero."""
+    if min(values) >= 0 > axes.get_ylim()[0]:
+        axes.set_ylim(bottom=0)
 
 
 def _check(results: Sequence[RunResult], metric: str) -> None:
@@ -256,7 +277,7 @@ def _label_points(axes: Axes, points: Sequence[Point]) -> None:
         ends = ((0, bar + 4, "center", "bottom"), (0, -bar - 4, "center", "top"))
         spots = (*_SPOTS, *(ends if bar else ()))
         candidates = [_annotate(axes, (point.x, point.y), point.label, spot, bar) for spot in spots]
-        boxes = [candidate.get_window_extent().padded(2) for candidate in candidates]
+        boxes = [candidate.get_window_extent().padded(8, 2) for candidate in candidates]
         # Where every spot is taken, the one that hides least.
         costs = [
             sum(_overlap(box, other) for other in taken) + 2 * (box.width * box.height - _overlap(box, frame))
@@ -291,24 +312,40 @@ def _overlap(a: Bbox, b: Bbox) -> float:
     return 0.0 if common is None else float(common.width * common.height)
 
 
-def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
-    """Name each line at its right end; names that would touch are moved apart vertically."""
+def _label_ends(axes: Axes, ends: Mapping[str, _End]) -> None:
+    """Name each line at its right end, behind a piece of it; names that would touch are moved apart."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    size = 10
-    ordered = sorted(ends.items(), key=lambda item: item[1][0])
+    size, behind = 10, 30
+    ordered = sorted(ends.items(), key=lambda item: item[1].y)
     texts = [
         axes.annotate(
-            name, (1, value), xycoords=("axes fraction", "data"), xytext=(8, 0), textcoords="offset points",
-            va="center", fontsize=size, color=color,
+            name, (1, end.y), xycoords=("axes fraction", "data"), xytext=(behind, 0),
+            textcoords="offset points", va="center", fontsize=size, color=end.color,
         )
-        for name, (value, color) in ordered
+        for name, end in ordered
     ]  # fmt: skip
     figure.draw_without_rendering()
-    per_point = figure.dpi / 72
-    wanted = [float(axes.transData.transform((0, value))[1]) / per_point for _, (value, _) in ordered]
-    for text, want, place in zip(texts, wanted, _spread(wanted, gap=1.25 * size), strict=True):
-        text.set_position((8, place - want))
+    points = Affine2D().scale(1 / 72) + figure.dpi_scale_trans
+    wanted = [float(axes.transData.transform((0, end.y))[1]) * 72 / figure.dpi for _, end in ordered]
+    for (_, end), text, want, place in zip(
+        ordered, texts, wanted, _spread(wanted, gap=1.25 * size), strict=True
+    ):
+        height = place - want
+        text.set_position((behind, height))
+        # Affine as long as y is linear, which it is in all these pictures.
+        there = ScaledTranslation(1, end.y, axes.get_yaxis_transform())  # type: ignore[arg-type]
+        piece = Line2D(
+            (8, behind - 4),
+            (height, height),
+            transform=points + there,
+            color=end.color,
+            linestyle=end.style,
+            linewidth=2,
+            clip_on=False,
+        )
+        piece.set_in_layout(False)
+        axes.add_artist(piece)
 
 
 def _spread(places: Sequence[float], gap: float) -> list[float]:

@@ -22,6 +22,7 @@ from fedpeft_ext.experiments.plots import plot_learning_curves
 from fedpeft_ext.experiments.results import KB, RunResult, headline_k
 from fedpeft_ext.experiments.studies.output import STUDY
 from fedpeft_ext.experiments.tables import metric_heading
+from fedpeft_ext.simulation.files import replace_text
 from fedpeft_ext.simulation.output import SUMMARY
 
 
@@ -69,6 +70,7 @@ def write_report(
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it to report. ValueError: a file that is damaged.
+        OSError: the page cannot be written.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -83,7 +85,8 @@ def write_report(
     source = files("fedpeft_ext.experiments").joinpath("report.html.j2").read_text(encoding="utf-8")
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
     page = folder / "report.html" if out is None else Path(out)
-    page.write_text(template.render(title=title or f"Results in {folder.name}", sections=sections), "utf-8")
+    name = folder.name or folder.resolve().name
+    replace_text(page, template.render(title=title or f"Results in {name}", sections=sections))
     return page, len(sections)
 
 

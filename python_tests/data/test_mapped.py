@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -126,6 +126,17 @@ def test_a_damaged_folder_is_refused(saved: MappedDataset) -> None:
         load_dataset(saved.path, min_rating=3)
 
 
+class _Full:
+    """A file that cannot bring its last bytes to disk."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+
+    def close(self) -> None:
+        self.file.close()
+        raise OSError("the disk is full")
+
+
 def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path: Path) -> None:
     none = np.array([-1])
 
@@ -145,6 +156,11 @@ def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path: Path) -> No
         write(1, np.array([2]), np.array([2, 2]))
     with pytest.raises(ValueError, match="indptr: expected shape"):
         write(2, np.array([1]), np.array([2]))
+
+    writer = mapped.DatasetWriter(tmp_path / "set", "x", 1, 9)
+    writer._files["indptr"] = _Full(writer._files["indptr"])  # type: ignore[assignment]
+    with pytest.raises(OSError, match="disk is full"):
+        writer.__exit__(None)
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     for taken in (tmp_path, tmp_path / "file"):

@@ -122,8 +122,10 @@ def test_spread_keeps_order_and_distance_and_moves_only_what_touches(places: lis
         ({"a": [(4_000, 0.1), (210_000, 0.2)]}, True, None, {"5,000", "10,000", "200,000"}),
         ({"a": [(0.01, 0.1), (0.3, 0.2)]}, True, None, {"0.01", "0.2"}),
         ({"a": [(32, 0.1), (128, 0.2)], "b": [(512, 0.1)]}, True, None, {"32", "128", "512"}),
+        ({"a": [(0.25, 0.1), (1.5, 0.2), (4, 0.3)]}, True, None, {"0.25", "1.5", "4"}),
+        ({"a": [(60, 0.1), (80, 0.1), (120, 0.2)]}, False, (60, 120), {"60", "80", "120"}),
     ],
-    ids=["late start", "rounds", "shares", "large", "small", "sizes"],
+    ids=["late start", "rounds", "shares", "large", "small", "sizes", "multipliers", "round ticks"],
 )
 def test_x_axes_fit_what_is_drawn(
     lines: dict[str, list[tuple[float, float]]],
@@ -141,6 +143,34 @@ def test_x_axes_fit_what_is_drawn(
     inside = [tick.get_text() for tick in axes.get_xticklabels() if low <= tick.get_position()[0] <= high]
     assert len(inside) >= 3
     assert ticks is None or ticks <= set(inside)
+
+
+def test_shares_are_not_drawn_below_zero(tmp_path: Path, figures: list[Figure]) -> None:
+    plots.plot_lines(
+        {"a": [Place(0, 0.1, 0.3), (2, 0.1)]}, tmp_path / "x.png", xlabel="x", ylabel="y", title=""
+    )
+    points = [Point("a", "p-rq", 10, 0.1, 0.3)]
+    plots.plot_points(points, tmp_path / "y.png", xlabel="x", ylabel="y", title="")
+    plots.plot_lines({"a": [(0, -0.1), (2, 0.1)]}, tmp_path / "z.png", xlabel="x", ylabel="y", title="")
+    bottoms = [figure.axes[0].get_ylim()[0] for figure in figures]
+    assert bottoms[:2] == [0, 0]
+    assert bottoms[2] < -0.1
+
+
+def test_names_at_line_ends_show_how_the_line_is_drawn(tmp_path: Path, figures: list[Figure]) -> None:
+    """More lines than colours: the same colour comes again, dashed."""
+    lines = {f"line {number}": [(0, 0.1), (1, number / 10)] for number in range(8)}
+    plots.plot_lines(lines, tmp_path / "x.png", xlabel="x", ylabel="y", title="")
+    axes = figures[0].axes[0]
+    drawn, pieces = axes.lines[:8], axes.lines[8:]
+    names = [child for child in axes.get_children() if isinstance(child, Annotation)]
+    assert len(pieces) == len(names) == 8
+    for line, name, piece in zip(drawn, names, pieces, strict=True):  # both by height
+        assert (piece.get_color(), piece.get_linestyle()) == (line.get_color(), line.get_linestyle())
+        place, box = piece.get_window_extent(), name.get_window_extent()
+        assert name.get_color() == piece.get_color()
+        assert axes.bbox.x1 < place.x0 < place.x1 < box.x0
+        assert box.y0 < place.y0 < box.y1
 
 
 def test_spreads_are_drawn_where_they_are_known(tmp_path: Path, figures: list[Figure]) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -19,7 +20,14 @@ from fedpeft_ext.experiments import runner
 from fedpeft_ext.experiments.report import write_report
 from fedpeft_ext.experiments.results import RunResult
 from fedpeft_ext.experiments.runner import DIVERGED, fingerprint, run_name
-from fedpeft_ext.experiments.studies import STUDIES, Context, StudyOptions, run_study, study_by_name
+from fedpeft_ext.experiments.studies import (
+    STUDIES,
+    Context,
+    StudyOptions,
+    new_items,
+    run_study,
+    study_by_name,
+)
 from fedpeft_ext.experiments.studies.new_items import aligned, split_arrivals, train_with_arrivals
 from fedpeft_ext.experiments.studies.output import shown
 from fedpeft_ext.experiments.studies.select import bytes_up, rungs
@@ -202,6 +210,63 @@ def test_arrivals_train_on_with_old_and_new_items(config: Config, dataset: Datas
         assert 0 <= values["old HR@10"] <= 1
         assert 0 <= values["new HR@10"] <= 1
     assert result == train_with_arrivals(settings, dataset)
+
+
+def test_new_items_writes_every_run_and_passes_over_one_that_diverges(
+    config: Config, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = context(config, dataset, tmp_path / "runs", embeddings=("full", "p-lora"))
+    train = new_items.train_with_arrivals
+
+    def fails(settings: Config, data: Dataset) -> dict[str, Any]:
+        if settings.embedding.name == "full" and settings.seed == 0:
+            raise FloatingPointError("training diverged")
+        return train(settings, data)
+
+    monkeypatch.setattr(new_items, "train_with_arrivals", fails)
+    findings, _ = run_study(STUDIES["new-items"], made, tmp_path / "out")
+    full, lora = findings.tables[0].frame.rows(named=True)
+    assert (full["seeds"], full["diverged"], lora["diverged"]) == (2, 1, 0)
+    runs = rows_of(tmp_path / "out" / "runs.csv")
+    assert [row["diverged"] for row in runs] == ["true", "false", "false", "false"]
+    column = "new HR@10 at the end"
+    assert full[column] == pytest.approx(float(runs[1][column]))
+    assert full[f"{column} sd"] is None
+    assert lora[column] == pytest.approx(np.mean([float(row[column]) for row in runs[2:]]))
+
+    monkeypatch.setattr(new_items, "train_with_arrivals", None)  # started again it trains nothing
+    again, _ = run_study(STUDIES["new-items"], made, tmp_path / "out")
+    assert again.tables[0].frame.equals(findings.tables[0].frame)
+
+
+def test_a_study_keeps_out_of_folders_with_other_results(
+    config: Config, dataset: Dataset, tmp_path: Path
+) -> None:
+    made = context(config, dataset, tmp_path / "runs", seeds=1, embeddings=("c-hash",))
+    for _ in range(2):
+        run_study(STUDIES["hybrid"], made, tmp_path / "hybrid")
+    before = {file: file.read_bytes() for file in (tmp_path / "hybrid").iterdir()}
+    with pytest.raises(FileExistsError, match=r"of a study sensitivity, but .* holds the study hybrid"):
+        run_study(STUDIES["sensitivity"], made, tmp_path / "hybrid")
+    assert {file: file.read_bytes() for file in (tmp_path / "hybrid").iterdir()} == before
+    (run,) = (tmp_path / "runs").iterdir()
+    with pytest.raises(FileExistsError, match="holds a run"):
+        run_study(STUDIES["hybrid"], made, run)
+    (tmp_path / "compare.json").touch()
+    with pytest.raises(FileExistsError, match="holds a comparison"):
+        run_study(STUDIES["hybrid"], made, tmp_path)
+
+
+def test_communication_without_a_goal_still_tells_what_is_sent(
+    config: Config, dataset: Dataset, tmp_path: Path
+) -> None:
+    settings = config.updated(["training.optimizer=sgd", "training.lr=1e30"])
+    made = context(settings, dataset, tmp_path / "runs", seeds=1, embeddings=("full",))
+    findings, _ = run_study(STUDIES["communication"], made, tmp_path / "out")
+    sizes, goals = findings.tables
+    assert sizes.frame["diverged"].to_list() == [1]
+    assert goals.frame["seeds that reach it"].to_list() == [0, 0, 0]
+    assert "diverged" in goals.note
 
 
 def test_new_items_need_text_and_rounds_after_the_arrival(config: Config, dataset: Dataset) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from fedpeft_ext.experiments.compare import JSON as COMPARISON
 from fedpeft_ext.experiments.studies import (
     communication,
     hybrid,
@@ -21,6 +22,7 @@ from fedpeft_ext.experiments.studies import (
 )
 from fedpeft_ext.experiments.studies.output import write
 from fedpeft_ext.experiments.studies.study import Context, Findings, Study, StudyOptions
+from fedpeft_ext.simulation.output import CONFIG
 
 __all__ = ["STUDIES", "Context", "Findings", "Study", "StudyOptions", "run_study", "study_by_name"]
 
@@ -56,11 +58,27 @@ def run_study(study: Study, context: Context, folder: str | Path) -> tuple[Findi
         The findings, and the files, the Markdown page first.
 
     Raises:
-        ValueError: settings or options that do not fit. OSError: `folder` cannot be written.
+        ValueError: settings or options that do not fit. FileExistsError: `folder` holds a run, a comparison
+        or another study. OSError: it cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"out: expected a folder, but {folder} is a file")
+    other = _other_results(study, folder)
+    if other:
+        raise FileExistsError(
+            f"out: expected a new folder or that of a study {study.name}, but {folder} holds {other}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     findings = study.run(context)
     return findings, write(study, context, findings, folder)
+
+
+def _other_results(study: Study, folder: Path) -> str:
+    """What else the folder of a study holds, which the study's files would mix with or replace."""
+    if (folder / COMPARISON).is_file():
+        return "a comparison"
+    if (folder / CONFIG).is_file():
+        return "a run"
+    pages = [other.name for other in STUDIES.values() if (folder / f"{other.name}.md").is_file()]
+    return "" if not pages or study.name in pages else f"the study {pages[0]}"

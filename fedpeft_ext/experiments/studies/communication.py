@@ -29,13 +29,12 @@ def run(context: Context) -> Findings:
     variants = [Variant({"embedding": name}, (f"embedding.name={name}",)) for name in embeddings]
     trained = context.train(variants)
     goal = trained.last(variants[embeddings.index("full")], metric)
-    if goal is None:
-        raise ValueError("embeddings: every run of 'full' diverged, so there is no accuracy to reach")
     sizes = trained.means([metric], ["bytes_down", "bytes_up", "bytes_setup", "saving"])
     reached = pl.DataFrame(
         [row for variant in variants for row in _reached(trained, variant, metric, goal)],
         infer_schema_length=None,
     )
+    ends = "Every run of Full diverged" if goal is None else f"Full ends with {100 * goal:.2f}%"
     label = f"{metric} on {context.dataset.name}"
     lines = {str(variant.labels["embedding"]): _sent(trained, variant, metric) for variant in variants}
     large = max((place.x for places in lines.values() for place in places), default=0) >= 10_000 * MB
@@ -62,7 +61,7 @@ def run(context: Context) -> Findings:
                 "communication-goals",
                 f"Until a share of Full's final {metric}",
                 reached,
-                f"Full ends with {100 * goal:.2f}%. rounds, MB: mean over the seeds that get there; MB both "
+                f"{ends}. rounds, MB: mean over the seeds that get there; MB both "
                 "ways and for all clients together, warm-up included, set-up left out.",
             ),
         ],
@@ -70,10 +69,10 @@ def run(context: Context) -> Findings:
     )
 
 
-def _reached(trained: Trained, variant: Variant, metric: str, goal: float) -> list[dict[str, object]]:
+def _reached(trained: Trained, variant: Variant, metric: str, goal: float | None) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for share in GOALS:
-        hits = trained.reaching(variant, metric, share * goal)
+        hits = [] if goal is None else trained.reaching(variant, metric, share * goal)
         rows.append(
             {
                 **variant.labels,

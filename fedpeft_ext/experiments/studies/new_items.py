@@ -20,13 +20,14 @@ from torch import Tensor
 
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
-from fedpeft_ext.experiments.runner import run_name
+from fedpeft_ext.experiments.runner import DIVERGED, run_name
 from fedpeft_ext.experiments.studies.pictures import line_picture
 from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table, mean_place
 from fedpeft_ext.pretrain import Pretrained, TfidfEncoder, text_features
 from fedpeft_ext.simulation import Simulator
 from fedpeft_ext.simulation.client_batch import Interactions
 from fedpeft_ext.simulation.evaluation import Evaluator
+from fedpeft_ext.simulation.files import replace_text
 from fedpeft_ext.simulation.output import SUMMARY, prepare_folder
 from fedpeft_ext.simulation.setup import prepare_items
 
@@ -34,6 +35,7 @@ EMBEDDINGS = ("full", "c-hash", "c-rq", "p-lora", "p-hash", "p-rq")
 SHARE = 0.1
 """Of the items, drawn at random by the seed, that arrive."""
 GROUPS = ("old", "new")
+MOMENTS = ("at arrival", "at the end", "had from the start")
 
 
 def split_arrivals(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -210,26 +212,38 @@ def train_with_arrivals(config: Config, dataset: Dataset, share: float = SHARE) 
 def run(context: Context) -> Findings:
     """Each embedding at the arrival, at the end, and in a federation that had all items from the start."""
     names, metric = context.embeddings(EMBEDDINGS), f"HR@{context.k}"
-    outcomes: dict[str, list[Mapping[str, Any]]] = {}
+    outcomes: dict[str, list[Mapping[str, Any] | None]] = {}
+    runs: list[dict[str, object]] = []
     jobs = [(name, seed) for name in names for seed in context.seeds]
     for position, (name, seed) in enumerate(jobs, start=1):
         config = context.config.updated([f"embedding.name={name}", f"seed={seed}"])
         folder = context.runs / f"new-items-{run_name(config, context.data)}"
         context.notify(f"Run {position} of {len(jobs)}: {name}, seed {seed}")
-        outcomes.setdefault(name, []).append(_outcome(config, context.dataset, folder))
+        result = _outcome(config, context.dataset, folder)
+        if result is None:
+            context.notify(f"Run {position} of {len(jobs)} diverged")
+        outcomes.setdefault(name, []).append(result)
+        seconds = None if result is None else result["seconds"]
+        runs.append(
+            {
+                "embedding": name,
+                "seed": seed,
+                **({} if result is None else _moments(result, metric)),
+                "seconds": seconds,
+                "diverged": result is None,
+                "run": folder.name,
+            }
+        )
     rows, lines = [], {}
-    for name, results in outcomes.items():
+    columns = [f"{group} {metric} {when}" for group in GROUPS for when in MOMENTS]
+    for name, found in outcomes.items():
+        results = [result for result in found if result is not None]
         row: dict[str, object] = {"embedding": name}
-        for group in GROUPS:
-            key = f"{group} {metric}"
-            for when, values in (
-                ("at arrival", [result["curve"][0][key] for result in results]),
-                ("at the end", [result["curve"][-1][key] for result in results]),
-                ("had from the start", [result["start"][key] for result in results]),
-            ):
-                row[f"{key} {when}"] = float(np.mean(values))
-                row[f"{key} {when} sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        rows.append({**row, "seeds": len(results)})
+        for column in columns:
+            values = [_moments(result, metric)[column] for result in results]
+            row[column] = float(np.mean(values)) if values else None
+            row[f"{column} sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        rows.append({**row, "seeds": len(found), "diverged": len(found) - len(results)})
         lines[name] = [
             mean_place(places[0]["round"], [place[f"new {metric}"] for place in places])
             for places in zip(*(result["curve"] for result in results), strict=True)
@@ -251,18 +265,36 @@ def run(context: Context) -> Findings:
             xlabel="round",
             ylabel=f"{metric} of new items",
         ),
+        runs=pl.DataFrame(runs, infer_schema_length=None),
     )
 
 
-def _outcome(config: Config, dataset: Dataset, folder: Path) -> Mapping[str, Any]:
+def _moments(result: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """`metric` of both groups at each of `MOMENTS`, by the name of its column."""
+    places = (result["curve"][0], result["curve"][-1], result["start"])
+    return {
+        f"{group} {metric} {when}": place[f"{group} {metric}"]
+        for group in GROUPS
+        for when, place in zip(MOMENTS, places, strict=True)
+    }
+
+
+def _outcome(config: Config, dataset: Dataset, folder: Path) -> Mapping[str, Any] | None:
+    """What `train_with_arrivals` finds, or found before; None where training diverges."""
+    if (folder / DIVERGED).is_file():
+        return None
     file = folder / SUMMARY
     if file.is_file():
         finished: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return finished
     prepare_folder(folder, overwrite=True)
     began = time.perf_counter()
-    result = {**train_with_arrivals(config, dataset), "seconds": time.perf_counter() - began}
-    file.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")
+    try:
+        result = {**train_with_arrivals(config, dataset), "seconds": time.perf_counter() - began}
+    except FloatingPointError as error:
+        replace_text(folder / DIVERGED, json.dumps({"reason": str(error)}) + "\n")
+        return None
+    replace_text(file, json.dumps(result, allow_nan=False) + "\n")
     return result
 
 

@@ -124,8 +124,10 @@ def write(study: Study, context: Context, findings: Findings, folder: Path) -> l
         page.append(f"![{picture.caption}]({file.name})\n\n{picture.caption}")
     if findings.answers:
         page += ["## Findings", "\n".join(f"- {answer}" for answer in findings.answers)]
-    if context.all_runs:
-        frames = [trained.frame() for trained in context.all_runs]
+    frames = [trained.frame() for trained in context.all_runs]
+    if findings.runs is not None:
+        frames.append(findings.runs)
+    if frames:
         runs = pl.concat(frames, how="diagonal_relaxed").unique(maintain_order=True)
         file = folder / RUNS
         file.write_text(runs.write_csv(), encoding="utf-8")

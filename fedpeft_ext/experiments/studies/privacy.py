@@ -68,7 +68,7 @@ def _picture(context: Context, means: pl.DataFrame, mode: str, metric: str) -> l
         lines,
         caption=f"{title}: {metric} by noise multiplier",
         title=title,
-        xlabel="noise multiplier (log scale)",
+        xlabel="noise multiplier (noise in clips, log scale)",
         ylabel=metric,
         log_x=True,
     )

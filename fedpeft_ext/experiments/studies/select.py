@@ -9,6 +9,7 @@ choice.
 from __future__ import annotations
 
 import math
+import re
 
 import polars as pl
 import torch
@@ -122,7 +123,7 @@ def run(context: Context) -> Findings:
     grid = context.train(everything)
     table, sentence = _check(context, grid, chosen, metric, seconds)
     labels = [
-        f"{row['embedding']} {row['size']}{' (chosen)' * _is(row, chosen)}"
+        f"{row['embedding']} {_short(row['size'])}{' (chosen)' * _is(row, chosen)}"
         for row in table.frame.rows(named=True)
     ]
     pictures = bytes_picture(
@@ -189,6 +190,12 @@ def _check(
         f"{100 * (best[metric] - own[metric]):.2f} points behind the best{spread}; the pilots took "
         f"{seconds / one_seed:.0%} of the time of the grid with one seed."
     )
+
+
+def _short(size: str) -> str:
+    """A size for a picture: "3 × 128" for levels and codebook size, "512 rows" for a table."""
+    size = re.sub(r"levels (\d+), codebook size (\d+)", r"\1 × \2", size)
+    return re.sub(r"table size (\d+)", r"\1 rows", size)
 
 
 def _seconds(trained: Trained) -> float:

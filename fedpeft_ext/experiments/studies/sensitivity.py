@@ -69,7 +69,7 @@ def _picture(context: Context, name: str, means: pl.DataFrame, metric: str) -> l
         lines,
         caption=f"{title}: {metric} by size",
         title=title,
-        xlabel=axis if other is None else f"{axis} (log scale)",
+        xlabel=axis if other is None else f"{axis} (rows, log scale)",
         ylabel=metric,
         log_x=other is not None,
     )

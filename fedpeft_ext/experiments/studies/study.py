@@ -69,11 +69,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a study found, apart from the runs themselves: `answers` are sentences with figures in them."""
+    """What a study found: `answers` are sentences with figures in them; `runs` has a row for each run that
+    `Context.train` did not train.
+    """
 
     tables: Sequence[Table]
     pictures: Sequence[Picture] = ()
     answers: Sequence[str] = ()
+    runs: pl.DataFrame | None = None
 
 
 @dataclass(frozen=True)
