@@ -84,10 +84,13 @@ class Server:
                 parameter.add_((self._lr * first / (second.sqrt() + TAU)).to(parameter.dtype))
                 total.zero_()
             else:
-                values = parameter.detach()
+                # A copy where a backbone of the user's own holds a transposed parameter.
+                values = parameter.detach().contiguous()
                 if values.dim() == 0:
                     values, total = values.view(1), total.view(1)
                 ops.apply_updates_(values, total, at, scale=self._lr / weight)
+                if not parameter.is_contiguous():
+                    parameter.copy_(values)
 
     def state_dict(self, ranks: Ranks | None = None) -> State:
         """See `state.Stateful`: the optimizer's moments."""

@@ -96,3 +96,12 @@ def test_a_parameter_of_one_number() -> None:
     aggregator.add({"p": torch.tensor([1.0, 3.0])}, torch.ones(2, dtype=torch.float64))
     aggregator.apply()
     assert float(parameter) == 3.0
+
+
+def test_a_transposed_parameter() -> None:
+    parameter = torch.zeros(3, 2).t()
+    aggregator = Aggregator({"p": parameter}, frozenset())
+    updates = torch.arange(12.0).view(2, 2, 3)
+    aggregator.add({"p": updates}, torch.ones(2, dtype=torch.float64))
+    aggregator.apply()
+    assert torch.equal(parameter, updates.mean(0))
