@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 from pydantic import BaseModel
 
+from fedpeft_ext import cli
 from fedpeft_ext.cli import app
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import load_dataset
+from fedpeft_ext.experiments.studies import study_by_name
+from fedpeft_ext.nn import parse_spec
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,24 +36,73 @@ def test_python_runs_as_written(code: str, tmp_path: Path, monkeypatch: pytest.M
     exec(compile(code, "<documentation>", "exec"), {"__name__": "__main__"})
 
 
+LANGUAGES = {"python", "bash", "yaml", "text"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_block_goes_unchecked(page: Path) -> None:
+    """Blocks of other languages, indented or without a language would not be found by the tests here."""
+    text = page.read_text()
+    languages = re.findall(r"^```(\w+)\n.*?^```$", text, re.M | re.S)
+    assert len(re.findall(r"^\s*(?:```|~~~)", text, re.M)) == 2 * len(languages)
+    assert set(languages) <= LANGUAGES
+
+
+@pytest.mark.parametrize(
+    "text",
+    [text for page in PAGES for text in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.M | re.S)],
+)
+def test_yaml_is_settings(text: str) -> None:
+    Config.from_dict(yaml.safe_load(text))
+
+
+def commands_of(page: Path) -> list[str]:
+    """Lines that begin with `fedpeft`, in fenced and indented blocks, and commands with options in prose."""
+    text = re.sub(r"\\\n\s*", "", page.read_text())
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("fedpeft ")]
+    return lines + [line for line in re.findall(r"`(fedpeft [^`]+)`", text) if " -" in line]
+
+
 COMMANDS = [
     pytest.param(line, id=f"{page.stem}-{number}")
     for page in PAGES
-    for number, line in enumerate(
-        line.strip()
-        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)
-        for line in block.replace("\\\n", " ").splitlines()
-        if line.startswith("fedpeft ")
-    )
+    for number, line in enumerate(commands_of(page))
 ]
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_are_valid(line: str) -> None:
-    """Names of commands and options, and types of values; nothing is run."""
+def test_commands_are_valid(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of commands, options, settings, embeddings and studies, and types of values; nothing is run."""
+    monkeypatch.chdir(ROOT)
     commands = typer.main.get_command(app).commands
-    _, name, *arguments = shlex.split(line, comments=True)
-    commands[name].make_context(name, arguments)
+    _, name, *arguments = shlex.split(line.replace("<file>", "examples/ml-100k.yaml"), comments=True)
+    if arguments == ["--help"]:
+        return
+    given = commands[name].make_context(name, arguments).params
+    if name not in ("run", "compare", "study"):
+        return
+    file, names = given["config"], given.get("embeddings") or given.get("embedding") or ""
+    if file is not None and file.parent.name != "examples":
+        file = None  # a reader's own
+    named = [given[key] for key in ("dataset", "backbone", "rounds", "seed", "engine", "device", "threads")]
+    cli._settings(file, cli._named(*named), given["set_"])
+    for embedding in filter(None, names.split(",")):
+        parse_spec(embedding)
+    if name == "study":
+        options = study_by_name(given["name"]).options
+        assert {key for key in ("backbones", "embeddings", "budget", "check") if given[key]} <= options
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_scripts_and_targets_are_there(page: Path) -> None:
+    text, makefile = page.read_text(), (ROOT / "Makefile").read_text()
+    for module, script in re.findall(r"\bpython (?:-m ([\w.]+)|([\w./]+\.py))", text):
+        place = ROOT / (script or module.replace(".", "/"))
+        assert place.is_file() or place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), (
+            place
+        )
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.M):
+        assert re.search(rf"^(?:[\w-]+ )*{target}\b[^\n]*:", makefile, re.M), target
 
 
 def test_central_training_example_saves_parameters(
