@@ -277,7 +277,7 @@ def _label_points(axes: Axes, points: Sequence[Point]) -> None:
         ends = ((0, bar + 4, "center", "bottom"), (0, -bar - 4, "center", "top"))
         spots = (*_SPOTS, *(ends if bar else ()))
         candidates = [_annotate(axes, (point.x, point.y), point.label, spot, bar) for spot in spots]
-        boxes = [candidate.get_window_extent().padded(8, 2) for candidate in candidates]
+        boxes = [candidate.get_window_extent().padded(6, 2) for candidate in candidates]
         # Where every spot is taken, the one that hides least.
         costs = [
             sum(_overlap(box, other) for other in taken) + 2 * (box.width * box.height - _overlap(box, frame))
