@@ -27,18 +27,26 @@ BLOCK_BYTES = 64 * 2**20
 data.
 """
 
-
 KEPT_BYTES = 512 * 2**20
 """Candidates and met items that are kept from one evaluation to the next."""
 
+USERS_AT_ONCE = 16_384
+"""Users whose candidates are made at a time, which takes several times the room of what is kept."""
 
-class _Block(NamedTuple):
-    """What n users are ranked among: candidates [n, 1 + negatives]; and pairs of a user in the block and an
-    item that the user met."""
+
+class _Ranked(NamedTuple):
+    """What n users are ranked among: candidates [n, 1 + negatives]; and with full ranking the items that they
+    met, those of user u at indptr[u] to indptr[u + 1].
+    """
 
     candidates: Tensor
-    met_users: Tensor
-    met_items: Tensor
+    indptr: np.ndarray
+    met: Tensor
+
+    def part(self, at: slice) -> _Ranked:
+        """Of some of the users."""
+        indptr = self.indptr[at.start : at.stop + 1]
+        return _Ranked(self.candidates[at], indptr - indptr[0], self.met[indptr[0] : indptr[-1]])
 
 
 def rank_counts(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,9 +132,10 @@ class Evaluator:
         self._dataset = dataset
         self._draw: dict[str, Any] = {"num_negatives": num_negatives, "seed": seed, "target": target}
         self._width = 1 + num_negatives
-        # What blocks of users are ranked among is made once, unless it is too much to keep.
-        numbers = len(users) * self._width + full_ranking * 2 * int(interactions.sizes[users].sum())
-        self._kept: dict[tuple[int, int], _Block] | None = {} if 8 * numbers <= KEPT_BYTES else None
+        # What users are ranked among is made once, unless it is too much to keep.
+        numbers = len(users) * self._width + full_ranking * int(interactions.sizes[users].sum())
+        self._keeps = 8 * numbers <= KEPT_BYTES
+        self._kept: _Ranked | None = None
         dataset.check_candidates(users, num_negatives, target=target)
 
     @property
@@ -153,30 +162,34 @@ class Evaluator:
         vectors = model.item_embedding(catalogue) if self.full_ranking else None
         width = len(catalogue) if self.full_ranking else self._width
         block = max(1, BLOCK_BYTES // (width * model.item_dtype.itemsize * model.scoring_width))
-        sampled: list[tuple[Tensor, Tensor]] = []
-        full: list[tuple[Tensor, Tensor]] = []
+        if self._keeps and self._kept is None:
+            self._kept = self._all_ranked()
+        # Room for all users' counts: what is made between large blocks and kept would cut up the memory that
+        # they leave, so that the next ones take new.
+        sampled, full = (self._users.new_empty(2, self.num_users) for _ in range(2))
         for start in range(0, self.num_users, block):
-            stop = min(start + block, self.num_users)
-            users = self._users[start:stop]
-            candidates, met_users, met_items = self._block(slice(start, stop))
+            at = slice(start, min(start + block, self.num_users))
+            users = self._users[at]
+            ranked = self._ranked(at) if self._kept is None else self._kept.part(at)
             state = store.read(users)
             history = (
                 self._interactions.padded(users) if model.uses_history else users.new_empty(len(users), 0)
             )
             context = ClientContext(users, Items(history, None), seed=0, round=0, epoch=0)
             if vectors is None:
-                scores = model.client_scores(candidates, state, context)
+                scores = model.client_scores(ranked.candidates, state, context)
                 self._refuse_nan(scores, users, round)
-                sampled.append(rank_counts(scores, scores[:, 0]))
+                sampled[0, at], sampled[1, at] = rank_counts(scores, scores[:, 0])
                 continue
             scores = model.catalogue_scores(vectors, state, context)
             self._refuse_nan(scores, users, round)
-            chosen = scores.gather(1, candidates)
+            chosen = scores.gather(1, ranked.candidates)
             target = chosen[:, 0]
-            sampled.append(rank_counts(chosen, target))
-            scores[met_users, met_items] = -torch.inf
-            scores.scatter_(1, candidates[:, :1], target[:, None])
-            full.append(rank_counts(scores, target))
+            sampled[0, at], sampled[1, at] = rank_counts(chosen, target)
+            owner = torch.from_numpy(np.repeat(np.arange(len(users)), np.diff(ranked.indptr)))
+            scores[owner.to(scores.device), ranked.met] = -torch.inf
+            scores.scatter_(1, ranked.candidates[:, :1], target[:, None])
+            full[0, at], full[1, at] = rank_counts(scores, target)
 
         metrics = ranking_metrics(*self._joined(sampled), self.ks)
         if self.full_ranking:
@@ -185,25 +198,30 @@ class Evaluator:
             }
         return metrics
 
-    def _block(self, at: slice) -> _Block:
-        block = None if self._kept is None else self._kept.get((at.start, at.stop))
-        if block is not None:
-            return block
+    def _ranked(self, at: slice) -> _Ranked:
         users, device = self._users[at].cpu().numpy(), self._users.device
         candidates = torch.from_numpy(self._dataset.candidates(users, **self._draw)).to(device)
-        owner = items = torch.zeros(0, dtype=torch.int64, device=device)
-        if self.full_ranking:
-            indptr, met = self._dataset.met_rows(users)
-            owner = torch.from_numpy(np.repeat(np.arange(len(users)), np.diff(indptr))).to(device)
-            items = torch.from_numpy(met).to(device)
-        block = _Block(candidates, owner, items)
-        if self._kept is not None:
-            self._kept[at.start, at.stop] = block
-        return block
+        if not self.full_ranking:
+            return _Ranked(candidates, np.zeros(len(users) + 1, np.int64), candidates.new_empty(0))
+        indptr, met = self._dataset.met_rows(users)
+        return _Ranked(candidates, indptr, torch.from_numpy(met).to(device))
 
-    def _joined(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The counts of all users, of all ranks."""
-        counts = torch.cat([self._users.new_empty(2, 0), *map(torch.stack, parts)], 1)
+    def _all_ranked(self) -> _Ranked:
+        parts = [
+            self._ranked(slice(start, min(start + USERS_AT_ONCE, self.num_users)))
+            for start in range(0, max(self.num_users, 1), USERS_AT_ONCE)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        counts = np.concatenate([[0], *(np.diff(part.indptr) for part in parts)])
+        return _Ranked(
+            torch.cat([part.candidates for part in parts]),
+            np.cumsum(counts),
+            torch.cat([part.met for part in parts]),
+        )
+
+    def _joined(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """The counts [2, U] of all users, of all ranks."""
         if self._ranks is not None:
             counts = self._ranks.gather_rows(counts.T).T
         return counts[0], counts[1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import label_ranking_average_precision_score, ndcg_score
 
 from fedpeft_ext.backbones import FedMF
-from fedpeft_ext.data import Dataset
+from fedpeft_ext.data import Dataset, synthetic_dataset
 from fedpeft_ext.nn import FullEmbedding
 from fedpeft_ext.simulation import evaluation
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
@@ -102,6 +104,32 @@ def test_evaluation_agrees_with_brute_force(dataset: Dataset, monkeypatch: pytes
             assert result[f"{prefix}MRR"] == pytest.approx(np.mean(1 / values))
     sampled = evaluator(dataset, full_ranking=False)(model, store)
     assert sampled == pytest.approx({k: v for k, v in results[0].items() if not k.startswith("full/")})
+
+
+def resident_bytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError as error:
+        pytest.skip(f"no way to tell this process's memory: {error}")
+
+
+def test_memory_does_not_grow_with_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = synthetic_dataset(3_000, 30_000, 20, item_text=False)
+    model, store = fedmf(data)
+    evaluate = evaluator(data)
+    monkeypatch.setattr(evaluation, "BLOCK_BYTES", 2**22)  # 86 blocks
+    before = resident_bytes()
+    evaluate(model, store)
+    assert resident_bytes() - before < 20 * 2**22
+
+
+def test_ranked_in_pieces(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, store = fedmf(dataset)
+    whole = evaluator(dataset)(model, store)
+    monkeypatch.setattr(evaluation, "USERS_AT_ONCE", 3)
+    assert evaluator(dataset)(model, store) == whole
+    monkeypatch.setattr(evaluation, "KEPT_BYTES", 0)
+    assert evaluator(dataset)(model, store) == whole
 
 
 def test_validation_items_are_ranked_like_test_items() -> None:
