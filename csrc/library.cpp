@@ -73,26 +73,29 @@ STABLE_TORCH_LIBRARY(FEDPEFT_LIBRARY, m) {
       "num_items, Tensor user, "
       "Tensor? base, Tensor? table, Tensor? A, Tensor? B, Tensor? codes, Tensor? codebooks, "
       "Tensor? buckets, "
-      "Tensor? hashes, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, bool mean, bool graph, int "
-      "epochs, int "
+      "Tensor? hashes, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor[] mlp, float "
+      "dropout, "
+      "bool mean, bool graph, int epochs, int "
       "batch_size, "
       "bool bpr, bool adam, float lr, float beta1, float beta2, float eps, float l2_user, float "
       "l2_items, "
       "float prox, int seed, int round) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, "
-      "Tensor, Tensor, Tensor, Tensor)");
-  // The same, with the uploads added to sums and the new user vectors written in place.
+      "Tensor, Tensor, Tensor, Tensor, Tensor[])");
+  // The same, with the uploads added to sums.
   m.def(
       "local_train_sum_(Tensor clients, Tensor weights, Tensor indptr, Tensor items, Tensor "
       "positives, SymInt num_items, Tensor user, Tensor? base, Tensor? table, Tensor? A, "
       "Tensor? B, Tensor? codes, Tensor? codebooks, Tensor? buckets, Tensor? hashes, Tensor? "
-      "w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor(a!)? sum_table, Tensor(b!)? sum_A, "
+      "w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor[] mlp, float dropout, "
+      "Tensor(a!)? sum_table, Tensor(b!)? sum_A, "
       "Tensor(c!)? sum_B, Tensor(d!)? sum_codebooks, Tensor(e!)? sum_buckets, Tensor(f!)? "
-      "sum_w1, Tensor(g!)? sum_b1, Tensor(h!)? sum_w2, Tensor(i!)? sum_b2, Tensor(j!)? touched,"
-      " bool mean, bool graph, int epochs, int batch_size, bool bpr, bool adam, float lr, float "
+      "sum_w1, Tensor(g!)? sum_b1, Tensor(h!)? sum_w2, Tensor(i!)? sum_b2, Tensor(k!)[] sum_mlp, "
+      "Tensor(j!)? touched, bool mean, bool graph, int epochs, int batch_size, bool bpr, bool "
+      "adam, float lr, float "
       "beta1, "
       "float beta2, float eps, float l2_user, float l2_items, float prox, int seed, int round, "
-      "float grid) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float grid) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Between clients and the server.
   m.def("touched_rows(Tensor items) -> (Tensor, Tensor)");

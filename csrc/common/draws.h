@@ -94,6 +94,30 @@ FEDPEFT_INLINE void philox_batch(uint64_t first, uint32_t client, uint32_t round
   philox_words(c0, c1, round, stream, seed, low, high);
 }
 
+// The words of those blocks in order, 4 * kDrawBatch.
+FEDPEFT_INLINE void philox_elements(uint64_t first, uint32_t client, uint32_t round,
+                                    uint32_t stream, uint64_t seed, uint32_t* words) {
+  uint64_t low[kDrawBatch], high[kDrawBatch];
+  philox_batch(first, client, round, stream, seed, low, high);
+  for (int64_t i = 0; i < kDrawBatch; i += kPerVector) {
+    Lanes a, b;
+    memcpy(&a, low + i, sizeof(a));
+    memcpy(&b, high + i, sizeof(b));
+#if FEDPEFT_VEC_BYTES == 64
+    const Lanes front = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11),
+                back = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#elif FEDPEFT_VEC_BYTES == 32
+    const Lanes front = __builtin_shufflevector(a, b, 0, 4, 1, 5),
+                back = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#else
+    const Lanes front = __builtin_shufflevector(a, b, 0, 2),
+                back = __builtin_shufflevector(a, b, 1, 3);
+#endif
+    memcpy(words + 4 * i, &front, sizeof(front));
+    memcpy(words + 4 * i + 2 * kPerVector, &back, sizeof(back));
+  }
+}
+
 // One block of each of kDrawBatch clients.
 FEDPEFT_INLINE void philox_of_clients(const uint64_t* clients, uint32_t index, uint32_t round,
                                       uint32_t stream, uint64_t seed, uint64_t* low,

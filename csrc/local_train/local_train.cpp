@@ -2,9 +2,11 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <functional>
 #include <numeric>
 #include <tuple>
+#include <vector>
 
 #include "common/check.h"
 #include "common/dispatch.h"
@@ -199,6 +201,56 @@ void raise_errors(const LocalTrainArgs& a, const Read& read) {
   });
 }
 
+// An MLP: weight and bias of each layer, then the output's weights.
+struct Mlp {
+  std::vector<Tensor> tensors;  // contiguous
+  std::vector<const void*> data;
+  std::vector<int64_t> widths;  // of the layers
+  bool own;                     // [C, ...]
+};
+
+// The width of an item's vector: that of the user's, or what the first layer takes beside it.
+int64_t item_width(const Tensor& user, const std::vector<Tensor>& mlp) {
+  if (mlp.empty()) return user.size(1);
+  check_value(mlp[0].dim() == 2 || mlp[0].dim() == 3,
+              "mlp: expected a first weight [O, I] or [C, O, I], got ", shape_text(mlp[0]));
+  const int64_t width = mlp[0].size(mlp[0].dim() - 1) - user.size(1);
+  check_value(width >= 0, "mlp: expected a first layer at least as wide as user, ", user.size(1),
+              ", got ", shape_text(mlp[0]));
+  return width;
+}
+
+void check_mlp(Mlp& checked, const std::vector<Tensor>& mlp, const Tensor& user, int64_t D,
+               int64_t C, double dropout) {
+  check_value(dropout >= 0 && dropout < 1,
+              "dropout: expected a probability from 0 to below 1, got ", dropout);
+  if (mlp.empty()) return;
+  check_value(mlp.size() % 2 == 1 && mlp.size() >= 3 && mlp.size() < 2 * (1 << 8),
+              "mlp: expected weight and bias of 1 to 255 layers and the output, got ", mlp.size(),
+              " tensors");
+  checked.own = mlp[0].dim() == 3;
+  int64_t in = user.size(1) + D;
+  const auto check = [&](const Tensor& t, std::vector<int64_t> shape, const char* meaning) {
+    if (checked.own) shape.insert(shape.begin(), C);
+    bool ok = t.dim() == int64_t(shape.size());
+    for (size_t d = 0; ok && d < shape.size(); ++d) ok = t.size(int64_t(d)) == shape[d];
+    check_value(ok, "mlp: expected ", meaning, ", with C before all or none, got ", shape_text(t));
+    check_same_dtype(t, user, "mlp", "user");
+    check_same_device(t, user, "mlp", "user");
+    checked.tensors.push_back(dense(t));
+    checked.data.push_back(checked.tensors.back().const_data_ptr());
+  };
+  for (size_t i = 0; i + 1 < mlp.size(); i += 2) {
+    const int64_t dims = checked.own ? 3 : 2;
+    const int64_t out = mlp[i].dim() == dims ? mlp[i].size(dims - 2) : -1;
+    check(mlp[i], {out, in}, "a weight [O, I] for the I that the layer before gives");
+    check_value(out >= 1, "mlp: expected layers of at least one unit, got ", shape_text(mlp[i]));
+    check(mlp[i + 1], {out}, "a bias [O] for its weight");
+    checked.widths.push_back(in = out);
+  }
+  check(mlp.back(), {in}, "an output [O] for the O of the last layer");
+}
+
 // A checked call: contiguous arguments, and views of them for the kernels.
 struct Call {
   Tensor clients, indptr, items, positives, user;
@@ -206,31 +258,64 @@ struct Call {
   DType dtype;
   LocalTrainArgs args{};
   FirstError bad_item, bad_order, no_negative, bad_code;
+  Mlp mlp{};
   std::vector<int64_t> sizes;  // items of each client
+
+  // The results for an MLP, [C, ...] each, which the kernels write.
+  std::vector<Tensor> mlp_updates() {
+    std::vector<Tensor> results;
+    for (const Tensor& t : mlp.tensors) {
+      std::vector<int64_t> shape(t.sizes().begin(), t.sizes().end());
+      if (!mlp.own) shape.insert(shape.begin(), clients.size(0));
+      results.push_back(torch::stable::new_empty(user, shape));
+      mlp_results.push_back(results.back().mutable_data_ptr());
+    }
+    args.d_mlp = mlp_results.data();
+    return results;
+  }
+  // The same for clients' own MLPs, one after the other: torch.compile takes no list of results
+  // from an op that writes to arguments.
+  Tensor own_mlps() {
+    int64_t all = 0;
+    for (const Tensor& t : mlp.tensors) all += mlp.own ? t.numel() : 0;
+    Tensor result = torch::stable::new_empty(user, {all});
+    if (!mlp.own) return result;
+    char* at = static_cast<char*>(result.mutable_data_ptr());
+    for (const Tensor& t : mlp.tensors) {
+      mlp_results.push_back(at);
+      at += t.numel() * element_size(dtype);
+    }
+    args.d_mlp = mlp_results.data();
+    return result;
+  }
+
+ private:
+  std::vector<void*> mlp_results;
 };
 
 // Trained parts, in the order of the results.
-constexpr int kParts = broken_parts;
+constexpr size_t kParts = broken_parts;
 
 void prepare(Call& call, const Tensor& clients, const Tensor& indptr, const Tensor& items,
              const Tensor& positives, int64_t num_items, const Tensor& user, const Optional& base,
              const Optional& table, const Optional& A, const Optional& B, const Optional& codes,
              const Optional& codebooks, const Optional& buckets, const Optional& hashes,
              const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
-             bool mean, bool graph, int64_t epochs, int64_t batch_size, bool bpr, bool adam,
-             double lr, double beta1, double beta2, double eps, double l2_user, double l2_items,
-             double prox, int64_t seed, int64_t round) {
+             const std::vector<Tensor>& mlp, double dropout, bool mean, bool graph, int64_t epochs,
+             int64_t batch_size, bool bpr, bool adam, double lr, double beta1, double beta2,
+             double eps, double l2_user, double l2_items, double prox, int64_t seed,
+             int64_t round) {
   check_dim(clients, 1, "clients", "[C]");
   check_dim(indptr, 1, "indptr", "[U + 1]");
   check_value(indptr.size(0) >= 1, "indptr: expected shape [U + 1], got ", shape_text(indptr));
   check_dim(items, 1, "items", "[nnz]");
   check_dim(positives, 1, "positives", "[nnz]");
   check_size(positives, 0, items.size(0), "positives", "nnz, as items");
-  check_dim(user, 2, "user", "[U, D]");
+  check_dim(user, 2, "user", mlp.empty() ? "[U, D]" : "[U, V]");
   check_size(user, 0, indptr.size(0) - 1, "user", "U, the users of indptr");
   check_value(num_items >= 0 && num_items < int64_t{1} << 62, "num_items: expected 0 to 2^62, got ",
               num_items);
-  const int64_t D = user.size(1), I = num_items;
+  const int64_t I = num_items, D = item_width(user, mlp);
   const DType dtype = dtype_of(user, "user");
   check_type(dtype == DType::f32 || dtype == DType::f64, "user: expected float32 or float64, got ",
              torch::headeronly::toString(user.scalar_type()));
@@ -277,36 +362,33 @@ void prepare(Call& call, const Tensor& clients, const Tensor& indptr, const Tens
   check_table(w2, {H, S}, user, "w2", "[H, S]");
   check_table(b2, {H}, user, "b2", "[H]");
   check_value(!graph || !w1, "graph: expected false with SENet");
+  check_mlp(call.mlp, mlp, user, D, clients.size(0), dropout);
+  check_value(mlp.empty() || !w1, "mlp: expected none with SENet, got ", mlp.size(), " tensors");
+  check_value(mlp.empty() || !graph, "graph: expected false with an MLP");
   check_value(epochs >= 0 && epochs < 1 << 16, "epochs: expected 0 to ", (1 << 16) - 1, ", got ",
               epochs);
   check_value(batch_size >= 0, "batch_size: expected at least 0 (0: all positives), got ",
               batch_size);
   check_value(round >= 0 && round < int64_t{1} << 32, "round: expected 0 to 2^32 - 1, got ", round);
 
-  call = {dense(clients),
-          dense(indptr),
-          dense(items),
-          dense(positives),
-          dense(user),
-          dense(base),
-          dense(table),
-          dense(A),
-          dense(B),
-          dense(codes),
-          dense(codebooks),
-          dense(buckets),
-          dense(hashes),
-          dense(w1),
-          dense(b1),
-          dense(w2),
-          dense(b2),
-          dtype,
-          {},
-          {},
-          {},
-          {},
-          {},
-          {}};
+  call.clients = dense(clients);
+  call.indptr = dense(indptr);
+  call.items = dense(items);
+  call.positives = dense(positives);
+  call.user = dense(user);
+  call.base = dense(base);
+  call.table = dense(table);
+  call.A = dense(A);
+  call.B = dense(B);
+  call.codes = dense(codes);
+  call.codebooks = dense(codebooks);
+  call.buckets = dense(buckets);
+  call.hashes = dense(hashes);
+  call.w1 = dense(w1);
+  call.b1 = dense(b1);
+  call.w2 = dense(w2);
+  call.b2 = dense(b2);
+  call.dtype = dtype;
   LocalTrainArgs& a = call.args;
   a.clients = indices_of(call.clients, "clients");
   a.indptr = indices_of(call.indptr, "indptr");
@@ -337,6 +419,14 @@ void prepare(Call& call, const Tensor& clients, const Tensor& indptr, const Tens
   a.S = S;
   a.mean = mean;
   a.graph = graph;
+  a.user_width = user.size(1);
+  a.layers = int64_t(call.mlp.widths.size());
+  a.widths = call.mlp.widths.data();
+  a.mlp = call.mlp.data.data();
+  a.own_mlp = call.mlp.own;
+  a.drop = dropout > 0;
+  a.drop_threshold = uint32_t(std::floor(std::ldexp(dropout, 32)));
+  a.drop_scale = 1 / (1 - dropout);
   a.epochs = epochs;
   a.batch = batch_size;
   a.bpr = bpr;
@@ -358,24 +448,25 @@ void prepare(Call& call, const Tensor& clients, const Tensor& indptr, const Tens
       user, [&](auto) { call.sizes = sizes_on_cpu(a, clients.size(0)); },
       [&](auto stream) {
         check_value(!graph, "graph: expected false on a GPU, where it has no kernel");
+        check_value(mlp.empty(), "mlp: expected none on a GPU, where it has no kernel");
         call.sizes = sizes_on_gpu(a, clients.size(0), user, stream);
       });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-           Tensor>
+           Tensor, std::vector<Tensor>>
 local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
             const Tensor& positives, int64_t num_items, const Tensor& user, const Optional& base,
             const Optional& table, const Optional& A, const Optional& B, const Optional& codes,
             const Optional& codebooks, const Optional& buckets, const Optional& hashes,
             const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
-            bool mean, bool graph, int64_t epochs, int64_t batch_size, bool bpr, bool adam,
-            double lr, double beta1, double beta2, double eps, double l2_user, double l2_items,
-            double prox, int64_t seed, int64_t round) {
+            std::vector<Tensor> mlp, double dropout, bool mean, bool graph, int64_t epochs,
+            int64_t batch_size, bool bpr, bool adam, double lr, double beta1, double beta2,
+            double eps, double l2_user, double l2_items, double prox, int64_t seed, int64_t round) {
   Call call;
   prepare(call, clients, indptr, items, positives, num_items, user, base, table, A, B, codes,
-          codebooks, buckets, hashes, w1, b1, w2, b2, mean, graph, epochs, batch_size, bpr, adam,
-          lr, beta1, beta2, eps, l2_user, l2_items, prox, seed, round);
+          codebooks, buckets, hashes, w1, b1, w2, b2, mlp, dropout, mean, graph, epochs, batch_size,
+          bpr, adam, lr, beta1, beta2, eps, l2_user, l2_items, prox, seed, round);
   LocalTrainArgs& a = call.args;
   const int64_t C = clients.size(0), D = a.D, S = a.S, H = a.H;
   if (table || A) {
@@ -387,7 +478,7 @@ local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
     shape.insert(shape.begin(), C);
     return torch::stable::new_empty(user, shape);
   };
-  Tensor new_user = result(true, {D});
+  Tensor new_user = result(true, {a.user_width});
   Tensor losses = torch::stable::new_empty(user, {C}, ScalarType::Double);
   Tensor rows = torch::stable::new_empty(user, {C, a.R}, ScalarType::Long);
   Tensor d_table = result(table.has_value(), {a.R, D}), d_A = result(A.has_value(), {a.R, a.rank}),
@@ -396,6 +487,7 @@ local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
          d_buckets = result(buckets.has_value(), {a.M, D}), d_w1 = result(w1.has_value(), {S, H}),
          d_b1 = result(w1.has_value(), {S}), d_w2 = result(w1.has_value(), {H, S}),
          d_b2 = result(w1.has_value(), {H});
+  std::vector<Tensor> d_mlp = call.mlp_updates();
   a.new_user = new_user.mutable_data_ptr();
   a.losses = static_cast<double*>(losses.mutable_data_ptr());
   a.rows = static_cast<int64_t*>(rows.mutable_data_ptr());
@@ -419,8 +511,8 @@ local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
         raise_errors(a);
       },
       [&](auto stream) { train_on_gpu(a, call.sizes, call.dtype, user, stream); });
-  return {new_user,    losses,    rows, d_table, d_A,  d_B,
-          d_codebooks, d_buckets, d_w1, d_b1,    d_w2, d_b2};
+  return {new_user,  losses, rows, d_table, d_A,  d_B,  d_codebooks,
+          d_buckets, d_w1,   d_b1, d_w2,    d_b2, d_mlp};
 }
 
 #if !defined(FEDPEFT_EMULATOR)  // on the CPU alone
@@ -447,21 +539,26 @@ class SharedSums {
     int64_t rows, width, reads;  // rows that one draw touches
   };
 
-  SharedSums(const std::array<Part, kParts>& parts, const LocalSums& alone, int64_t draws,
-             int64_t threads)
-      : parts_(parts), threads_(size_t(threads), alone) {
+  // `parts`: first those of BrokenPart, then the tensors of an MLP.
+  SharedSums(const std::vector<Part>& parts, const LocalSums& alone, int64_t draws, int64_t threads)
+      : parts_(parts), threads_(size_t(threads), alone), at_(parts.size(), -1) {
+    mlp_.resize(threads_.size());
+    for (size_t t = 0; t < threads_.size(); ++t) {
+      for (size_t part = kParts; part < parts.size(); ++part) mlp_[t].push_back(parts[part].total);
+      threads_[t].mlp = mlp_[t].data();
+    }
     if (threads == 1) return;
-    for (int part = 0; part < kParts; ++part) {
-      const auto [total, rows, width, reads] = parts[size_t(part)];
+    for (size_t part = 0; part < parts.size(); ++part) {
+      const auto [total, rows, width, reads] = parts[part];
       if (!total) continue;
       const bool own = rows * width * int64_t(sizeof(double)) <= kOwnBytes &&
                        2 * rows * threads <= draws * reads;
       if (own || reads == 0) {
-        at_[size_t(part)] = room_;
+        at_[part] = room_;
         room_ += (rows * width + kLine - 1) / kLine * kLine;
       } else {
-        locks_[size_t(part)].resize(size_t(kTotalLocks));
-        for (LocalSums& sums : threads_) sums.locks[part] = locks_[size_t(part)].data();
+        locks_[part].resize(size_t(kTotalLocks));
+        for (LocalSums& sums : threads_) sums.locks[part] = locks_[part].data();
       }
     }
     own_.resize(size_t(threads));
@@ -473,8 +570,10 @@ class SharedSums {
     if (own_.empty() || !own_[size_t(thread)].empty()) return sums;
     std::vector<double>& own = own_[size_t(thread)];
     own.resize(size_t(room_ + kLine));
-    for (int part = 0; part < kParts; ++part) {
-      if (at_[size_t(part)] >= 0) sums.totals[part] = own.data() + at_[size_t(part)];
+    for (size_t part = 0; part < at_.size(); ++part) {
+      if (at_[part] < 0) continue;
+      double*& total = part < kParts ? sums.totals[part] : mlp_[size_t(thread)][part - kParts];
+      total = own.data() + at_[part];
     }
     return sums;
   }
@@ -485,10 +584,10 @@ class SharedSums {
     for (const LocalSums& sums : threads_) broken |= sums.broken;
     const int64_t tasks = int64_t(own_.size());
     parallel_tasks(tasks, [&](int64_t task) {
-      for (int part = 0; part < kParts; ++part) {
-        const int64_t at = at_[size_t(part)];
+      for (size_t part = 0; part < at_.size(); ++part) {
+        const int64_t at = at_[part];
         if (at < 0) continue;
-        const auto [total, rows, width, reads] = parts_[size_t(part)];
+        const auto [total, rows, width, reads] = parts_[part];
         const int64_t begin = rows * width * task / tasks, end = rows * width * (task + 1) / tasks;
         for (const std::vector<double>& own : own_) {
           if (own.empty()) continue;
@@ -504,36 +603,37 @@ class SharedSums {
   static constexpr int64_t kOwnBytes = 1 << 20;
   static constexpr int64_t kLine = 8;  // doubles of a cache line
 
-  std::array<Part, kParts> parts_;
+  std::vector<Part> parts_;
   std::vector<LocalSums> threads_;
-  std::array<int64_t, kParts> at_ = {-1, -1, -1, -1, -1, -1, -1, -1, -1};
+  std::vector<std::vector<double*>> mlp_;  // LocalSums::mlp of the threads
+  std::vector<int64_t> at_;
   std::array<std::vector<uint8_t>, kParts> locks_;
   std::vector<std::vector<double>> own_;
   int64_t room_ = 0;  // doubles of the copies
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> local_train_sum_(
     const Tensor& clients, const Tensor& weights, const Tensor& indptr, const Tensor& items,
     const Tensor& positives, int64_t num_items, const Tensor& user, const Optional& base,
     const Optional& table, const Optional& A, const Optional& B, const Optional& codes,
     const Optional& codebooks, const Optional& buckets, const Optional& hashes, const Optional& w1,
-    const Optional& b1, const Optional& w2, const Optional& b2, const Optional& sum_table,
-    const Optional& sum_A, const Optional& sum_B, const Optional& sum_codebooks,
-    const Optional& sum_buckets, const Optional& sum_w1, const Optional& sum_b1,
-    const Optional& sum_w2, const Optional& sum_b2, const Optional& touched, bool mean, bool graph,
-    int64_t epochs, int64_t batch_size, bool bpr, bool adam, double lr, double beta1, double beta2,
-    double eps, double l2_user, double l2_items, double prox, int64_t seed, int64_t round,
-    double grid) {
+    const Optional& b1, const Optional& w2, const Optional& b2, std::vector<Tensor> mlp,
+    double dropout, const Optional& sum_table, const Optional& sum_A, const Optional& sum_B,
+    const Optional& sum_codebooks, const Optional& sum_buckets, const Optional& sum_w1,
+    const Optional& sum_b1, const Optional& sum_w2, const Optional& sum_b2,
+    std::vector<Tensor> sum_mlp, const Optional& touched, bool mean, bool graph, int64_t epochs,
+    int64_t batch_size, bool bpr, bool adam, double lr, double beta1, double beta2, double eps,
+    double l2_user, double l2_items, double prox, int64_t seed, int64_t round, double grid) {
   Call call;
   prepare(call, clients, indptr, items, positives, num_items, user, base, table, A, B, codes,
-          codebooks, buckets, hashes, w1, b1, w2, b2, mean, graph, epochs, batch_size, bpr, adam,
-          lr, beta1, beta2, eps, l2_user, l2_items, prox, seed, round);
+          codebooks, buckets, hashes, w1, b1, w2, b2, mlp, dropout, mean, graph, epochs, batch_size,
+          bpr, adam, lr, beta1, beta2, eps, l2_user, l2_items, prox, seed, round);
   LocalTrainArgs& a = call.args;
   const int64_t C = clients.size(0);
   check_weights(weights, C, user, "user");
   const Tensor weights_ = dense(weights);
   const double* const weight_of = static_cast<const double*>(weights_.const_data_ptr());
-  const std::array<SharedSums::Part, kParts> parts = {{
+  std::vector<SharedSums::Part> parts = {
       {sum_of(sum_table, table, "sum_table", "table"), num_items, a.D, 1},
       {sum_of(sum_A, A, "sum_A", "A"), num_items, a.rank, 1},
       {sum_of(sum_B, B, "sum_B", "B"), a.D, a.rank, 0},
@@ -543,9 +643,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(
       {sum_of(sum_b1, b1, "sum_b1", "b1"), 1, a.S, 0},
       {sum_of(sum_w2, w2, "sum_w2", "w2"), a.H, a.S, 0},
       {sum_of(sum_b2, b2, "sum_b2", "b2"), 1, a.H, 0},
-  }};
+  };
+  check_value(sum_mlp.size() == (call.mlp.own ? 0 : mlp.size()), "sum_mlp: expected ",
+              call.mlp.own ? 0 : mlp.size(), " tensors, as what is added up of mlp, got ",
+              sum_mlp.size());
+  for (size_t t = 0; t < sum_mlp.size(); ++t)
+    parts.push_back({sum_of(sum_mlp[t], mlp[t], "sum_mlp", "mlp"), 1, mlp[t].numel(), 0});
   LocalSums sums{};
-  for (int part = 0; part < kParts; ++part) sums.totals[part] = parts[size_t(part)].total;
+  for (size_t part = 0; part < kParts; ++part) sums.totals[part] = parts[part].total;
   if (touched) {
     check_value(table || A, "touched: expected together with table or A, got only touched");
     check_dim(*touched, 1, "touched", "[I]");
@@ -557,8 +662,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(
     sums.touched = static_cast<uint8_t*>(Tensor(*touched).mutable_data_ptr());
   }
   sums.shift = shift_of(grid);
-  Tensor new_user = torch::stable::new_empty(user, {C, a.D});
+  Tensor new_user = torch::stable::new_empty(user, {C, a.user_width});
   a.new_user = new_user.mutable_data_ptr();
+  Tensor own_mlps = call.own_mlps();
   Tensor losses = torch::stable::new_empty(user, {C}, ScalarType::Double);
   a.losses = static_cast<double*>(losses.mutable_data_ptr());
 
@@ -600,10 +706,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_train_sum_(
   Tensor rows = torch::stable::new_empty(user, {marked}, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(rows.mutable_data_ptr());
   for (size_t t = 0; t < fresh.size(); ++t) out = std::copy_n(fresh[t].begin(), counts[t], out);
-  Tensor bad = torch::stable::new_empty(user, {kParts}, ScalarType::Bool);
-  for (int part = 0; part < kParts; ++part)
+  Tensor bad = torch::stable::new_empty(user, {broken_mlp + 1}, ScalarType::Bool);
+  for (int part = 0; part <= int(broken_mlp); ++part)
     static_cast<bool*>(bad.mutable_data_ptr())[part] = any >> part & 1;
-  return {new_user, losses, rows, bad};
+  return {new_user, losses, rows, bad, own_mlps};
 }
 
 #endif

@@ -3,6 +3,7 @@
 
 #include "common/draws.h"
 #include "common/vec.h"
+#include "local_train/mlp.h"
 #include "local_train/parts.h"
 
 namespace fedpeft::FEDPEFT_ISA {
@@ -138,20 +139,25 @@ class Trainer {
       spare = arena.take<int32_t>(n);
       keys = arena.take<uint64_t>(n);
     }
-    user.lay_out(arena, a, a.user, 1, a.D, false);
+    user.lay_out(arena, a, a.user, 1, a.user_width, false);
     if (a.graph) {
       T** const vectors[] = {&base_sum, &graph_user, &score_grad, &neighbour_grad};
       for (T** vector : vectors) *vector = arena.take<T>(user.stride);
     }
-    if (a.table) table.lay_out(arena, a, a.table, a.num_items, a.D, 1, draws, a.graph, false);
-    if (a.A) lora.lay_out(arena, a, draws);
+    const GradientKind kind = a.layers  ? GradientKind::vectors
+                              : a.graph ? GradientKind::alpha_beta
+                                        : GradientKind::alpha;
+    const bool small = !a.layers;  // whether a row without a gradient costs less than finding rows
+    if (a.table) table.lay_out(arena, a, a.table, a.num_items, a.D, 1, draws, kind, false);
+    if (a.A) lora.lay_out(arena, a, draws, kind);
     if (a.codebooks)
-      codewords.lay_out(arena, a, a.codebooks, a.L * a.K, a.D, a.L, draws, a.graph, true);
+      codewords.lay_out(arena, a, a.codebooks, a.L * a.K, a.D, a.L, draws, kind, small);
     if (a.buckets && a.w1) senet.lay_out(arena, a, draws, batch);
     if (a.buckets && !a.w1) {
-      hashed.lay_out(arena, a, a.buckets, a.M, a.D, a.H, draws, a.graph, true);
+      hashed.lay_out(arena, a, a.buckets, a.M, a.D, a.H, draws, kind, small);
       hashed.scale = a.mean ? T(1) / T(a.H) : T(1);
     }
+    if (a.layers) mlp.lay_out(arena, a);
   }
 
   int64_t scratch() const { return arena.used(); }
@@ -166,12 +172,12 @@ class Trainer {
     const int64_t most = a.batch > 0 ? a.batch : size;
     const int64_t all = size ? a.epochs * ((size + most - 1) / most) : 0;
     if (ahead && ahead->usable) look_ahead_to(*ahead, all);
-    if (!start()) return;
+    if (!start(c)) return;
     double loss = 0;
     int64_t steps = 0;
-    for (int64_t epoch = 0; epoch < a.epochs; ++epoch) {
+    for (epoch = 0; epoch < a.epochs; ++epoch) {
       if (!meet((1 + epoch) * size, (2 + epoch) * size)) return;
-      if (a.batch > 0) shuffle(epoch);
+      if (a.batch > 0) shuffle();
       for (int64_t at = 0; at < size; at += most) {
         const int64_t count = size - at < most ? size - at : most;
         for (int64_t i = 0; i < count; ++i) {
@@ -183,19 +189,20 @@ class Trainer {
       }
     }
     a.losses[c] = steps ? loss / double(steps) : 0.0;
-    copy_row(static_cast<T*>(a.new_user) + c * a.D, user.p, a.D);
+    copy_row(static_cast<T*>(a.new_user) + c * a.user_width, user.p, a.user_width);
     if (sums) {
       add_up(*sums);
     } else {
       write(c);
     }
+    if (a.layers && (a.own_mlp || !sums)) mlp.write(a, c);
   }
 
  private:
   const LocalTrainArgs& a;
   const int64_t size;
   Arena arena;
-  int64_t client = 0;
+  int64_t client = 0, epoch = 0;
   const int64_t* items = nullptr;                      // of its draws
   const int64_t *soon = nullptr, *soon_end = nullptr;  // draws of the next client, to be asked for,
   int64_t soon_share = 0;                              // so many at a time
@@ -211,13 +218,15 @@ class Trainer {
   RowsPart<T> table, codewords, hashed;
   LoraPart<T> lora;
   SenetPart<T> senet;
+  MlpPart<T> mlp;
 
-  bool start() {
-    user.source = static_cast<const T*>(a.user) + client * a.D;
+  bool start(int64_t c) {
+    user.source = static_cast<const T*>(a.user) + client * a.user_width;
     user.load_start();
     for_slots([](Slots<T>& slots) { slots.clear(); });
     if (a.A) lora.B.load_start();
     if (a.buckets && a.w1) senet.load_start();
+    if (a.layers) mlp.load_start(a, c);
     if (!meet(0, size)) return false;
     if (a.graph) meet_neighbours();
     return true;
@@ -303,6 +312,7 @@ class Trainer {
     for_parts([&](auto& part, BrokenPart name) {
       part.total = {sums.totals[name], sums.locks[name], {weight, sums.shift}};
     });
+    if (a.layers && !a.own_mlp) mlp.add_to(sums.mlp, {weight, sums.shift});
   }
 
   void add_up(LocalSums& sums) {
@@ -314,6 +324,7 @@ class Trainer {
       part.add_up();
       sums.broken |= uint32_t(part.total.broken) << name;
     });
+    if (a.layers && !a.own_mlp) sums.broken |= uint32_t(mlp.add_up()) << broken_mlp;
     if (!sums.touched) return;
     int64_t* fresh = sums.fresh;
     for (int64_t s = 0; s < slots.count; ++s) {
@@ -432,7 +443,7 @@ class Trainer {
   }
 
   // The order of the client's positions in an epoch: ascending random keys.
-  void shuffle(int64_t epoch) {
+  void shuffle() {
     const uint32_t stream = philox_stream(Purpose::batch_order, 0, uint32_t(epoch));
     for (int64_t p = 0; p < size; p += kDrawBatch) {
       uint64_t random[kDrawBatch], unused[kDrawBatch];
@@ -460,24 +471,25 @@ class Trainer {
     }
   }
 
-  // Loss of a step, the mean over its positives; leaves its gradient in `coefficients`.
-  double loss_of(int64_t pairs) {
+  // Sum of the losses of `pairs` pairs of scores; leaves its gradient over `all`, the pairs of the
+  // step, in `coefficients`.
+  double losses_of(int64_t pairs, int64_t all) {
     T* const slope = difference + pairs;
     if (a.bpr) {
-      const T share = T(1) / T(pairs);
+      const T share = T(1) / T(all);
       for (int64_t i = 0; i < pairs; ++i) difference[i] = scores[2 * i + 1] - scores[2 * i];
       losses_and_slopes(pairs, share, difference, slope);
       for (int64_t i = 0; i < pairs; ++i) {
         coefficients[2 * i] = -slope[i];
         coefficients[2 * i + 1] = slope[i];
       }
-      return sum_of(difference, pairs) / double(pairs);
+      return sum_of(difference, pairs);
     }
-    const T share = T(0.5) / T(pairs);
+    const T share = T(0.5) / T(all);
     for (int64_t i = 0; i < pairs; ++i) scores[2 * i] = -scores[2 * i];
     losses_and_slopes(2 * pairs, share, scores, coefficients);
     for (int64_t i = 0; i < pairs; ++i) coefficients[2 * i] = -coefficients[2 * i];
-    return sum_of(scores, 2 * pairs) / double(2 * pairs);
+    return sum_of(scores, 2 * pairs) / 2;
   }
 
   // softplus of x in its place, and share * sigmoid(x).
@@ -500,7 +512,47 @@ class Trainer {
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
 
+  // The step with an MLP, a block of scores after the other.
+  __attribute__((noinline)) double take_mlp_step(const Batch& batch, const LocalStep<T>& step) {
+    const int64_t pairs = batch.size / 2;
+    double loss = 0;
+    mlp.begin(user.p);
+    if (a.A) lora.begin_vectors();
+    for (int64_t k = 0; k < batch.size; k += kMlpBlock) {
+      const Batch block = batch.part(k, kMlpBlock);
+      for (int64_t i = 0; i < block.size; ++i) {
+        T* const x = mlp.input + i * mlp.input_stride;
+        a.base ? copy_row(x, frozen().row(block.draws[i]), a.D) : zero_row(x, a.D);
+      }
+      for_rows([&](auto& part) { part.add_vectors(block, mlp.input, mlp.input_stride); });
+      mlp.forward(a, uint32_t(client), uint32_t(epoch), block.size, k, scores);
+      loss += losses_of(block.size / 2, pairs);
+      mlp.backward(a, block.size, coefficients);
+      for_rows(
+          [&](auto& part) { part.add_vector_gradients(block, mlp.input_grad, mlp.input_stride); });
+      look_ahead();
+    }
+    mlp.end(user.p, user.grad);
+    mlp.step(step);
+    if (a.table) table.slots.step_vectors(step, T(a.l2_items));
+    if (a.A) lora.step_vectors(step, T(a.l2_items));
+    if (a.codebooks) codewords.slots.step_vectors(step, T(a.l2_items));
+    if (a.buckets) hashed.slots.step_vectors(step, T(a.l2_items));
+    user.step(step, T(a.l2_user));
+    return loss / double(pairs);
+  }
+
+  // The parts of item vectors that are trained.
+  template <typename F>
+  FEDPEFT_INLINE void for_rows(const F& f) {
+    if (a.table) f(table);
+    if (a.A) f(lora);
+    if (a.codebooks) f(codewords);
+    if (a.buckets) f(hashed);
+  }
+
   double take_step(const Batch& batch, const LocalStep<T>& step) {
+    if (a.layers) return take_mlp_step(batch, step);
     const BasePart<T> base = frozen();
     const int64_t stretch = soon == soon_end ? batch.size : kStretch;
     const T* const u = a.graph ? layer() : user.p;
@@ -537,7 +589,7 @@ class Trainer {
     }
 
     look_ahead();
-    const double loss = loss_of(batch.size / 2);
+    const double loss = losses_of(batch.size / 2, batch.size / 2) / double(batch.size / 2);
     look_ahead();
     if (a.graph) {
       step_graph(batch, step, u, l2);

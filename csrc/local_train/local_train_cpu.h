@@ -8,7 +8,7 @@
 namespace fedpeft {
 
 // Score of an item: user . (base + table + B a + sum of codewords + hashed rows), each part where
-// it is given.
+// it is given; with an MLP, MLP([user, the same sum]).
 struct LocalTrainArgs {
   // Clients of the call, and everybody's training items as CSR rows.
   IndexArray clients;    // [C], in [0, U)
@@ -18,7 +18,7 @@ struct LocalTrainArgs {
   int64_t users, nnz, num_items, D;
 
   // Parameters at the start; null where the model has no such part.
-  const void* user;   // [U, D]
+  const void* user;   // [U, user_width]
   const void* base;   // [I, D], frozen
   const void* table;  // [I, D], trained
   const void *A, *B;  // [I, r], [D, r]
@@ -32,6 +32,14 @@ struct LocalTrainArgs {
   int64_t M, H, S;
   bool mean;
   bool graph;  // FedPerGNN: (user + sum of the own items' vectors / sqrt(n)) / 2 is what scores
+  int64_t user_width;      // D without an MLP
+  int64_t layers;          // hidden ones of the MLP; 0: there is none
+  const int64_t* widths;   // [layers]
+  const void* const* mlp;  // [2 layers + 1]: weight [O, I] and bias [O] of each layer, output [O]
+  bool own_mlp;            // one a client of the call, [C, ...], which stays with it
+  bool drop;
+  uint32_t drop_threshold;  // floor(p * 2^32): a hidden unit with a word below it is dropped
+  double drop_scale;        // 1 / (1 - p)
 
   // Settings.
   int64_t epochs, batch;  // batch: positives of a step; 0 for all
@@ -43,7 +51,7 @@ struct LocalTrainArgs {
   uint32_t round;
 
   // Results.
-  void* new_user;  // [C, D]
+  void* new_user;  // [C, user_width]
   double* losses;  // [C]: mean over steps
   int64_t R;       // rows of item tables that a client may touch
   int64_t* rows;   // [C, R], -1 behind
@@ -53,6 +61,7 @@ struct LocalTrainArgs {
   void* d_codebooks;
   void* d_buckets;
   void *d_w1, *d_b1, *d_w2, *d_b2;
+  void* const* d_mlp;  // [2 layers + 1] of [C, ...]: updates, or the new values of clients' own
 
   FirstError *bad_item, *bad_order;  // positions in items, in positives
   FirstError* no_negative;           // client id
@@ -70,7 +79,8 @@ enum BrokenPart : uint32_t {
   broken_b1,
   broken_w2,
   broken_b2,
-  broken_parts
+  broken_parts,  // those above
+  broken_mlp = broken_parts
 };
 
 // Where a thread adds the updates of its clients in place of uploads; of parts that the model lacks
@@ -79,6 +89,7 @@ constexpr int64_t kTotalLocks = 16384;
 struct LocalSums {
   double* totals[broken_parts];  // shapes of the parameters
   uint8_t* locks[broken_parts];  // [kTotalLocks], where other threads add to the same rows
+  double* const* mlp;            // as LocalTrainArgs::mlp; no other thread adds there
   double shift;      // 1.5 * 2^52 * grid: x + shift - shift rounds x to the grid; 0 leaves x
   uint8_t* touched;  // [I]: marks rows of table and A that are added to; null: not asked
   int64_t* fresh;    // takes the rows that were not marked, and is moved on

@@ -81,9 +81,9 @@ struct RowsPart {
   int32_t* at = nullptr;  // [draws, reads]: slots
 
   void lay_out(Arena& arena, const LocalTrainArgs& a, const void* table, int64_t rows,
-               int64_t width, int64_t reads_, int64_t draws, bool with_beta, bool small) {
+               int64_t width, int64_t reads_, int64_t draws, GradientKind kind, bool small) {
     reads = reads_;
-    slots.lay_out(arena, table, rows, width, draws * reads, a.adam, a.prox > 0, with_beta, small);
+    slots.lay_out(arena, table, rows, width, draws * reads, a.adam, a.prox > 0, kind, small);
     at = arena.take<int32_t>(draws * reads);
   }
 
@@ -99,6 +99,28 @@ struct RowsPart {
         for (int64_t j = 0; j < reads; ++j) *out++ = slots.touch(row_of(n, j));
       }
     }
+  }
+
+  // Vectors x [batch, stride] plus those of the batch's items, and the gradients of the rows from
+  // theirs.
+  void add_vectors(const Batch& batch, T* x, int64_t stride) const {
+    with_fixed_count<T>(reads, [&](auto count) {
+      const int64_t all = count.or_else(reads);
+      for (int64_t k = 0; k < batch.size; ++k, x += stride) {
+        const int32_t* s = at + batch.draws[k] * all;
+        for (int64_t j = 0; j < all; ++j) add_scaled(x, scale, slots.now(s[j]), slots.stride);
+      }
+    });
+  }
+  void add_vector_gradients(const Batch& batch, const T* grad, int64_t stride) {
+    with_fixed_count<T>(reads, [&](auto count) {
+      const int64_t all = count.or_else(reads);
+      for (int64_t k = 0; k < batch.size; ++k, grad += stride) {
+        const int32_t* s = at + batch.draws[k] * all;
+        for (int64_t j = 0; j < all; ++j)
+          add_scaled(slots.grad + s[j] * slots.stride, scale, grad, slots.stride);
+      }
+    });
   }
 
   void begin(const T* x) { slots.dot_all(x, slots.dots); }
@@ -168,20 +190,21 @@ struct RowsPart {
   }
 };
 
-// A small parameter of rows [rows, width] with a gradient of its own in every element.
+// A small parameter of rows [rows, width] with a gradient of its own in every element, or columns
+// of a larger one, whose rows are `pitch` apart.
 template <typename T>
 struct DensePart {
-  int64_t rows = 0, width = 0, stride = 0;
+  int64_t rows = 0, width = 0, stride = 0, pitch = 0;
   const T* source = nullptr;
   T *p = nullptr, *m = nullptr, *v = nullptr, *start = nullptr, *grad = nullptr;
   Total total;
 
   void lay_out(Arena& arena, const LocalTrainArgs& a, const void* from, int64_t rows_,
-               int64_t width_, bool travels = true) {
+               int64_t width_, bool travels = true, int64_t stride_ = 0) {
     source = static_cast<const T*>(from);
     rows = rows_;
-    width = width_;
-    stride = padded<T>(width);
+    width = pitch = width_;
+    stride = stride_ ? stride_ : padded<T>(width);
     p = arena.take<T>(rows * stride);
     if (a.adam) {
       m = arena.take<T>(rows * stride);
@@ -193,41 +216,25 @@ struct DensePart {
 
   void load_start() {
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t d = 0; d < stride; ++d)
-        p[r * stride + d] = d < width ? source[r * width + d] : T(0);
+      copy_row(p + r * stride, source + r * pitch, width);
+      zero_row(p + r * stride + width, stride - width);
     }
     if (start) memcpy(start, p, sizeof(T) * size_t(rows * stride));
     zero_row(grad, rows * stride);
   }
 
   void step(const LocalStep<T>& step, T l2) {
-    const T one = 1;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = r * stride;
-      const bool pulled =
-          any_nonzero(grad + at, stride) || (start && differs(p + at, start + at, stride));
-      const T penalty = pulled ? l2 : T(0);
-      step_rows(RowGradients<T>{.count = 1,
-                                .stride = stride,
-                                .p = p + at,
-                                .m = m ? m + at : nullptr,
-                                .v = v ? v + at : nullptr,
-                                .start = start ? start + at : nullptr,
-                                .proximal = start != nullptr,
-                                .alpha = &one,
-                                .x = grad + at,
-                                .l2 = penalty,
-                                .x_moves = true},
-                step, static_cast<T*>(nullptr));
-    }
-    zero_row(grad, rows * stride);
+    step_own(
+        OwnGradients<T>{rows, stride, p, m, v, grad, l2}, step,
+        [this](int64_t r) { return p + r * stride; },
+        [this](int64_t r) { return start ? start + r * stride : nullptr; });
   }
 
   void add_up() {
     if (!total.rows) return;
     vec_t<double> broken = {};
     for (int64_t r = 0; r < rows; ++r)
-      add_difference(total.rows + r * width, p + r * stride, source + r * width, width, total.by,
+      add_difference(total.rows + r * pitch, p + r * stride, source + r * pitch, width, total.by,
                      broken);
     if (is_broken<double>(broken)) total.broken = true;
   }
@@ -236,8 +243,14 @@ struct DensePart {
     T* out = static_cast<T*>(delta);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t d = 0; d < width; ++d)
-        out[r * width + d] = p[r * stride + d] - source[r * width + d];
+        out[r * pitch + d] = p[r * stride + d] - source[r * pitch + d];
     }
+  }
+
+  // The parameter itself.
+  void write_values(void* values) const {
+    T* out = static_cast<T*>(values);
+    for (int64_t r = 0; r < rows; ++r) copy_row(out + r * pitch, p + r * stride, width);
   }
 };
 
@@ -248,10 +261,15 @@ struct LoraPart {
   DensePart<T> B;
   T *q = nullptr, *mixed = nullptr;    // [padded r]: B^T u, sum_s alpha[s] a_s
   T *pull = nullptr, *near = nullptr;  // the same with y and beta, for a graph's neighbours
+  T* across = nullptr;                 // [r, padded D], with vectors: B transposed
 
-  void lay_out(Arena& arena, const LocalTrainArgs& a, int64_t draws) {
-    A.lay_out(arena, a, a.A, a.num_items, a.rank, 1, draws, a.graph, false);
+  void lay_out(Arena& arena, const LocalTrainArgs& a, int64_t draws, GradientKind kind) {
+    A.lay_out(arena, a, a.A, a.num_items, a.rank, 1, draws, kind, false);
     B.lay_out(arena, a, a.B, a.D, a.rank);
+    if (kind == GradientKind::vectors) {
+      across = arena.take<T>(a.rank * padded<T>(a.D));
+      return;
+    }
     q = arena.take<T>(B.stride);
     mixed = arena.take<T>(B.stride);
     if (!a.graph) return;
@@ -262,6 +280,40 @@ struct LoraPart {
   void begin(const T* user) {
     through_B(user, q);
     A.begin(q);
+  }
+
+  // As of RowsPart.
+  void begin_vectors() {
+    const int64_t D = padded<T>(B.rows);
+    zero_row(across, B.width * D);
+    for (int64_t d = 0; d < B.rows; ++d) {
+      for (int64_t j = 0; j < B.width; ++j) across[j * D + d] = B.p[d * B.stride + j];
+    }
+  }
+  void add_vectors(const Batch& batch, T* x, int64_t stride) const {
+    const int64_t D = padded<T>(B.rows);
+    for (int64_t k = 0; k < batch.size; ++k, x += stride) {
+      const T *const a = A.slots.now(A.at[batch.draws[k]]), *const through = across;
+      sum_rows<true>(
+          x, static_cast<const T*>(x), D, B.width, [=](int64_t j) { return through + j * D; },
+          [=](int64_t j) { return a[j]; });
+    }
+  }
+  void add_vector_gradients(const Batch& batch, const T* grad, int64_t stride) {
+    const int64_t r = B.stride;
+    for (int64_t k = 0; k < batch.size; ++k, grad += stride) {
+      const int32_t s = A.at[batch.draws[k]];
+      const T *const a = A.slots.now(s), *const rows = B.p;
+      T* const into = A.slots.grad + s * r;
+      sum_rows<true>(
+          into, static_cast<const T*>(into), r, B.rows, [=](int64_t d) { return rows + d * r; },
+          [=](int64_t d) { return grad[d]; });
+      for (int64_t d = 0; d < B.rows; ++d) add_scaled(B.grad + d * r, grad[d], a, r);
+    }
+  }
+  void step_vectors(const LocalStep<T>& step, T l2) {
+    A.slots.step_vectors(step, l2);
+    B.step(step, l2);
   }
 
   // B^T u.
@@ -318,7 +370,7 @@ struct SenetPart {
 
   void lay_out(Arena& arena, const LocalTrainArgs& a, int64_t draws, int64_t batch) {
     H = a.H;
-    table.lay_out(arena, a, a.buckets, a.M, a.D, H, draws, true, true);
+    table.lay_out(arena, a, a.buckets, a.M, a.D, H, draws, GradientKind::alpha_beta, true);
     w1.lay_out(arena, a, a.w1, a.S, H);
     b1.lay_out(arena, a, a.b1, 1, a.S);
     w2.lay_out(arena, a, a.w2, H, a.S);

@@ -9,6 +9,8 @@
 // here without one does not move: Adam is exact at the cost of the touched rows alone. For the same
 // reason a small table that a client nearly covers is taken whole.
 //
+// With an MLP (mlp.h) rows have gradients of their own, vectors that lie beside them.
+//
 // Where rows fill whole vectors, a start is read in the table and never copied, and the last step
 // adds what it leaves straight to the sums over clients.
 #pragma once
@@ -285,6 +287,66 @@ FEDPEFT_INLINE void step_rows(const RowGradients<T>& r, const LocalStep<T>& step
   step.first ? step_rows<Rule::adam_first>(r, step, into) : step_rows<Rule::adam>(r, step, into);
 }
 
+// Rows [count, stride] with gradients of their own; `now(s)` is where row s is, `start(s)` where it
+// was, as far as it moves back there.
+template <typename T>
+struct OwnGradients {
+  int64_t count, stride;
+  T *p, *m, *v, *grad;
+  T l2;  // on rows with a gradient
+};
+
+// Takes the optimizer's step and makes the gradients zero.
+template <Rule rule, bool Last, typename T, typename Now, typename Start>
+void step_own(const OwnGradients<T> r, const LocalStep<T> step, const Now& now,
+              const Start& start) {
+  using V = vec_t<T>;
+  constexpr int64_t N = kLanes<T>;
+  for (int64_t s = 0; s < r.count; ++s) {
+    const T *const from = now(s), *const began = step.prox > 0 ? start(s) : nullptr;
+    T *const p = r.p + s * r.stride, *const grad = r.grad + s * r.stride;
+    T *const m = rule == Rule::sgd ? nullptr : r.m + s * r.stride, *const v =
+                                                                       rule == Rule::sgd
+                                                                           ? nullptr
+                                                                           : r.v + s * r.stride;
+    const bool pulled =
+        r.l2 != 0 && (any_nonzero(grad, r.stride) || (began && differs(from, began, r.stride)));
+    const T l2 = pulled ? r.l2 : T(0);
+    for (int64_t d = 0; d < r.stride; d += N) {
+      V x = load(from + d), g = load(grad + d) + l2 * x;
+      if (began) g += step.prox * (x - load(began + d));
+      store(grad + d, V{});
+      V first, second;
+      if constexpr (rule == Rule::sgd) {
+        x -= step.lr * g;
+      } else if constexpr (rule == Rule::adam_first) {
+        first = step.rest1 * g;
+        second = step.rest2 * g * g;
+        const V size = g < 0 ? -g : g;
+        x -= step.lr * (g / (size + step.eps));
+      } else {
+        first = load(m + d);
+        second = load(v + d);
+        x -= step.step(g, first, second);
+      }
+      store(p + d, x);
+      if constexpr (rule != Rule::sgd && !Last) {  // nobody reads what the last step would leave
+        store(m + d, first);
+        store(v + d, second);
+      }
+    }
+  }
+}
+
+template <typename T, typename Now, typename Start>
+FEDPEFT_INLINE void step_own(const OwnGradients<T>& r, const LocalStep<T>& step, const Now& now,
+                             const Start& start) {
+  if (!step.adam) return step_own<Rule::sgd, false>(r, step, now, start);
+  if (step.first) return step_own<Rule::adam_first, false>(r, step, now, start);
+  step.last ? step_own<Rule::adam, true>(r, step, now, start)
+            : step_own<Rule::adam, false>(r, step, now, start);
+}
+
 // The sum of each of kLanes vectors, in the order of lane_sum.
 template <typename T>
 FEDPEFT_INLINE vec_t<T> lane_sums(const vec_t<T> (&v)[kLanes<T>]) {
@@ -341,6 +403,9 @@ FEDPEFT_INLINE void dot_rows(int64_t count, int64_t stride, const T* x, const Ro
   with_fixed_width<T>(stride, run);
 }
 
+// What a step knows of the gradients of a table's rows: numbers alpha, also beta, or vectors.
+enum class GradientKind { alpha, alpha_beta, vectors };
+
 // Touched rows of a table [rows, width], in order of first touch, or the whole table.
 template <typename T>
 struct Slots {
@@ -361,12 +426,13 @@ struct Slots {
   int64_t* rows = nullptr;  // [capacity]; null with `whole`
   T *p = nullptr, *m = nullptr, *v = nullptr, *start = nullptr;
   T *alpha = nullptr, *beta = nullptr, *dots = nullptr;
+  T* grad = nullptr;  // [capacity, stride]
   int64_t count = 0;
   Total total;
 
   // `small`: untouched rows may be here too.
   void lay_out(Arena& arena, const void* table, int64_t table_rows_, int64_t width_,
-               int64_t touches, bool adam, bool prox, bool with_beta, bool small) {
+               int64_t touches, bool adam, bool prox, GradientKind kind, bool small) {
     source = static_cast<const T*>(table);
     table_rows = table_rows_;
     width = width_;
@@ -389,8 +455,12 @@ struct Slots {
       v = arena.take<T>(capacity * stride);
     }
     if (prox && !in_place) start = arena.take<T>(capacity * stride);
+    if (kind == GradientKind::vectors) {
+      grad = arena.take<T>(capacity * stride);
+      return;
+    }
     alpha = arena.take<T>(capacity);
-    if (with_beta) beta = arena.take<T>(capacity);
+    if (kind == GradientKind::alpha_beta) beta = arena.take<T>(capacity);
     dots = arena.take<T>(capacity);
   }
 
@@ -399,8 +469,9 @@ struct Slots {
     count = whole ? table_rows : 0;
     if (!whole) memset(slot_of, 0xff, sizeof(int32_t) * size_t(map_size));
     for (int64_t s = 0; s < count && !in_place; ++s) copy_in(s, s);
-    zero_row(alpha, capacity);
+    if (alpha) zero_row(alpha, capacity);
     if (beta) zero_row(beta, capacity);
+    if (grad) zero_row(grad, capacity * stride);
   }
 
   FEDPEFT_INLINE void prefetch(int64_t row) const { prefetch_row(source + row * width, width); }
@@ -447,6 +518,19 @@ struct Slots {
   }
 
   FEDPEFT_INLINE int64_t row_of(int64_t s) const { return rows ? rows[s] : s; }
+
+  // Where the row of a slot is.
+  FEDPEFT_INLINE const T* now(int64_t s) const {
+    return moved || !in_place ? p + s * stride : source + row_of(s) * stride;
+  }
+
+  // The optimizer's step along `grad`.
+  void step_vectors(const LocalStep<T>& step, T l2) {
+    step_own(
+        OwnGradients<T>{count, stride, p, m, v, grad, l2}, step, [&](int64_t s) { return now(s); },
+        [&](int64_t s) { return start ? start + s * stride : source + row_of(s) * stride; });
+    moved = true;
+  }
 
   // out[s] = x . row of slot s.
   void dot_all(const T* x, T* out) const {

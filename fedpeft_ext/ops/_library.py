@@ -50,7 +50,7 @@ class EagerOp:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self._op(*args) if self.apply is None else self.apply(*args)
         if self.written:
-            torch.autograd.graph.increment_version([args[i] for i in self.written if args[i] is not None])
+            torch.autograd.graph.increment_version(_tensors_at(args, self.written))
             with torch._C._AutoDispatchBelowADInplaceOrView():
                 return self._op(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -183,15 +183,19 @@ def register_not_differentiable(name: str) -> None:
     LIBRARY.impl(name, autograd_kernel, "Autograd", with_keyset=True)
 
 
+def _tensors_at(args: tuple[Any, ...], places: Sequence[int]) -> list[Tensor]:
+    """The tensors among and in the arguments at these places."""
+    values = (args[i] for i in places)
+    return [t for v in values if v is not None for t in ((v,) if isinstance(v, Tensor) else v)]
+
+
 def register_in_place(name: str, *mutated: int) -> None:
     """For an op that writes into the arguments at `mutated`: not differentiable (as torch's optimizers it
     runs under no_grad), seen by autograd's version counters, refused by vmap."""
     op = raw_op(name)
 
     def version_kernel(keyset: Any, *args: Any) -> Any:
-        for i in mutated:
-            if args[i] is not None:
-                torch.autograd.graph.increment_version(args[i])
+        torch.autograd.graph.increment_version(_tensors_at(args, mutated))
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 

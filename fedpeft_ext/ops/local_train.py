@@ -3,6 +3,7 @@ place in the sum over clients."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from ._library import eager_op, register_fake, register_in_place, register_not_d
 from ._plain import check_index_values
 from .aggregate import accumulate_updates_reference_
 from .client_embedding import client_embedding_reference
+from .client_mlp import client_mlp_reference
 from .hash_lookup import SENetWeights, hash_lookup_reference
 from .lora_lookup import lora_lookup_reference
 from .rq_lookup import rq_lookup_reference
@@ -66,11 +68,13 @@ class LocalUpdates(NamedTuple):
     """What training changed: local minus global values of C clients; None for what the model lacks.
 
     Attributes:
-        user: [C, D], new values, not differences.
+        user: [C, D] ([C, V] with an MLP), new values, not differences.
         losses: float64 [C], mean over a client's steps; 0 for a client without items.
         rows: int64 [C, R], the items whose rows of `table` and A changed, -1 behind; in any order.
         table, A: [C, R, D] and [C, R, r], differences at `rows`; zero behind them.
         B, codebooks, buckets, senet: differences, [C, ...].
+        mlp: differences [C, ...] in the order of the argument, or the new values of clients' own; empty
+            without an MLP.
     """
 
     user: Tensor
@@ -82,6 +86,7 @@ class LocalUpdates(NamedTuple):
     codebooks: Tensor | None
     buckets: Tensor | None
     senet: SENetWeights | None
+    mlp: tuple[Tensor, ...] = ()
 
 
 class ItemSums(NamedTuple):
@@ -100,18 +105,20 @@ class SumResult(NamedTuple):
     """What training into sums leaves besides them.
 
     Attributes:
-        user: [C, D], new values.
+        user: [C, D] ([C, V] with an MLP), new values.
         losses: float64 [C], mean over a client's steps; 0 for a client without items.
         rows: int64 [N], distinct, in any order: the items that this call marked in `touched`; empty without
             it.
-        broken: bool [9], whether an update was NaN or infinite, of table, A, B, codebooks, buckets, w1, b1,
-            w2, b2.
+        broken: bool [10], whether an update was NaN or infinite, of table, A, B, codebooks, buckets, w1, b1,
+            w2, b2 and the MLP that all share.
+        mlp: new values [C, ...] of clients' own MLPs; else empty.
     """
 
     user: Tensor
     losses: Tensor
     rows: Tensor
     broken: Tensor
+    mlp: tuple[Tensor, ...] = ()
 
 
 def _check_clients(clients: Tensor, user: Tensor) -> None:
@@ -121,12 +128,20 @@ def _check_clients(clients: Tensor, user: Tensor) -> None:
 
 
 def _check(
-    indptr: Tensor, items: Tensor, positives: Tensor, num_items: int, user: Tensor, parts: ItemParts
+    indptr: Tensor,
+    items: Tensor,
+    positives: Tensor,
+    num_items: int,
+    user: Tensor,
+    parts: ItemParts,
+    mlp: Sequence[Tensor],
+    dropout: float,
+    graph: bool,
 ) -> None:
     check_tensor(user, "user")
     if user.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"user: expected float32 or float64, got {user.dtype}")
-    check_dim(user, 2, "user", "[U, D]")
+    check_dim(user, 2, "user", "[U, V]" if mlp else "[U, D]")
     for t, name, shape in (
         (indptr, "indptr", "[U + 1]"),
         (items, "items", "[nnz]"),
@@ -138,8 +153,13 @@ def _check(
     check_size(indptr, 0, user.size(0) + 1, "indptr", "U + 1, one more than the rows of user")
     check_shape(positives, tuple(items.shape), "positives", "nnz, as items")
     check_range(num_items, 0, 2**62, "num_items")
-    width = user.size(1)
+    _check_mlp(mlp, dropout, user)
+    width = _item_width(user, mlp)
     _check_pairs(parts)
+    if graph and parts.senet is not None:
+        raise ValueError("graph: expected False with senet, which it does not know")
+    if mlp and (graph or parts.senet is not None):
+        raise ValueError(f"mlp: expected none with {'graph' if graph else 'senet'}, which it does not know")
     for table, name in ((parts.base, "base"), (parts.table, "table")):
         if table is not None:
             check_like(table, user, name, "user")
@@ -183,9 +203,41 @@ def _check_pairs(parts: ItemParts) -> None:
         raise ValueError(f"reduce: expected 'mean' or 'sum', got {parts.reduce!r}")
 
 
-def _check_graph(graph: bool, parts: ItemParts) -> None:
-    if graph and parts.senet is not None:
-        raise ValueError("graph: expected False with senet, which it does not know")
+def _item_width(user: Tensor, mlp: Sequence[Tensor]) -> int:
+    """D: of the user vector, or what the first layer takes beside it."""
+    return mlp[0].size(-1) - user.size(1) if mlp else user.size(1)
+
+
+def _check_mlp(mlp: Sequence[Tensor], dropout: float, user: Tensor) -> None:
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: expected a probability from 0 to below 1, got {dropout}")
+    if not mlp:
+        return
+    if len(mlp) % 2 == 0 or not 3 <= len(mlp) < 2**9:
+        raise ValueError(
+            f"mlp: expected weight and bias of 1 to 255 layers and the output, got {len(mlp)} tensors"
+        )
+    for t in mlp:
+        check_like(t, user, "mlp", "user")
+    if mlp[0].dim() not in (2, 3):
+        raise ValueError(f"mlp: expected a first weight [O, I] or [C, O, I], got {list(mlp[0].shape)}")
+    clients = tuple(mlp[0].shape[:-2])
+    width = mlp[0].size(-1)
+    if width < user.size(1):
+        raise ValueError(f"mlp: expected a first layer at least as wide as user, {user.size(1)}, got {width}")
+    for weight, bias in zip(mlp[:-1:2], mlp[1::2], strict=True):
+        out = weight.size(-2) if weight.dim() == mlp[0].dim() else -1
+        check_shape(weight, (*clients, out, width), "mlp", "a weight for what the layer before gives")
+        check_shape(bias, (*clients, out), "mlp", "a bias for its weight")
+        if out == 0:
+            raise ValueError(f"mlp: expected layers of at least one unit, got {list(weight.shape)}")
+        width = out
+    check_shape(mlp[-1], (*clients, width), "mlp", "an output for the last layer")
+
+
+def _check_own_mlp(mlp: Sequence[Tensor], clients: Tensor) -> None:
+    if mlp and mlp[0].dim() == 3:
+        check_size(mlp[0], 0, clients.size(0), "mlp", "C, as clients")
 
 
 def _settings(
@@ -240,12 +292,15 @@ def local_train(
     l2_items: float = 0.0,
     prox: float = 0.0,
     graph: bool = False,
+    mlp: Sequence[Tensor] = (),
+    dropout: float = 0.0,
     seed: int,
     round: int,
 ) -> LocalUpdates:
     """Trains each client from the global parameters and its own vector, with a fresh optimizer.
 
-    A client scores an item by the dot product of its vector and the item's. In each epoch every positive gets
+    A client scores an item by the dot product of its vector and the item's, or by an MLP of the two. In each
+    epoch every positive gets
     one negative (as `sample_negatives` draws it) and all positives pass once, in batches of `batch_size`,
     shuffled anew each epoch, or at once. Nothing of the size of a table is copied or stepped through: a row
     without a gradient stays as it is under Adam and SGD that start fresh, so only the touched rows are held.
@@ -267,6 +322,11 @@ def local_train(
             travels.
         graph: score by (user + sum of the client's items' vectors / sqrt(n)) / 2 in place of the user's
             vector: the layer of FedPerGNN (`backbones.fedpergnn`). CPU only, and without SENet.
+        mlp: weight and bias of each layer, first to last, then the output's weights: an item's score is
+            `client_mlp` of [user vector, item vector], with `user` [U, V] of any width, also 0, and weights
+            [O, V + D]. Tensors without C are shared and travel; [C, O, V + D] and so on are the clients' own
+            and stay with them. CPU only, and without SENet and graph.
+        dropout: of hidden units, as `client_mlp` draws it.
         seed: 0 to 2^63 - 1. round: 0 to 2^32 - 1. Draws are functions of (seed, round, client, position,
             epoch).
 
@@ -289,14 +349,14 @@ def local_train(
         >>> updates.user.shape, updates.rows.shape
         (torch.Size([1, 4]), torch.Size([1, 3]))
     """
-    _check(indptr, items, positives, num_items, user, parts)
+    _check(indptr, items, positives, num_items, user, parts, mlp, dropout, graph)
     _check_clients(clients, user)
+    _check_own_mlp(mlp, clients)
     settings = _settings(epochs, batch_size, loss, optimizer, lr, betas, eps, l2_user, l2_items, prox)
     check_draw(seed, round)
-    _check_graph(graph, parts)
-    data = (clients, indptr, items, positives, num_items, user)
-    out = _LOCAL_TRAIN(*data, *_tensors(parts), parts.reduce == "mean", graph, *settings, seed, round)
-    new_user, losses, rows, d_table, d_a, d_b, d_codebooks, d_buckets, *d_senet = out
+    data = (clients, indptr, items, positives, num_items, user, *_tensors(parts), list(mlp), dropout)
+    out = _LOCAL_TRAIN(*data, parts.reduce == "mean", graph, *settings, seed, round)
+    new_user, losses, rows, d_table, d_a, d_b, d_codebooks, d_buckets, *d_senet, d_mlp = out
     return LocalUpdates(
         user=new_user,
         losses=losses,
@@ -307,6 +367,7 @@ def local_train(
         codebooks=None if parts.codebooks is None else d_codebooks,
         buckets=None if parts.buckets is None else d_buckets,
         senet=None if parts.senet is None else SENetWeights(*d_senet),
+        mlp=tuple(d_mlp),
     )
 
 
@@ -333,6 +394,9 @@ def local_train_sum_(
     l2_items: float = 0.0,
     prox: float = 0.0,
     graph: bool = False,
+    mlp: Sequence[Tensor] = (),
+    dropout: float = 0.0,
+    mlp_sums: Sequence[Tensor] = (),
     seed: int,
     round: int,
     grid: float = 0.0,
@@ -344,6 +408,7 @@ def local_train_sum_(
         weights: float64 [C].
         sums: float64, contiguous: weights[c] times client c's update is added.
         touched: uint8 [I], contiguous: set to 1 at the rows of `sums.table` and `sums.A` that are added to.
+        mlp_sums: as `sums`, of an MLP that all share; empty without one.
         grid: as in `accumulate_updates_`. With 0 sums have an order, that of the clients, and one thread
             makes them.
 
@@ -382,6 +447,9 @@ def local_train_sum_(
         l2_items=l2_items,
         prox=prox,
         graph=graph,
+        mlp=mlp,
+        dropout=dropout,
+        mlp_sums=mlp_sums,
         seed=seed,
     )
     return training(clients, weights, round=round, grid=grid)
@@ -391,7 +459,8 @@ class SumTraining:
     """`local_train_sum_` for round after round: what stays the same is checked once and held.
 
     Args:
-        As in `local_train_sum_`. The tensors are read, and the sums added to, at each call.
+        As in `local_train_sum_`. The tensors are read, and the sums added to, at each call. Clients' own
+        MLPs are of one call alone: `mlp` then has those of some clients, and calls have their own.
     """
 
     def __init__(
@@ -416,25 +485,46 @@ class SumTraining:
         l2_items: float = 0.0,
         prox: float = 0.0,
         graph: bool = False,
+        mlp: Sequence[Tensor] = (),
+        dropout: float = 0.0,
+        mlp_sums: Sequence[Tensor] = (),
         seed: int,
     ) -> None:
-        _check(indptr, items, positives, num_items, user, parts)
+        _check(indptr, items, positives, num_items, user, parts, mlp, dropout, graph)
         settings = _settings(epochs, batch_size, loss, optimizer, lr, betas, eps, l2_user, l2_items, prox)
         check_draw(seed, 0)
-        _check_graph(graph, parts)
-        _check_sums(num_items, user, parts, sums, touched)
-        self._user = user
-        totals = (*sums[:5], *(sums.senet or (None,) * 4), touched)
+        _check_sums(num_items, user, parts, sums, touched, mlp, mlp_sums)
+        self._user, self._mlp, self._dropout = user, list(mlp), dropout
+        totals = (*sums[:5], *(sums.senet or (None,) * 4), list(mlp_sums), touched)
         mean = parts.reduce == "mean"
-        data = (indptr, items, positives, num_items, user)
-        self._arguments = (*data, *_tensors(parts), *totals, mean, graph, *settings, seed)
+        self._data = (indptr, items, positives, num_items, user, *_tensors(parts))
+        self._settings = (*totals, mean, graph, *settings, seed)
 
-    def __call__(self, clients: Tensor, weights: Tensor, *, round: int, grid: float = 0.0) -> SumResult:
-        """See `local_train_sum_`."""
+    def __call__(
+        self,
+        clients: Tensor,
+        weights: Tensor,
+        *,
+        round: int,
+        grid: float = 0.0,
+        mlp: Sequence[Tensor] | None = None,
+    ) -> SumResult:
+        """See `local_train_sum_`; `mlp` stands for the one given before, of the same shapes but for C."""
         _check_clients(clients, self._user)
         _check_weights(weights, clients, grid)
         check_draw(0, round)
-        return SumResult(*_LOCAL_TRAIN_SUM(clients, weights, *self._arguments, round, grid))
+        if mlp is not None:
+            _check_mlp(mlp, self._dropout, self._user)
+        mlp = self._mlp if mlp is None else list(mlp)
+        _check_own_mlp(mlp, clients)
+        user, losses, rows, broken, own = _LOCAL_TRAIN_SUM(
+            clients, weights, *self._data, mlp, self._dropout, *self._settings, round, grid
+        )
+        shapes = [t.shape for t in mlp] if mlp and mlp[0].dim() == 3 else []
+        tensors = own.split([shape.numel() for shape in shapes])
+        return SumResult(
+            user, losses, rows, broken, tuple(t.view(shape) for t, shape in zip(tensors, shapes, strict=True))
+        )
 
 
 def _check_weights(weights: Tensor, clients: Tensor, grid: float) -> None:
@@ -444,8 +534,23 @@ def _check_weights(weights: Tensor, clients: Tensor, grid: float) -> None:
 
 
 def _check_sums(
-    num_items: int, user: Tensor, parts: ItemParts, sums: ItemSums, touched: Tensor | None
+    num_items: int,
+    user: Tensor,
+    parts: ItemParts,
+    sums: ItemSums,
+    touched: Tensor | None,
+    mlp: Sequence[Tensor],
+    mlp_sums: Sequence[Tensor],
 ) -> None:
+    shared = mlp if mlp and mlp[0].dim() == 2 else ()
+    if len(mlp_sums) != len(shared):
+        raise ValueError(
+            f"mlp_sums: expected one for each of the {len(shared)} shared tensors of mlp, got {len(mlp_sums)}"
+        )
+    for mlp_sum, tensor in zip(mlp_sums, shared, strict=True):
+        check_dtype(mlp_sum, torch.float64, "mlp_sums")
+        check_shape(mlp_sum, tuple(tensor.shape), "mlp_sums", "as mlp")
+        check_device(mlp_sum, user, "mlp_sums", "user")
     of = _trained(parts)
     given = _flat_sums(sums)
     for name, parameter in of.items():
@@ -461,7 +566,7 @@ def _check_sums(
             raise ValueError("touched: expected together with table or A, got only touched")
         check_dtype(touched, torch.uint8, "touched")
         check_shape(touched, (num_items,), "touched", "I, the number of items")
-    for name, t in (("touched", touched), *given.items()):
+    for name, t in (("touched", touched), *given.items(), *(("mlp_sums", t) for t in mlp_sums)):
         if t is not None and not t.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor")
 
@@ -480,15 +585,17 @@ def _fake_sum(
     positives: Tensor,
     num_items: int,
     user: Tensor,
-    *arguments: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    touched = arguments[21]
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    mlp, touched = arguments[12], arguments[24]
+    own = mlp if mlp and mlp[0].dim() == 3 else ()
     rows = torch.library.get_ctx().new_dynamic_size() if touched is not None else 0
     return (
         user.new_empty((clients.size(0), user.size(1))),
         weights.new_empty(clients.size(0)),
         clients.new_empty(rows, dtype=torch.int64),
-        clients.new_empty(9, dtype=torch.bool),
+        clients.new_empty(10, dtype=torch.bool),
+        user.new_empty(sum(t.numel() for t in own)),
     )
 
 
@@ -512,8 +619,9 @@ def _fake(
     b1: Tensor | None,
     w2: Tensor | None,
     b2: Tensor | None,
+    mlp: Sequence[Tensor],
     *settings: float,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | list[Tensor], ...]:
     count = clients.size(0)
     by_row = table is not None or A is not None
     width = torch.library.get_ctx().new_dynamic_size() if by_row else 0
@@ -531,11 +639,12 @@ def _fake(
         touched(table),
         touched(A),
         *(whole(t) for t in (B, codebooks, buckets, w1, b1, w2, b2)),
+        [user.new_empty(t.shape if mlp[0].dim() == 3 else (count, *t.shape)) for t in mlp],
     )
 
 
 register_not_differentiable("local_train")
-register_in_place("local_train_sum_", *range(19, 29))  # the sums and the marks
+register_in_place("local_train_sum_", *range(21, 32))  # the sums and the marks
 
 # Plain twin -------------------------------------------------------------------------------------------------
 
@@ -560,15 +669,17 @@ def local_train_reference(
     l2_items: float = 0.0,
     prox: float = 0.0,
     graph: bool = False,
+    mlp: Sequence[Tensor] = (),
+    dropout: float = 0.0,
     seed: int,
     round: int,
 ) -> LocalUpdates:
     """`local_train` in plain PyTorch, a client at a time: whole tables, dense optimizers, autograd."""
-    _check(indptr, items, positives, num_items, user, parts)
+    _check(indptr, items, positives, num_items, user, parts, mlp, dropout, graph)
     _check_clients(clients, user)
+    _check_own_mlp(mlp, clients)
     _settings(epochs, batch_size, loss, optimizer, lr, betas, eps, l2_user, l2_items, prox)
     check_draw(seed, round)
-    _check_graph(graph, parts)
     check_index_values(clients, user.size(0), "clients", padding=False)
     check_index_values(items, num_items, "items", padding=False)
     trained = {name: t for name, t in _trained(parts).items() if t is not None}
@@ -578,13 +689,17 @@ def local_train_reference(
     if not {"table", "A"} & trained.keys():
         width = 0
     rows = torch.full((len(sizes), width), -1, dtype=torch.int64, device=user.device)
-    new_user, losses, changed = [], [], []
+    new_user, losses, changed, own, depth = [], [], [], bool(mlp) and mlp[0].dim() == 3, len(mlp) // 2
+    names = [f"mlp.{i}" for i in range(len(mlp))]
+    mlp_results: list[list[Tensor]] = []
     for c, client in enumerate(clients.tolist()):
         mine = items[indptr[client] : indptr[client + 1]].long()
         negatives = sample_negatives_reference(
             mine[None], clients[c : c + 1], indptr, positives, num_items, epochs, seed, round
         )[0]
-        start = {"user": user[client].detach(), **shared}
+        layers = {name: (t[c] if own else t).detach() for name, t in zip(names, mlp, strict=True)}
+        start = {"user": user[client].detach(), **shared, **layers}
+        stays = {"user", *(names if own else ())}
         local = {name: t.clone().requires_grad_() for name, t in start.items()}
         optimiser: torch.optim.Optimizer = (
             torch.optim.Adam(local.values(), lr, betas, eps)
@@ -598,8 +713,18 @@ def local_train_reference(
                 ids = torch.stack([mine[batch], negatives[epoch][batch]], 1).flatten()
                 vector = local["user"]
                 if graph:
-                    vector = (vector + _vectors(mine, parts, local).sum(0) / len(mine) ** 0.5) / 2
-                scores = _vectors(ids, parts, local) @ vector
+                    near = _vectors(mine, parts, local, len(vector)).sum(0)
+                    vector = (vector + near / len(mine) ** 0.5) / 2
+                vectors = _vectors(ids, parts, local, _item_width(user, mlp))
+                if mlp:
+                    x = torch.cat([vector.expand(len(ids), -1), vectors], 1)[None]
+                    tensors = [local[name][None] for name in names]
+                    scores = client_mlp_reference(
+                        *(x, tensors[: 2 * depth : 2], tensors[1::2], tensors[-1], ids[None]),
+                        *(clients[c : c + 1], dropout, seed, round, epoch),
+                    )[0]
+                else:
+                    scores = vectors @ vector
                 value = (
                     -F.logsigmoid(scores[::2] - scores[1::2]).mean()
                     if loss == "bpr"
@@ -609,15 +734,17 @@ def local_train_reference(
                 with torch.no_grad():
                     for name, t in local.items():
                         assert t.grad is not None
-                        if name != "user" and prox > 0:
+                        if name not in stays and prox > 0:
                             t.grad += prox * (t - start[name])
-                        pulled = (t.grad != 0).any(-1, keepdim=True)
-                        t.grad += (l2_user if name == "user" else l2_items) * t * pulled
+                        if name not in names:
+                            pulled = (t.grad != 0).any(-1, keepdim=True)
+                            t.grad += (l2_user if name == "user" else l2_items) * t * pulled
                 optimiser.step()
                 each.append(value.item())
         losses.append(sum(each) / max(len(each), 1))
         new_user.append(local["user"].detach())
         changed.append({name: local[name].detach() - t for name, t in shared.items()})
+        mlp_results.append([local[name].detach() - (0 if own else layers[name]) for name in names])
         if width:
             touched = torch.unique(torch.cat([mine, negatives.flatten()]))
             rows[c, : len(touched)] = touched
@@ -644,6 +771,12 @@ def local_train_reference(
         codebooks=stacked("codebooks"),
         buckets=stacked("buckets"),
         senet=None if parts.senet is None else SENetWeights(*(w for w in weights if w is not None)),
+        mlp=tuple(
+            torch.stack([result[i] for result in mlp_results])
+            if mlp_results
+            else user.new_empty((0, *t.shape[own:]))
+            for i, t in enumerate(mlp)
+        ),
     )
 
 
@@ -660,13 +793,16 @@ def local_train_sum_reference_(
     touched: Tensor | None = None,
     *,
     grid: float = 0.0,
+    mlp_sums: Sequence[Tensor] = (),
     **settings: Any,
 ) -> SumResult:
     """`local_train_sum_` by `local_train_reference` and `accumulate_updates_reference_`."""
-    _check(indptr, items, positives, num_items, user, parts)
+    mlp = settings.get("mlp", ())
+    given = (mlp, settings.get("dropout", 0.0), settings.get("graph", False))
+    _check(indptr, items, positives, num_items, user, parts, *given)
     _check_clients(clients, user)
     _check_weights(weights, clients, grid)
-    _check_sums(num_items, user, parts, sums, touched)
+    _check_sums(num_items, user, parts, sums, touched, mlp, mlp_sums)
     updates = local_train_reference(clients, indptr, items, positives, num_items, user, parts, **settings)
     rows = torch.unique(updates.rows)
     rows = rows[rows >= 0]
@@ -676,14 +812,17 @@ def local_train_sum_reference_(
         rows = rows[touched[rows] == 0]
         touched[rows] = 1
     changed = updates.senet._asdict() if updates.senet is not None else {}
-    broken = torch.zeros(9, dtype=torch.bool, device=user.device)
+    broken = torch.zeros(10, dtype=torch.bool, device=user.device)
     for i, (name, total) in enumerate(_flat_sums(sums).items()):
         if total is not None:
             update = changed[name] if name in changed else getattr(updates, name)
             broken[i] = not bool(update.isfinite().all())
             at = updates.rows if name in ("table", "A") else None
             accumulate_updates_reference_(total, update, weights, at, grid)
-    return SumResult(updates.user, updates.losses, rows, broken)
+    for total, update in zip(mlp_sums, updates.mlp, strict=False):
+        broken[-1] |= not bool(update.isfinite().all())
+        accumulate_updates_reference_(total, update, weights, None, grid)
+    return SumResult(updates.user, updates.losses, rows, broken, () if mlp_sums else updates.mlp)
 
 
 def _trained(parts: ItemParts) -> dict[str, Tensor | None]:
@@ -698,8 +837,8 @@ def _trained(parts: ItemParts) -> dict[str, Tensor | None]:
     }
 
 
-def _vectors(ids: Tensor, parts: ItemParts, local: dict[str, Tensor]) -> Tensor:
-    total = local["user"].new_zeros(len(ids), len(local["user"]))
+def _vectors(ids: Tensor, parts: ItemParts, local: dict[str, Tensor], width: int) -> Tensor:
+    total = local["user"].new_zeros(len(ids), width)
     if parts.base is not None:
         total = total + parts.base[ids]
     if parts.table is not None:

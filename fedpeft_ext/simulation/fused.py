@@ -4,6 +4,9 @@ It trains models whose score is the dot product of a user vector with a sum of t
 `fedpeft_ext.nn`: FedMF, and on the CPU FedPerGNN, whose user vector takes in the client's items. There every
 gradient of an item's row is a number times a vector that the client's rows share (with FedPerGNN the sum of
 two such), so that a client's training fits in a core's cache, and nothing of the size of a table is copied.
+
+On the CPU it also trains FedNCF and PFedRec, whose score is an MLP: a client's weights, their gradients and
+moments stay in its core's cache from the first step to the last.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ from torch import Tensor, nn
 from fedpeft_ext import ops
 from fedpeft_ext.backbones import Backbone
 from fedpeft_ext.backbones.fedmf import FedMF
+from fedpeft_ext.backbones.fedncf import FedNCF
 from fedpeft_ext.backbones.fedpergnn import FedPerGNN
+from fedpeft_ext.backbones.mlp import MLP
+from fedpeft_ext.backbones.pfedrec import PFedRec
 from fedpeft_ext.nn import FullEmbedding, HashEmbedding, LoRAEmbedding, RQEmbedding, SumEmbedding
 from fedpeft_ext.ops import ItemParts, ItemSums, SENetWeights
 from fedpeft_ext.ops.local_train import SumTraining
@@ -56,7 +62,10 @@ class FusedEngine:
         self._chunk_bytes = chunk_bytes
         parameters = dict(federation.model.named_parameters())
         element = federation.model.item_dtype.itemsize
-        self._client_bytes = element * sum(parameters[name].numel() for name in self._roles.small)
+        self._mlp_names = _mlp_names(federation.model)
+        self._own_mlp = bool(set(self._mlp_names) & set(self._roles.local))
+        own = self._mlp_names if self._own_mlp else ()
+        self._client_bytes = element * sum(parameters[name].numel() for name in (*self._roles.small, *own))
         self._sum_training: tuple[Aggregator, SumTraining] | None = None
         # A touched row of every table, and its number.
         self._row_bytes = 8 + element * sum(parameters[name].shape[1] for name in self._roles.rows)
@@ -71,7 +80,7 @@ class FusedEngine:
             return train_in_chunks(
                 clients,
                 weights,
-                [slice(0, len(clients))] if len(clients) else [],
+                self._calls(len(clients)),
                 round,
                 lambda ids, w: self._train_into(sums, ids, w, round, aggregator),
             )
@@ -87,16 +96,44 @@ class FusedEngine:
             clients, weights, chunks, round, lambda ids, w: self._train_chunk(ids, w, round, aggregator)
         )
 
+    def _calls(self, clients: int) -> list[slice]:
+        """The clients of each call that adds up: all at once, but for what a call returns of each."""
+        most = max(1, int(self._chunk_bytes // self._client_bytes)) if self._own_mlp else max(1, clients)
+        return [slice(at, at + most) for at in range(0, clients, most)]
+
+    def _own(self, clients: Tensor) -> dict[str, Any]:
+        """The argument that differs between calls: the MLPs that stay with clients."""
+        if not self._own_mlp:
+            return {}
+        state = self._federation.store.read(clients)
+        return {"mlp": [state[name] for name in self._mlp_names]}
+
+    def _state(self, result: ops.LocalUpdates | ops.SumResult) -> dict[str, Tensor]:
+        """What stays with the clients of a call."""
+        state = {"user": result.user} if "user" in self._roles.local else {}
+        return state | (dict(zip(self._mlp_names, result.mlp, strict=True)) if self._own_mlp else {})
+
     def _arguments(self) -> dict[str, Any]:
         """The arguments that are the same in every round."""
         interactions, settings = self._federation.interactions, self._federation.settings
+        model = self._federation.model
+        user = self._federation.store.state.get("user")
+        if user is None:
+            user = torch.empty(interactions.num_users, 0, dtype=model.item_dtype)
+        mlp: dict[str, Any] = {}
+        if self._mlp_names:
+            assert isinstance(model.mlp, MLP)
+            mlp["dropout"] = model.mlp.dropout
+        if self._mlp_names and not self._own_mlp:
+            parameters = dict(model.named_parameters())
+            mlp["mlp"] = [parameters[name].detach() for name in self._mlp_names]
         return {
             "indptr": interactions.indptr,
             "items": interactions.items,
             "positives": interactions.positives[1],
             "num_items": interactions.num_items,
-            "user": self._federation.store.state["user"],
-            "parts": _item_parts(self._federation.model),
+            "user": user,
+            "parts": _item_parts(model),
             "epochs": settings.epochs,
             "batch_size": settings.batch_size,
             "loss": settings.loss,
@@ -107,8 +144,9 @@ class FusedEngine:
             "l2_user": settings.l2 if "user" in self._roles.l2 else 0.0,
             "l2_items": settings.l2,
             "prox": settings.prox_mu,
-            "graph": type(self._federation.model) is FedPerGNN,
+            "graph": type(model) is FedPerGNN,
             "seed": settings.seed,
+            **mlp,
         }
 
     def _train_into(
@@ -123,13 +161,16 @@ class FusedEngine:
         if self._sum_training is None or self._sum_training[0] is not aggregator:
             self._sum_training = aggregator, self._training_into(sums, aggregator.marks)
         ids = torch.from_numpy(clients)
-        result = self._sum_training[1](ids, torch.from_numpy(weights), round=round, grid=aggregator.grid)
+        result = self._sum_training[1](
+            ids, torch.from_numpy(weights), round=round, grid=aggregator.grid, **self._own(ids)
+        )
         broken = None
         if np.logical_or.reduce(result.broken.numpy()):
-            fields = (*ItemSums._fields[:-1], *_SENET)
-            broken = next(self._names[f] for f, bad in zip(fields, result.broken, strict=True) if bad)
+            names = self._names | {"mlp": "mlp"}
+            fields = (*ItemSums._fields[:-1], *_SENET, "mlp")
+            broken = next(names[f] for f, bad in zip(fields, result.broken, strict=True) if bad)
         aggregator.added(float(np.add.reduce(weights)), len(clients), result.rows, broken)
-        self._federation.store.write(ids, {"user": result.user})
+        self._federation.store.write(ids, self._state(result))
         return result.losses.numpy()
 
     def _training_into(self, sums: Mapping[str, Tensor], marks: Tensor | None) -> SumTraining:
@@ -137,9 +178,10 @@ class FusedEngine:
         parts = {name: sums[names[name]] for name in ItemSums._fields[:-1] if name in names}
         senet = SENetWeights(*(sums[names[name]] for name in _SENET)) if "w1" in names else None
         return SumTraining(
-            **self._arguments(),
+            **self._arguments() | self._own(torch.empty(0, dtype=torch.int64)),
             sums=ItemSums(**parts, senet=senet),
             touched=marks if self._roles.rows else None,
+            mlp_sums=() if self._own_mlp else [sums[name] for name in self._mlp_names],
         )
 
     def _train_chunk(
@@ -147,11 +189,13 @@ class FusedEngine:
     ) -> np.ndarray:
         store, names = self._federation.store, self._names
         ids = torch.from_numpy(clients).to(self._federation.interactions.device)
-        updates = ops.local_train(ids, **self._arguments(), round=round)
+        updates = ops.local_train(ids, **self._arguments() | self._own(ids), round=round)
         uploads = {names[part]: value for part, value in _flat(updates).items()}
+        if not self._own_mlp:
+            uploads |= dict(zip(self._mlp_names, updates.mlp, strict=True))
         rows = updates.rows if self._roles.rows else None
         accepted = aggregator.add(uploads, torch.from_numpy(weights).to(ids.device), rows, ids)
-        store.write(ids, {"user": updates.user}, accepted)
+        store.write(ids, self._state(updates), accepted)
         return updates.losses.cpu().numpy()
 
 
@@ -167,14 +211,14 @@ def why_not(federation: Federation) -> str | None:
     if federation.settings.momentum > 0.0:
         return "it has no momentum"
     model = federation.model
-    if type(model) not in (FedMF, FedPerGNN):
-        return f"it trains backbones 'fedmf' and 'fedpergnn' alone, not {model.name!r}"
+    if type(model) not in (FedMF, FedPerGNN, FedNCF, PFedRec):
+        return f"it does not know backbone {model.name!r}"
     embedding = model.item_embedding
-    if type(model) is FedPerGNN:
+    if type(model) is not FedMF:
         if federation.interactions.device.type != "cpu":
-            return "backbone 'fedpergnn' has no kernel for GPUs there"
+            return f"backbone {model.name!r} has no kernel for GPUs there"
         if any(isinstance(part, HashEmbedding) and part.senet for _, part in _strategies(embedding)):
-            return "it does not know SENet under backbone 'fedpergnn'"
+            return f"it does not know SENet under backbone {model.name!r}"
     if embedding.padding_idx is not None:
         return "the item embedding has a padding_idx"
     for _, part in _strategies(embedding):
@@ -184,6 +228,14 @@ def why_not(federation: Federation) -> str | None:
     if len(tables) > 1:
         return f"there are {len(tables)} trained tables of full width: {', '.join(tables)}"
     return None
+
+
+def _mlp_names(model: Backbone) -> tuple[str, ...]:
+    """Parameters of a model's MLP in the order of `ops.local_train`; empty without one."""
+    if not isinstance(model, FedNCF | PFedRec):
+        return ()
+    layers = [f"mlp.layers.{i}.{name}" for i in range(len(model.mlp.layers)) for name in ("weight", "bias")]
+    return (*layers, "mlp.output")
 
 
 def _strategies(embedding: nn.Module) -> list[tuple[str, nn.Module]]:

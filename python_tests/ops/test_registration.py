@@ -26,7 +26,9 @@ CODES = torch.tensor([[0, 1], [1, 1], [2, 0], [1, 2]], dtype=torch.uint8)
 HASHES = torch.tensor([[3, 1], [5, 2]])
 NONE4 = (None,) * 4
 SENET = (floats(3, 2), floats(3), floats(2, 3), floats(2))
+MLP = [torch.ones(2, 4, 8), torch.ones(2, 4), torch.ones(2, 4)]
 CLIENTS = (torch.tensor([0, 1]), torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]), torch.tensor([0, 2, 1]), 4)
+NO_MLP = ([], 0.0)
 SETTINGS = (True, False, 2, 0, True, True, 0.1, 0.9, 0.99, 1e-8, 0.0, 0.1, 0.0, 1, 2)
 CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("rq_lookup", (ITEMS, CODES, floats(2, 2, 3, 5), floats(4, 5))),
@@ -89,22 +91,44 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
                 torch.ones(4, 2),
                 torch.ones(5, 2),
             ),
-            *(*NONE4, *NONE4, *SETTINGS),
+            *(*NONE4, *NONE4, *NO_MLP, *SETTINGS),
         ),
     ),
     (
         "local_train",
         (
             *(*CLIENTS, torch.ones(2, 5), *NONE4, CODES, torch.ones(2, 3, 5), torch.ones(6, 5), HASHES),
-            *(*(w.detach() for w in SENET), *SETTINGS),
+            *(*(w.detach() for w in SENET), *NO_MLP, *SETTINGS),
+        ),
+    ),
+    (
+        "local_train",
+        (
+            *(*CLIENTS, torch.ones(2, 3), torch.ones(4, 5), *NONE4, *NONE4, *NONE4[:3], MLP, 0.5),
+            *SETTINGS,
         ),
     ),
     (
         "local_train_sum_",
         (
             *(CLIENTS[0], torch.ones(2).double(), *CLIENTS[1:], torch.ones(2, 5), torch.ones(4, 5)),
-            *(torch.ones(4, 5), *NONE4, *NONE4, *NONE4[:2], torch.zeros(4, 5).double(), *NONE4, *NONE4),
-            *(torch.zeros(4, dtype=torch.uint8), *SETTINGS, 0.0),
+            *(torch.ones(4, 5), *NONE4, *NONE4, *NONE4[:2], *NO_MLP, torch.zeros(4, 5).double()),
+            *(*NONE4, *NONE4, [], torch.zeros(4, dtype=torch.uint8), *SETTINGS, 0.0),
+        ),
+    ),
+    (
+        "local_train_sum_",
+        (
+            *(CLIENTS[0], torch.ones(2).double(), *CLIENTS[1:], torch.ones(2, 3), torch.ones(4, 5)),
+            *(None, *NONE4, *NONE4, *NONE4[:2], [t[0] for t in MLP], 0.5, *NONE4, *NONE4, None),
+            *([t[0].double() for t in MLP], None, *SETTINGS, 0.0),
+        ),
+    ),
+    (
+        "local_train_sum_",
+        (
+            *(CLIENTS[0], torch.ones(2).double(), *CLIENTS[1:], torch.ones(2, 3), torch.ones(4, 5)),
+            *(None, *NONE4, *NONE4, *NONE4[:2], MLP, 0.5, *NONE4, *NONE4, None, [], None, *SETTINGS, 0.0),
         ),
     ),
     ("touched_rows", (ITEMS,)),

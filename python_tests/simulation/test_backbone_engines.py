@@ -30,7 +30,7 @@ BACKBONES = ["fedncf", "pfedrec", "fedpergnn"]
 
 def fast_engines(backbone: str, strategy: str, **changes: Any) -> list[str]:
     """Those beside the sequential one."""
-    fused = backbone == "fedpergnn" and "senet" not in strategy and not changes.get("training.momentum")
+    fused = "senet" not in strategy and not changes.get("training.momentum")
     return ["batched", "fused"] if fused else ["batched"]
 
 
