@@ -264,9 +264,10 @@ struct MlpPart {
           philox_elements(uint64_t(first + e / 4), client, a.round, stream, a.seed, words + e);
       }
       for (int64_t r = row; r < row + group; ++r) {
-        layer.counts[r] =
-            activate_row(layer.out + r * layer.stride, width, words + (r - row) * width, threshold,
-                         scale, layer.places + r * layer.room);
+        T* const out = layer.out + r * layer.stride;
+        layer.counts[r] = activate_row(out, width, words + (r - row) * width, threshold, scale,
+                                       layer.places + r * layer.room);
+        zero_row(out + width, layer.stride - width);  // where infinite numbers left NaNs
       }
     }
   }
@@ -275,7 +276,7 @@ struct MlpPart {
   static FEDPEFT_INLINE int64_t activate_row(T* x, int64_t n, const uint32_t* word,
                                              uint32_t threshold, T scale, int32_t* places) {
 #if defined(__AVX2__)
-    if constexpr (sizeof(T) == 4) {  // the last vector goes on into zeros
+    if constexpr (sizeof(T) == 4) {
       const __m256 factor = _mm256_set1_ps(scale), zero = _mm256_setzero_ps();
       const __m256i least = _mm256_set1_epi32(int(threshold));
       int64_t count = 0;
@@ -287,6 +288,11 @@ struct MlpPart {
           const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(word + i));
           const __m256i keep = _mm256_cmpeq_epi32(_mm256_max_epu32(w, least), w);
           kept = _mm256_and_ps(kept, _mm256_castsi256_ps(keep));
+        }
+        if (n - i < 8) {
+          const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+          const __m256i inside = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n - i)), lanes);
+          kept = _mm256_and_ps(kept, _mm256_castsi256_ps(inside));
         }
         _mm256_storeu_ps(x + i, kept);
         count = add_places(_mm256_cmp_ps(kept, zero, _CMP_NEQ_UQ), i, places, count);

@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "c-hash, sequential": {"embedding.name": "c-hash", "engine": "sequential"},
     "warm-up": {"training.warmup_rounds": 2, "embedding.warm_start_codebooks": True},
     "pfedrec": {"backbone.name": "pfedrec", "embedding.name": "p-lora", "dtype": "float64"},
+    "fedncf": {"backbone.name": "fedncf", "embedding.name": "p-rq+lora", "backbone.hidden": "[12, 20]"},
     "top-k": {"compression.method": "top-k", "compression.top_k": 0.1},
     "scaffold": {
         "embedding.name": "p-rq+lora",
