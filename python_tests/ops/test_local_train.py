@@ -382,7 +382,7 @@ def test_sums_tell_which_part_diverged() -> None:
     parts.B[2, 1] = float("inf")
     sums = empty_sums(parts)
     result = ops.local_train_sum_(**given, weights=torch.ones(2).double(), sums=sums)
-    names = [*ItemSums._fields[:-1], *SENetWeights._fields]
+    names = [*ItemSums._fields[:-1], *SENetWeights._fields, "mlp"]
     broken = {name for name, bad in zip(names, result.broken.tolist(), strict=True) if bad}
     assert {"A", "B"} <= broken
     assert broken == {name for name, total in flat(sums).items() if not total.isfinite().all()}
