@@ -557,6 +557,8 @@ def _explain(error: ValidationError) -> str:
             name, colon, rest = message.partition(": ")
             if colon and name in section.model_fields:  # raised by the section about one of its fields
                 path, message = f"{path}.{name}" if path else name, rest
+            elif colon and name in path.split("."):  # by a function that has an argument of this name
+                message = rest
         else:
             message = f"{message}, got {reprlib.repr(item['input'])}"
         lines.setdefault(path, []).append(message)

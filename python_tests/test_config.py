@@ -120,3 +120,8 @@ def test_share_and_count_of_clients_are_told_apart() -> None:
     share = load_config(None, ["training.clients_per_round=1.0"]).training.clients_per_round
     assert isinstance(share, float)
     assert share == 1.0
+
+
+def test_errors_of_parsers_name_the_setting_once() -> None:
+    with pytest.raises(ConfigError, match=r"^embedding\.name: expected strategies .* the nearest is 'rq'$"):
+        load_config(None, ["embedding.name=p-rqq"])

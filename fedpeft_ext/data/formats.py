@@ -303,10 +303,14 @@ def _find(table: Table, role: str, given: str | int | None) -> str:
     if column is None and not table.header:
         column = _find_optional(table, role, {"user": 0, "item": 1}[role])
     if column is None:
-        raise ValueError(
-            f"{table.path}: no {role} column among {', '.join(map(repr, table.columns))} "
-            f"(expected {role}_id or another usual name); "
+        among = ", ".join(map(repr, table.columns))
+        how = (
             f"give it as {role}_column, or header=False if the first line is a row"
+            if len(table.columns) > 1
+            else "there is one column alone: give the character between columns as separator"
+        )
+        raise ValueError(
+            f"{table.path}: no {role} column among {among} (expected {role}_id or another usual name); {how}"
         )
     return column
 

@@ -182,6 +182,7 @@ CSV_ERRORS: list[tuple[str | bytes, str]] = [
     ("\nuser,item\na,b\n", "line 1: expected the names of the columns, got a blank line"),
     ("user,thing\na,b\n", r"no item column among 'user', 'thing' .*item_column"),
     ("a,b\nc,d\n", r"no user column .*header=False if the first line is a row"),
+    ("user;item\n1;2\n", r"one column alone: give the character between columns as separator"),
     ("user,user,item\na,b,c\n", "two columns are named 'user'"),
     ("user,item\na,b\n\n,c\n", "line 4, column 'user': expected an id, got nothing"),
     ("user,item\na,b\na,\n", "line 3, column 'item': expected an id, got nothing"),

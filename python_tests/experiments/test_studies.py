@@ -159,6 +159,10 @@ def test_communication_counts_bytes_to_an_accuracy(config: Config, dataset: Data
     assert full is not None
     # 10% of 50 clients send and get the table each round.
     assert dict(full.bytes_until())[4] == 4 * 5 * 2 * 210 * 8 * 4
+    means = {row["embedding"]: float(row["HR@10"]) for row in rows_of(tmp_path / "communication-sizes.csv")}
+    other = context(config, dataset, tmp_path / "runs", embeddings=("c-hash", "full"))  # in any order
+    findings, _ = run_study(STUDIES["communication"], other, tmp_path)
+    assert f"Full ends with {100 * means['full']:.2f}%" in findings.tables[1].note
     assert first_reaching(full, "HR@10", 0.0) == (2, 2 * 5 * 2 * 210 * 8 * 4)
     assert first_reaching(full, "HR@10", 1.1) is None
     with pytest.raises(ValueError, match="expected 'full' among them"):
