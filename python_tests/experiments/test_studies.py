@@ -145,6 +145,15 @@ def test_a_run_that_diverges_is_a_row_without_values(
     assert made.train(variants).results[0] is None  # from its file
 
 
+def test_columns_are_shown_with_their_units() -> None:
+    frame = pl.DataFrame(
+        {"embedding": ["p-rq"], "full/HR@10": [0.1234], "bytes_up": [49_152], "saving": [0.7717]}
+    )
+    headings, rows = shown(frame)
+    assert headings == ["embedding", "HR@10 %, all items", "KB up", "saved against Full"]
+    assert rows == [["p-rq", "12.34", "49.2", "77.2%"]]
+
+
 def test_large_numbers_are_shown_without_exponents() -> None:
     frame = pl.DataFrame({"rounds": [66.666, 0.00012345], "MB": [35210.4, 999.96]})
     assert shown(frame)[1] == [["66.67", "35,210"], ["0.0001234", "1000"]]
@@ -271,6 +280,30 @@ def test_communication_without_a_goal_still_tells_what_is_sent(
     assert sizes.frame["diverged"].to_list() == [1]
     assert goals.frame["seeds that reach it"].to_list() == [0, 0, 0]
     assert "diverged" in goals.note
+
+
+@pytest.mark.parametrize("embedding", ["full", "p-lora"])
+def test_new_rows_start_where_the_server_puts_them(config: Config, dataset: Dataset, embedding: str) -> None:
+    settings = config.updated([f"embedding.name={embedding}"])
+    before, after = split_arrivals(dataset, 0.1, seed=0)
+    prepared, arrived = new_items.encode_arrivals(settings, before, after)
+    old = Simulator(settings, before, pretrained=prepared)
+    old.round()
+    new = new_items._go_on(settings, old, after, prepared, arrived)
+    known = before.num_items
+    tables = dict(new.model.named_parameters())
+    if embedding == "full":  # encoded from text, and moved along with what was trained
+        (name,) = [
+            name for name, table in tables.items() if table.dim() == 2 and len(table) == after.num_items
+        ]
+        trained = old.model.item_embedding.full_embedding()
+        expected = aligned(prepared.full, trained, arrived.full[known:])
+    else:
+        name = "item_embedding.A"
+        trained = dict(old.model.named_parameters())[name].detach()
+        expected = trained.mean(0).expand(after.num_items - known, -1)
+    assert torch.equal(tables[name][:known], trained)
+    torch.testing.assert_close(tables[name][known:].detach(), expected)
 
 
 def test_new_items_need_text_and_rounds_after_the_arrival(config: Config, dataset: Dataset) -> None:

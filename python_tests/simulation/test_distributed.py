@@ -212,6 +212,24 @@ def test_the_grid_is_exact_and_fine(weight: float) -> None:
     assert exact_grid(0.0) == 0.0
 
 
+@pytest.mark.parametrize("weighting", ["samples", "uniform"])
+def test_the_grid_of_a_round_is_that_of_its_weights(weighting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"training.rounds": 1, "training.weighting": weighting, "pretrain.features": "random"}
+    simulator = Simulator(small_config(**settings), make_dataset())
+    begun: list[float] = []
+    begin = Aggregator.begin
+
+    def record(self: Aggregator, round: int, attempt: int = 0, weight: float = 0.0) -> None:
+        begun.append(weight)
+        begin(self, round, attempt, weight)
+
+    monkeypatch.setattr(Aggregator, "begin", record)
+    clients = simulator._sample(1, 0)
+    simulator.round()
+    sizes = simulator.dataset.indptr[1:] - simulator.dataset.indptr[:-1]
+    assert begun == [float(sizes[clients].sum()) if weighting == "samples" else len(clients)]
+
+
 def test_ranges_of_users_share_the_work() -> None:
     sizes = np.random.default_rng(0).integers(1, 200, 10_000)
     parts = []
