@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,6 +135,27 @@ def test_state_dict_and_deepcopy(make: Make) -> None:
     assert torch.equal(other(items), expected)
     moved(clone)
     assert torch.equal(module(items), expected)
+
+
+@every
+def test_used_as_modules_of_torch_are(make: Make, tmp_path: Path) -> None:
+    module = moved(make(base=BASE))
+    items = torch.tensor([[3, 14, -1], [0, 5, 19]])
+    expected = module(items)
+    torch.save(module.state_dict(), tmp_path / "module.pt")
+    loaded = make(base=torch.zeros_like(BASE))
+    loaded.load_state_dict(torch.load(tmp_path / "module.pt", weights_only=True))
+    assert torch.equal(loaded(items), expected)
+    assert torch.equal(module(items.t()), expected.transpose(0, 1))  # items that are not contiguous
+    assert module(items[:0]).shape == (0, 3, D)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(vectors, expected) for vectors in pool.map(module, [items] * 16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        nn.functional.linear(module(items), torch.ones(2, D)).float().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+    frozen = module.requires_grad_(False)(items)
+    assert not frozen.requires_grad
+    assert torch.equal(frozen, expected)
 
 
 @every
