@@ -367,7 +367,7 @@ def _encode(s: Sizes, draw: Draw) -> Case:
     )
 
 
-def _train(s: Sizes, draw: Draw, kind: str) -> Case:
+def _train(s: Sizes, draw: Draw, kind: str, graph: bool = False) -> Case:
     from fedpeft_ext import reference
 
     count, steps = max(s.C // 4, 2), 2  # clients, each of met items; epochs
@@ -402,6 +402,7 @@ def _train(s: Sizes, draw: Draw, kind: str) -> Case:
                 epochs=steps,
                 optimizer="sgd",
                 lr=0.1,
+                graph=graph,
                 seed=1,
                 round=2,
             )
@@ -453,4 +454,5 @@ CASES: dict[str, Callable[[Sizes, Draw], Case]] = {
     "local_train, LoRA": lambda s, d: _train(s, d, "LoRA"),
     "local_train, RQ": lambda s, d: _train(s, d, "RQ"),
     "local_train, hash": lambda s, d: _train(s, d, "hash"),
+    "local_train, graph with LoRA": lambda s, d: _train(s, d, "LoRA", graph=True),
 }

@@ -386,9 +386,9 @@ class Config(_Section):
     log: LogConfig = LogConfig()
     engine: Literal["auto", "fused", "batched", "sequential"] = Field(
         default="auto",
-        description="fused: a client's training in one call (fedmf; on the CPU every backbone, those other "
-        "than fedmf without SENet); batched: any backbone; sequential: plain torch, a client at a time; "
-        "auto: fused where it applies, else batched",
+        description="fused: a client's training in one call (fedmf, fedpergnn; on the CPU every backbone; "
+        "those other than fedmf without SENet); batched: any backbone; sequential: plain torch, a client at "
+        "a time; auto: fused where it applies, else batched",
     )
     chunk_memory_mb: _Positive = Field(
         default=64.0, description="batched and fused engines: memory of one chunk of clients"

@@ -447,7 +447,6 @@ void prepare(Call& call, const Tensor& clients, const Tensor& indptr, const Tens
   run_on(
       user, [&](auto) { call.sizes = sizes_on_cpu(a, clients.size(0)); },
       [&](auto stream) {
-        check_value(!graph, "graph: expected false on a GPU, where it has no kernel");
         check_value(mlp.empty(), "mlp: expected none on a GPU, where it has no kernel");
         call.sizes = sizes_on_gpu(a, clients.size(0), user, stream);
       });

@@ -8,6 +8,10 @@
 // first step, so rows are found once: an atomic minimum finds each row's first entry, whatever the
 // order of the threads, and a prefix sum numbers them. What the steps use most is in shared memory,
 // the rest in the block's part of `scratch`; where it lies changes no result.
+//
+// With FedPerGNN's layer, which is compiled apart (Graph), what scores is (user + sum of the own
+// items' vectors / sqrt(n)) / 2, so that an own item's rows also get a number times the gradient of
+// that vector, which has to be whole before a row is stepped: a step has two more passes over rows.
 #include "common/block.cuh"
 #include "common/hash.h"
 #include "common/logistic.cuh"
@@ -66,15 +70,16 @@ template <typename T>
 struct Touched {
   int64_t table_rows;
   int reads, capacity, map_size, count;
-  bool direct;                // cell of a row: the row itself, else by hashing
-  int64_t* keys;              // [map_size]: row of a cell, -1: free; null where direct
-  int *first, *slot_of, *at;  // [map_size]: first entry; [map_size]; [draws, reads]: slots
-  int64_t* rows;              // [capacity]: row of a slot
-  int *head, *next;           // [capacity], [batch, reads]: entries of each slot in order
-  T *alpha, *beta, *alpha_of, *beta_of;  // [capacity]; SENet: of entries [batch, reads]
+  bool direct;                    // cell of a row: the row itself, else by hashing
+  int64_t* keys;                  // [map_size]: row of a cell, -1: free; null where direct
+  int *first, *slot_of, *at;      // [map_size]: first entry; [map_size]; [draws, reads]: slots
+  int64_t* rows;                  // [capacity]: row of a slot
+  int *head, *next;               // [capacity], [batch, reads]: entries of each slot in order
+  T *alpha, *alpha_of, *beta_of;  // [capacity]; SENet: of entries [batch, reads]
+  T* beta;  // [capacity]: SENet: sum of beta_of; Graph: what the own items read, times their scale
 
   __host__ __device__ void lay_out(Arena& arena, int64_t rows_, int64_t reads_, int64_t draws,
-                                   int64_t batch, bool gated) {
+                                   int64_t batch, bool gated, bool graph = false) {
     table_rows = rows_;
     reads = int(reads_);
     const int64_t entries = draws * reads_;
@@ -84,7 +89,7 @@ struct Touched {
     direct = rows_ <= size;
     map_size = int(direct ? rows_ : size);
     alpha = arena.take<T>(capacity);
-    beta = gated ? arena.take<T>(capacity) : nullptr;
+    beta = gated || graph ? arena.take<T>(capacity) : nullptr;
     head = arena.take<int>(capacity);
     next = arena.take<int>(batch * reads_);
     alpha_of = gated ? arena.take<T>(batch * reads_) : nullptr;
@@ -108,6 +113,18 @@ struct Rates {
   T beta2, rest1, rest2, step_size, denominator_scale, eps, lr, prox;
 };
 
+// Whether there is a SENet, which goes without the graph layer.
+template <bool Graph>
+__host__ __device__ inline bool has_gates(const LocalTrainArgs& a) {
+  return !Graph && a.buckets && a.w1;
+}
+
+// What multiplies the sum of an item's buckets, without SENet.
+template <typename T>
+FEDPEFT_DEVICE T row_scale(const LocalTrainArgs& a) {
+  return a.mean ? T(1) / T(a.H) : T(1);
+}
+
 // A client's memory. Held in shared memory, so that its pointers take no registers.
 template <typename T>
 struct Workspace {
@@ -117,7 +134,10 @@ struct Workspace {
   Touched<T> items, codewords, buckets;
   Table<T> user, table, A, B, codebooks, hashed, senet;
   T *user_grad, *q, *mixed, *partial;  // [D], [r]: B^T u, [r]: sum of alpha a, column_sums
-  T *scores, *coefficients;            // [batch]
+  // Graph, [D]: sum of the own items' base rows, the vector that scores, what its gradient gives to
+  // an own item; [r]: sum of beta a, B^T of that gradient.
+  T *base_sum, *seen, *own_grad, *near, *pull;
+  T *scores, *coefficients;                                       // [batch]
   T *means, *senet_grad, *hidden, *hidden_grad, *gates, *slopes;  // SENet
   int64_t* item_of;                                               // [draws]
   uint64_t* keys;                                                 // [size], with minibatches
@@ -125,11 +145,12 @@ struct Workspace {
   Rates<T> rates;
 
   // The client of n items. In the order of use in a step: the first pieces get shared memory.
+  template <bool Graph>
   __host__ __device__ void lay_out(Arena& arena, const LocalTrainArgs& a, int64_t n) {
     const int64_t all = n * (1 + a.epochs);
     const int64_t batch = 2 * (a.batch > 0 && a.batch < n ? a.batch : n);
     const int64_t weights = 2 * a.S * a.H + a.S + a.H;
-    const bool gated = a.buckets && a.w1;
+    const bool gated = has_gates<Graph>(a);
     size = int(n);
     draws = int(all);
     int64_t widest = a.D;
@@ -139,13 +160,22 @@ struct Workspace {
     const int64_t wide = column_sums_scratch(widest, kThreads);
     user.lay_out(arena, a, a.user, 1, a.D, false);
     user_grad = arena.take<T>(a.D);
+    if (Graph) {
+      base_sum = arena.take<T>(a.D);
+      seen = arena.take<T>(a.D);
+      own_grad = arena.take<T>(a.D);
+    }
     partial = arena.take<T>(wide > narrow ? wide : narrow);
     scores = arena.take<T>(batch);
     coefficients = arena.take<T>(batch);
-    if (a.table || a.A) items.lay_out(arena, a.num_items, 1, all, batch, false);
-    if (a.codebooks) codewords.lay_out(arena, a.L * a.K, a.L, all, batch, false);
-    if (a.buckets) buckets.lay_out(arena, a.M, a.H, all, batch, gated);
+    if (a.table || a.A) items.lay_out(arena, a.num_items, 1, all, batch, false, Graph);
+    if (a.codebooks) codewords.lay_out(arena, a.L * a.K, a.L, all, batch, false, Graph);
+    if (a.buckets) buckets.lay_out(arena, a.M, a.H, all, batch, gated, Graph);
     if (a.A) {
+      if (Graph) {
+        near = arena.take<T>(a.rank);
+        pull = arena.take<T>(a.rank);
+      }
       q = arena.take<T>(a.rank);
       mixed = arena.take<T>(a.rank);
       B.lay_out(arena, a, a.B, a.D, a.rank);
@@ -352,7 +382,7 @@ FEDPEFT_DEVICE void sum_lists(const Touched<T>& t, const T* coefficients, T scal
       if (t.beta_of) beta += t.beta_of[e];
     }
     t.alpha[s] = scale * alpha;
-    if (t.beta) t.beta[s] = beta;
+    if (t.beta_of) t.beta[s] = beta;
   });
 }
 
@@ -507,6 +537,105 @@ FEDPEFT_DEVICE void step_senet(const LocalTrainArgs& a, const Workspace<T>& w, T
   __syncthreads();
 }
 
+// The graph layer's part of a row: beta[s], how often the first n draws, the own items, read it.
+template <typename T>
+FEDPEFT_DEVICE void count_own(const Touched<T>& t, int n, T scale) {
+  int* counts = t.head;
+  for_all(t.count, [&](int64_t s) { counts[s] = 0; });
+  __syncthreads();
+  for_all(int64_t(n) * t.reads, [&](int64_t e) { atomicAdd(counts + t.at[e], 1); });
+  __syncthreads();
+  for_all(t.count, [&](int64_t s) { t.beta[s] = scale * T(counts[s]); });
+}
+
+// into[column] += sum of weights[s] p[s], by the thread that for_all gives the column.
+template <typename T>
+FEDPEFT_DEVICE void add_rows(const Table<T>& t, int count, const T* weights, T* partial, T* into) {
+  const T* p = t.p;
+  const int width = t.width;
+  column_sums(
+      width, count, partial, [&](int s, int d) { return weights[s] * p[int64_t(s) * width + d]; },
+      [&](int d, T sum) { into[d] += sum; });
+}
+
+// into += sum over all rows of items of the vectors that their `weights`, alpha or beta, multiply;
+// `through_A` receives the sum of A's rows. Starts and ends with a barrier.
+template <typename T, typename Weights>
+FEDPEFT_DEVICE void add_vectors(const LocalTrainArgs& a, const Workspace<T>& w,
+                                const Weights& weights, T* through_A, T* into) {
+  if (a.table) add_rows(w.table, w.items.count, weights(w.items), w.partial, into);
+  if (a.codebooks) add_rows(w.codebooks, w.codewords.count, weights(w.codewords), w.partial, into);
+  if (a.buckets) add_rows(w.hashed, w.buckets.count, weights(w.buckets), w.partial, into);
+  if (a.A) {
+    for_all(w.A.width, [&](int64_t j) { through_A[j] = 0; });
+    add_rows(w.A, w.items.count, weights(w.items), w.partial, through_A);
+    dot_rows(w.B, int(a.D), through_A);
+    __syncthreads();
+    for_all(a.D, [&](int64_t d) { into[d] += w.B.dots[d]; });
+  }
+  __syncthreads();
+}
+
+// The vector that scores.
+template <typename T>
+FEDPEFT_DEVICE void see_neighbours(const LocalTrainArgs& a, const Workspace<T>& w) {
+  for_all(a.D, [&](int64_t d) { w.seen[d] = w.base_sum[d]; });
+  add_vectors(a, w, [](const Touched<T>& t) { return t.beta; }, w.near, w.seen);
+  const T share = T(1 / sqrt(double(w.size)));
+  for_all(a.D, [&](int64_t d) { w.seen[d] = (w.user.p[d] + share * w.seen[d]) / 2; });
+  __syncthreads();
+}
+
+// A step of rows with gradients alpha[s] x + beta[s] y. `x_moves`, `y_moves`: not all zero.
+template <typename T>
+FEDPEFT_DEVICE void step_pairs(const Table<T>& t, int count, const T* alpha, const T* x,
+                               bool x_moves, const T* beta, const T* y, bool y_moves, T l2,
+                               const Workspace<T>& w) {
+  const int width = t.width;
+  if (t.start) find_moved(t, count);
+  for_all(int64_t(count) * width, [&](int64_t i) {
+    const int64_t s = divide(i, width);
+    const int d = int(i - s * width);
+    const T factor = alpha[s], other = beta[s];
+    const bool pulled =
+        (x_moves && factor != T(0)) || (y_moves && other != T(0)) || (t.start && t.dots[s] != T(0));
+    T g = factor * x[d] + other * y[d];
+    if (pulled) g += l2 * t.p[i];
+    update(t, w.rates, i, g);
+  });
+  __syncthreads();
+}
+
+// The steps of all parts but the user, after the sums of the base in w.user_grad, which becomes the
+// gradient of what scores.
+template <typename T, typename Any>
+FEDPEFT_DEVICE void step_graph(const LocalTrainArgs& a, const Workspace<T>& w, bool seen_moves,
+                               const Any& any) {
+  const int D = int(a.D);
+  const T l2 = T(a.l2_items), *x = w.seen, *y = w.own_grad;
+  add_vectors(a, w, [](const Touched<T>& t) { return t.alpha; }, w.mixed, w.user_grad);
+  const T share = T(0.5 / sqrt(double(w.size)));
+  for_all(D, [&](int64_t d) { w.own_grad[d] = share * w.user_grad[d]; });
+  __syncthreads();
+  const bool y_moves = any(y, D);
+  const auto step = [&](const Table<T>& table, const Touched<T>& t) {
+    step_pairs(table, t.count, t.alpha, x, seen_moves, t.beta, y, y_moves, l2, w);
+  };
+  if (a.table) step(w.table, w.items);
+  if (a.codebooks) step(w.codebooks, w.codewords);
+  if (a.buckets) step(w.hashed, w.buckets);
+  if (a.A) {
+    const T* B = w.B.p;
+    const int rank = w.B.width;
+    column_sums(
+        rank, D, w.partial, [&](int d, int j) { return y[d] * B[int64_t(d) * rank + j]; },
+        [&](int j, T sum) { w.pull[j] = sum; });
+    step_pairs(w.A, w.items.count, w.items.alpha, w.q, any(w.q, rank), w.items.beta, w.pull,
+               any(w.pull, rank), l2, w);
+    step_pairs(w.B, D, x, w.mixed, any(w.mixed, rank), y, w.near, any(w.near, rank), l2, w);
+  }
+}
+
 // Ascending by (key, place): a bitonic sorter whose comparators all point the same way, so that
 // what lies past the end needs no place.
 template <typename T>
@@ -532,7 +661,7 @@ FEDPEFT_DEVICE void sort_keys(const Workspace<T>& w) {
 }
 
 // The draws and the rows they read, and everything as it starts.
-template <typename T>
+template <bool Graph, typename T>
 FEDPEFT_DEVICE void start_client(const LocalTrainArgs& a, Workspace<T>& w, int* counts,
                                  LocalTrainErrors* errors) {
   const int n = w.size;
@@ -580,7 +709,7 @@ FEDPEFT_DEVICE void start_client(const LocalTrainArgs& a, Workspace<T>& w, int* 
   }
   if (a.codebooks) load(w.codebooks, w.codewords.count, [&](int s) { return w.codewords.rows[s]; });
   if (a.buckets) load(w.hashed, w.buckets.count, [&](int s) { return w.buckets.rows[s]; });
-  if (a.buckets && a.w1) {
+  if (has_gates<Graph>(a)) {
     for_all(w.senet.width, [&](int64_t i) {
       const T value = *given_weight<T>(a, i);
       w.senet.p[i] = value;
@@ -597,6 +726,16 @@ FEDPEFT_DEVICE void start_client(const LocalTrainArgs& a, Workspace<T>& w, int* 
     rates.eps = T(a.eps);
     rates.lr = T(a.lr);
     rates.prox = T(a.prox);
+  }
+  if constexpr (Graph) {
+    if (a.table || a.A) count_own(w.items, n, T(1));
+    if (a.codebooks) count_own(w.codewords, n, T(1));
+    if (a.buckets) count_own(w.buckets, n, row_scale<T>(a));
+    const T* base = static_cast<const T*>(a.base);
+    column_sums(
+        int(a.D), base ? n : 0, w.partial,
+        [&](int i, int d) { return base[w.item_of[i] * a.D + d]; },
+        [&](int d, T sum) { w.base_sum[d] = sum; });
   }
 }
 
@@ -616,16 +755,17 @@ FEDPEFT_DEVICE void shuffle(const LocalTrainArgs& a, const Workspace<T>& w, int 
 
 // A step on positives [first, first + pairs) of an epoch's order, each beside its negative, so that
 // what cancels in a pair cancels exactly. Returns its loss, in every thread.
-template <typename T>
+template <bool Graph, typename T>
 FEDPEFT_DEVICE double take_step(const LocalTrainArgs& a, Workspace<T>& w, int epoch, int first,
                                 int pairs, double* sums, int* flags) {
   const int batch = 2 * pairs, D = int(a.D);
-  const bool gated = a.buckets && a.w1;
+  const bool gated = has_gates<Graph>(a);
   const auto draw_of = [&](int k) {
     const int positive = w.order ? w.order[first + k / 2] : first + k / 2;
     return k % 2 ? (1 + epoch) * w.size + positive : positive;
   };
-  const T* user = w.user.p;
+  const T* user = Graph ? w.seen : w.user.p;
+  if constexpr (Graph) see_neighbours(a, w);
 
   // Shared vectors and products with them.
   if (threadIdx.x == 0) {
@@ -660,7 +800,7 @@ FEDPEFT_DEVICE double take_step(const LocalTrainArgs& a, Workspace<T>& w, int ep
   if (gated) activate(a, w, batch, draw_of);
 
   // Scores, and which entries each row has.
-  const T scale = a.buckets && !gated && a.mean ? T(1) / T(a.H) : T(1);
+  const T scale = a.buckets && !gated ? row_scale<T>(a) : T(1);
   for_all(batch, [&](int64_t k) {
     const int64_t draw = draw_of(int(k));
     T score = base ? w.scores[k] : T(0);
@@ -725,40 +865,45 @@ FEDPEFT_DEVICE double take_step(const LocalTrainArgs& a, Workspace<T>& w, int ep
       D, base ? batch : 0, w.partial,
       [&](int k, int d) { return w.coefficients[k] * base[w.item_of[draw_of(k)] * D + d]; },
       [&](int d, T sum) { w.user_grad[d] = sum; });
-  const auto add_to_user = [&](int d, T sum) { w.user_grad[d] += sum; };
-  const T* none = nullptr;
-  if (a.table) {
-    step_rows(w.table, w.items.count, w.items.alpha, none, user, user_moves, l2, w, add_to_user);
-  }
-  if (a.codebooks) {
-    step_rows(w.codebooks, w.codewords.count, w.codewords.alpha, none, user, user_moves, l2, w,
-              add_to_user);
-  }
-  if (a.buckets) {
-    step_rows(w.hashed, w.buckets.count, w.buckets.alpha, w.buckets.beta, user, user_moves, l2, w,
-              add_to_user);
-  }
-  if (gated) step_senet(a, w, l2);
-  if (a.A) {
-    const bool q_moves = any(w.q, w.A.width);
-    step_rows(w.A, w.items.count, w.items.alpha, none, w.q, q_moves, l2, w,
-              [&](int j, T sum) { w.mixed[j] = sum; });
-    // The score is u^T B a: dB = u mixed^T, and B mixed is the user's part.
-    dot_rows(w.B, D, w.mixed);
-    __syncthreads();
-    for_all(D, [&](int64_t d) { w.user_grad[d] += w.B.dots[d]; });
-    const bool mixed_moves = any(w.mixed, w.B.width);
-    step_rows(w.B, D, user, none, w.mixed, mixed_moves, l2, w, [](int, T) {});
+  if constexpr (Graph) {
+    step_graph(a, w, user_moves, any);
+  } else {
+    const auto add_to_user = [&](int d, T sum) { w.user_grad[d] += sum; };
+    const T* none = nullptr;
+    if (a.table) {
+      step_rows(w.table, w.items.count, w.items.alpha, none, user, user_moves, l2, w, add_to_user);
+    }
+    if (a.codebooks) {
+      step_rows(w.codebooks, w.codewords.count, w.codewords.alpha, none, user, user_moves, l2, w,
+                add_to_user);
+    }
+    if (a.buckets) {
+      step_rows(w.hashed, w.buckets.count, w.buckets.alpha, w.buckets.beta, user, user_moves, l2, w,
+                add_to_user);
+    }
+    if (gated) step_senet(a, w, l2);
+    if (a.A) {
+      const bool q_moves = any(w.q, w.A.width);
+      step_rows(w.A, w.items.count, w.items.alpha, none, w.q, q_moves, l2, w,
+                [&](int j, T sum) { w.mixed[j] = sum; });
+      // The score is u^T B a: dB = u mixed^T, and B mixed is the user's part.
+      dot_rows(w.B, D, w.mixed);
+      __syncthreads();
+      for_all(D, [&](int64_t d) { w.user_grad[d] += w.B.dots[d]; });
+      const bool mixed_moves = any(w.mixed, w.B.width);
+      step_rows(w.B, D, user, none, w.mixed, mixed_moves, l2, w, [](int, T) {});
+    }
   }
   const bool pulled = any(w.user_grad, D);
   for_all(D, [&](int64_t d) {
-    update(w.user, w.rates, d, w.user_grad[d] + (pulled ? T(a.l2_user) * w.user.p[d] : T(0)));
+    const T g = Graph ? w.user_grad[d] / 2 : w.user_grad[d];
+    update(w.user, w.rates, d, g + (pulled ? T(a.l2_user) * w.user.p[d] : T(0)));
   });
   __syncthreads();
   return loss;
 }
 
-template <typename T>
+template <bool Graph, typename T>
 FEDPEFT_DEVICE void write_client(const LocalTrainArgs& a, const Workspace<T>& w) {
   const int64_t c = w.place;
   for_all(a.D, [&](int64_t d) { static_cast<T*>(a.new_user)[c * a.D + d] = w.user.p[d]; });
@@ -778,7 +923,7 @@ FEDPEFT_DEVICE void write_client(const LocalTrainArgs& a, const Workspace<T>& w)
   if (a.buckets) {
     write_whole(w.buckets, w.hashed, static_cast<T*>(a.d_buckets) + c * a.M * a.D);
   }
-  if (a.buckets && a.w1) {
+  if (has_gates<Graph>(a)) {
     T *d_w1 = static_cast<T*>(a.d_w1) + c * a.S * a.H, *d_b1 = static_cast<T*>(a.d_b1) + c * a.S,
       *d_w2 = static_cast<T*>(a.d_w2) + c * a.H * a.S, *d_b2 = static_cast<T*>(a.d_b2) + c * a.H;
     for_all(w.senet.width, [&](int64_t i) {
@@ -797,7 +942,7 @@ FEDPEFT_DEVICE void write_client(const LocalTrainArgs& a, const Workspace<T>& w)
   }
 }
 
-template <typename T>
+template <typename T, bool Graph>
 __global__ void __launch_bounds__(kThreads, 2)
     train(LocalTrainArgs a, int64_t clients, LocalTrainPlan plan, const int64_t* order,
           char* scratch, LocalTrainState* state) {
@@ -817,12 +962,12 @@ __global__ void __launch_bounds__(kThreads, 2)
         w.first = a.indptr[client];
         Arena arena{reinterpret_cast<char*>(dynamic), scratch + blockIdx.x * plan.scratch_bytes,
                     plan.shared_bytes, 0, 0};
-        w.lay_out(arena, a, a.indptr[client + 1] - w.first);
+        w.template lay_out<Graph>(arena, a, a.indptr[client + 1] - w.first);
       }
     }
     __syncthreads();
     if (taken[0] >= clients) break;
-    start_client(a, w, counts, &state->errors);
+    start_client<Graph>(a, w, counts, &state->errors);
     __syncthreads();
     double loss = 0;
     int64_t steps = 0;
@@ -831,12 +976,12 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int most = a.batch > 0 && a.batch < w.size ? int(a.batch) : w.size;
       for (int first = 0; first < w.size; first += most) {
         const int pairs = w.size - first < most ? w.size - first : most;
-        loss += take_step(a, w, epoch, first, pairs, sums, counts);
+        loss += take_step<Graph>(a, w, epoch, first, pairs, sums, counts);
         ++steps;
       }
     }
     if (threadIdx.x == 0) a.losses[w.place] = steps ? loss / double(steps) : 0.0;
-    write_client(a, w);
+    write_client<Graph>(a, w);
     __syncthreads();
   }
 }
@@ -855,7 +1000,11 @@ template <typename T>
 Arena measured(const LocalTrainArgs& a, int64_t n, int64_t shared) {
   Arena arena{nullptr, nullptr, shared, 0, 0};
   Workspace<T> w{};
-  w.lay_out(arena, a, n);
+  if (a.graph) {
+    w.template lay_out<true>(arena, a, n);
+  } else {
+    w.template lay_out<false>(arena, a, n);
+  }
   return arena;
 }
 
@@ -904,8 +1053,11 @@ LocalTrainErrors local_train(const LocalTrainArgs& a, DType dtype, int64_t clien
                              LocalTrainState* state, Stream stream) {
   LocalTrainState host{{INT64_MAX, INT64_MAX, INT64_MAX}, 0};
   copy_to_device(state, &host, sizeof(host), stream);
-  launch(dtype == DType::f64 ? train<double> : train<float>, plan.blocks, kThreads,
-         plan.shared_bytes, stream, a, clients, plan, order, static_cast<char*>(scratch), state);
+  const auto kernel = a.graph ? dtype == DType::f64 ? train<double, true> : train<float, true>
+                      : dtype == DType::f64 ? train<double, false>
+                                            : train<float, false>;
+  launch(kernel, plan.blocks, kThreads, plan.shared_bytes, stream, a, clients, plan, order,
+         static_cast<char*>(scratch), state);
   copy_to_host(&host, state, sizeof(host), stream);
   return host.errors;
 }

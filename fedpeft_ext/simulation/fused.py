@@ -1,7 +1,7 @@
 """The fused engine: each client's whole local training is one task of one op, `ops.local_train`.
 
 It trains models whose score is the dot product of a user vector with a sum of the strategies of
-`fedpeft_ext.nn`: FedMF, and on the CPU FedPerGNN, whose user vector takes in the client's items. There every
+`fedpeft_ext.nn`: FedMF, and FedPerGNN, whose user vector takes in the client's items. There every
 gradient of an item's row is a number times a vector that the client's rows share (with FedPerGNN the sum of
 two such), so that a client's training fits in a core's cache, and nothing of the size of a table is copied.
 
@@ -214,11 +214,11 @@ def why_not(federation: Federation) -> str | None:
     if type(model) not in (FedMF, FedPerGNN, FedNCF, PFedRec):
         return f"it does not know backbone {model.name!r}"
     embedding = model.item_embedding
-    if type(model) is not FedMF:
-        if federation.interactions.device.type != "cpu":
-            return f"backbone {model.name!r} has no kernel for GPUs there"
-        if any(isinstance(part, HashEmbedding) and part.senet for _, part in _strategies(embedding)):
-            return f"it does not know SENet under backbone {model.name!r}"
+    if type(model) in (FedNCF, PFedRec) and federation.interactions.device.type != "cpu":
+        return f"backbone {model.name!r} has no kernel for GPUs there"
+    senet = any(isinstance(part, HashEmbedding) and part.senet for _, part in _strategies(embedding))
+    if senet and type(model) is not FedMF:
+        return f"it does not know SENet under backbone {model.name!r}"
     if embedding.padding_idx is not None:
         return "the item embedding has a padding_idx"
     for _, part in _strategies(embedding):

@@ -325,8 +325,8 @@ def test_other_ops_take_one_launch() -> None:
 
 # Everything of a client in shared memory; a part; nothing.
 @pytest.mark.parametrize("limit", [99 << 10, 16 << 10, 4 << 10])
-@pytest.mark.parametrize("batch_size", [None, 33])
-def test_training_wherever_memory_lies(limit: int, batch_size: int | None) -> None:
+@pytest.mark.parametrize(("batch_size", "graph"), [(None, False), (33, False), (33, True)])
+def test_training_wherever_memory_lies(limit: int, batch_size: int | None, graph: bool) -> None:
     g = torch.Generator().manual_seed(9)
     sizes = torch.tensor([0, 70, 3, 1])  # the longest walks several chunks of draws and rows
     indptr = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
@@ -343,8 +343,10 @@ def test_training_wherever_memory_lies(limit: int, batch_size: int | None) -> No
     arguments = (torch.tensor([1, 3, 0, 2]), indptr, items, positives, 3000)
     user = torch.randn(4, 40, generator=g)
 
+    options: dict[str, Any] = {"batch_size": batch_size, "graph": graph, "l2_items": 0.1}
+
     def train() -> Any:
-        return ops.local_train(*arguments, user, parts, batch_size=batch_size, l2_items=0.1, seed=1, round=2)
+        return ops.local_train(*arguments, user, parts, **options, seed=1, round=2)
 
     expected = train()
     with emulated_kernels():

@@ -24,9 +24,12 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
-def trained(dataset: Dataset, pretrained: Pretrained, strategy: str, engine: str) -> dict[str, Tensor]:
+def trained(
+    dataset: Dataset, pretrained: Pretrained, backbone: str, strategy: str, engine: str
+) -> dict[str, Tensor]:
     config = small_config(
         **{
+            "backbone.name": backbone,
             "embedding.name": strategy,
             "embedding.rank": 3,
             "training.rounds": 2,
@@ -42,12 +45,15 @@ def trained(dataset: Dataset, pretrained: Pretrained, strategy: str, engine: str
     return {name: tensor.clone() for name, tensor in simulator.state_dict().items()}
 
 
-@pytest.mark.parametrize("strategy", ["full", "p-lora", "c-hash+senet+rq"])
-def test_equals_sequential(dataset: Dataset, pretrained: Pretrained, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("backbone", "strategy"),
+    [("fedmf", "full"), ("fedmf", "p-lora"), ("fedmf", "c-hash+senet+rq"), ("fedpergnn", "p-rq+lora")],
+)
+def test_equals_sequential(dataset: Dataset, pretrained: Pretrained, backbone: str, strategy: str) -> None:
     with emulated_kernels(), kernel_launches() as launched:
-        mine = trained(dataset, pretrained, strategy, "fused")
+        mine = trained(dataset, pretrained, backbone, strategy, "fused")
     assert launched.count > 0
-    theirs = trained(dataset, pretrained, strategy, "sequential")
+    theirs = trained(dataset, pretrained, backbone, strategy, "sequential")
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
         torch.testing.assert_close(value, theirs[name], rtol=0.0, atol=1e-9)
