@@ -120,9 +120,10 @@ void forward(const ClientLayerArgs& a, int64_t begin, int64_t end) {
             counts[r] = nonzero_places(x + (from + r) * I, I, places + r * room);
           for_stretches<A>(O, [&](auto panels, int64_t first) {
             for (int64_t r = 0; r < rows; ++r) {
-              sparse_row<int(decltype(panels)::value)>(
-                  sums + (from - block + r) * O, bias, x + (from + r) * I, int64_t{1},
-                  places + r * room, counts[r], Right<A>{packed, layer_padded(O)}, first, O);
+              sparse_row<int(decltype(panels)::value)>(sums + (from - block + r) * O, bias,
+                                                       x + (from + r) * I, int64_t{1},
+                                                       ListedPlaces(places + r * room, counts[r]),
+                                                       Right<A>{packed, layer_padded(O)}, first, O);
             }
           });
         } else {
@@ -214,13 +215,14 @@ void backward(const ClientLayerArgs& a, int64_t begin, int64_t end) {
           constexpr int G = int(decltype(panels)::value);
           for (int64_t o = 0; o < O; ++o) {
             sparse_row<G>(sum_weight + o * I, static_cast<const A*>(sum_weight) + o * I,
-                          static_cast<const A*>(before) + o, O, column_places + o * kLayerBlock,
-                          column_counts[o], of_inputs, column, I);
+                          static_cast<const A*>(before) + o, O,
+                          ListedPlaces(column_places + o * kLayerBlock, int64_t(column_counts[o])),
+                          of_inputs, column, I);
           }
           for (int64_t r = 0; r < rows; ++r) {
             sparse_row<G>(out + r * I, static_cast<const A*>(nullptr),
-                          static_cast<const A*>(before) + r * O, int64_t{1}, places + r * room,
-                          counts[r], of_weights, column, I);
+                          static_cast<const A*>(before) + r * O, int64_t{1},
+                          ListedPlaces(places + r * room, counts[r]), of_weights, column, I);
           }
         });
         if constexpr (sizeof(T) != sizeof(A)) {

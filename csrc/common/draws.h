@@ -94,15 +94,23 @@ FEDPEFT_INLINE void philox_batch(uint64_t first, uint32_t client, uint32_t round
   philox_words(c0, c1, round, stream, seed, low, high);
 }
 
-// The words of those blocks in order, 4 * kDrawBatch.
+// The words of kElementBatch / 4 blocks of a client from `first` on, in order.
+constexpr int64_t kElementVectors = 2;  // fit in the registers of any set
+constexpr int64_t kElementBatch = 4 * kElementVectors * kPerVector;
 FEDPEFT_INLINE void philox_elements(uint64_t first, uint32_t client, uint32_t round,
                                     uint32_t stream, uint64_t seed, uint32_t* words) {
-  uint64_t low[kDrawBatch], high[kDrawBatch];
-  philox_batch(first, client, round, stream, seed, low, high);
-  for (int64_t i = 0; i < kDrawBatch; i += kPerVector) {
-    Lanes a, b;
-    memcpy(&a, low + i, sizeof(a));
-    memcpy(&b, high + i, sizeof(b));
+  Lanes c0[kElementVectors], c1[kElementVectors], c2[kElementVectors], c3[kElementVectors];
+  Lanes lane = {};
+  for (int64_t i = 0; i < kPerVector; ++i) lane[i] = uint64_t(i);
+  for (int64_t v = 0; v < kElementVectors; ++v) {
+    c0[v] = lane + (first + uint64_t(v * kPerVector));
+    c1[v] = Lanes{} + client;
+    c2[v] = Lanes{} + round;
+    c3[v] = Lanes{} + stream;
+  }
+  philox_lanes(c0, c1, c2, c3, seed);
+  for (int64_t v = 0; v < kElementVectors; ++v, words += 4 * kPerVector) {
+    const Lanes a = (c0[v] & 0xffffffffu) | c1[v] << 32, b = (c2[v] & 0xffffffffu) | c3[v] << 32;
 #if FEDPEFT_VEC_BYTES == 64
     const Lanes front = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11),
                 back = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
@@ -113,8 +121,8 @@ FEDPEFT_INLINE void philox_elements(uint64_t first, uint32_t client, uint32_t ro
     const Lanes front = __builtin_shufflevector(a, b, 0, 2),
                 back = __builtin_shufflevector(a, b, 1, 3);
 #endif
-    memcpy(words + 4 * i, &front, sizeof(front));
-    memcpy(words + 4 * i + 2 * kPerVector, &back, sizeof(back));
+    memcpy(words, &front, sizeof(front));
+    memcpy(words + 2 * kPerVector, &back, sizeof(back));
   }
 }
 

@@ -129,9 +129,8 @@ struct SetBits {
 [[maybe_unused]] constexpr SetBits kSetBits;
 
 #if defined(__AVX2__)
-// Adds the places of the lanes that are set, the first of which is `first`, to `count` others.
-FEDPEFT_INLINE int64_t add_places(__m256 lanes, int64_t first, int32_t* places, int64_t count) {
-  const int bits = _mm256_movemask_ps(lanes);
+// Adds the places of 8 lanes whose bits are set, the first of which is `first`, to `count` others.
+FEDPEFT_INLINE int64_t add_places(int bits, int64_t first, int32_t* places, int64_t count) {
   const __m256i at = _mm256_cvtepu8_epi32(
       _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits.places[bits])));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(places + count),
@@ -149,7 +148,7 @@ FEDPEFT_INLINE int64_t nonzero_places(const T* x, int64_t n, int32_t* places) {
     for (; i + 8 <= n; i += 8) {
       const __m256 differs =
           _mm256_cmp_ps(_mm256_loadu_ps(x + i), _mm256_setzero_ps(), _CMP_NEQ_UQ);
-      count = add_places(differs, i, places, count);
+      count = add_places(_mm256_movemask_ps(differs), i, places, count);
     }
   }
 #endif
@@ -178,6 +177,26 @@ FEDPEFT_INLINE void pad_rows(A* out, const T* from, int64_t rows, int64_t column
   for (int64_t r = 0; r < rows && behind > 0; ++r) zero_row(out + r * padded + columns, behind);
 }
 
+// Places to go through, from a list, or from the bits of a word.
+template <typename Place>
+struct ListedPlaces {
+  const Place *at, *end;
+
+  ListedPlaces(const Place* places, int64_t count) : at(places), end(places + count) {}
+  FEDPEFT_INLINE bool more() const { return at != end; }
+  FEDPEFT_INLINE int64_t take() { return *at++; }
+};
+struct MaskedPlaces {
+  uint64_t mask;
+
+  FEDPEFT_INLINE bool more() const { return mask != 0; }
+  FEDPEFT_INLINE int64_t take() {
+    const int64_t place = __builtin_ctzll(mask);
+    mask &= mask - 1;
+    return place;
+  }
+};
+
 // The right factor [depth, columns] of a product, whose rows can be read to the end of a panel.
 template <typename A>
 struct Right {
@@ -185,12 +204,12 @@ struct Right {
   int64_t stride;
 };
 
-// A row of a product, `count` elements of whose left factor are not zero: columns of G panels from
-// `first` on.
-template <int G, typename A, typename T, typename Place>
+// A row of a product, whose left factor is not zero at `places`: columns of G panels from `first`
+// on.
+template <int G, typename A, typename T, typename Places>
 FEDPEFT_INLINE void sparse_row(A* out, const A* start, const T* left, int64_t depth_stride,
-                               const Place* places, int64_t count, const Right<A>& right,
-                               int64_t first, int64_t columns) {
+                               Places places, const Right<A>& right, int64_t first,
+                               int64_t columns) {
   constexpr int V = G * kPanelVectors;
   constexpr int64_t N = kLanes<A>;
   const A* const from = right.from + first;
@@ -207,8 +226,8 @@ FEDPEFT_INLINE void sparse_row(A* out, const A* start, const T* left, int64_t de
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) sum[v] = load_up_to(start + first + v * N, left_of - v * N);
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t k = places[i];
+  while (places.more()) {
+    const int64_t k = places.take();
     const A factor = to_acc(left[k * depth_stride]);
     const A* const row = from + k * stride;
 #pragma GCC unroll 16

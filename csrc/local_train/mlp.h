@@ -17,7 +17,6 @@
 
 namespace fedpeft::FEDPEFT_ISA {
 
-constexpr int64_t kMlpBlock = 64;  // scores worked on together: whole pairs, a multiple of 4
 constexpr int64_t kMaskedRows =
     4;  // whose dropout is drawn at once: they fill whole blocks of words
 
@@ -29,6 +28,7 @@ struct MlpPart {
     T* out;                     // [kMlpBlock, stride], of a block
     int32_t* places;            // [kMlpBlock, room]: elements of `out` that are not zero
     int64_t* counts;            // [kMlpBlock]
+    uint8_t* bits;              // [stride / 8, kMlpBlock]: the same as bits, of 8 units a byte
     int64_t width, stride, room;
   };
 
@@ -61,6 +61,7 @@ struct MlpPart {
       layer.out = arena.take<T>(kMlpBlock * layer.stride);
       layer.places = arena.take<int32_t>(kMlpBlock * layer.room);
       layer.counts = arena.take<int64_t>(kMlpBlock);
+      layer.bits = arena.take<uint8_t>(kMlpBlock * ((out + 7) / 8));
       if (layers) layers[l] = layer;
       before = layer.stride;
       widest = widest < before ? before : widest;
@@ -69,9 +70,8 @@ struct MlpPart {
     output.lay_out(arena, a, nullptr, 1, a.widths[count - 1], !a.own_mlp, before);
     input = arena.take<T>(kMlpBlock * input_stride);
     for (T*& grad : grads) grad = arena.take<T>(kMlpBlock * widest);
-    column_places = arena.take<uint8_t>(kMlpBlock * widest);
-    column_counts = arena.take<int32_t>(widest);
-    words = arena.take<uint32_t>(kMaskedRows * widest + 4 * kDrawBatch);
+    columns = arena.take<uint64_t>(widest + 8);
+    words = arena.take<uint32_t>(kMaskedRows * widest + kElementBatch);
   }
 
   // Calls f(part, tensor, offset) for every parameter, which begins at element `offset` of tensor
@@ -141,8 +141,8 @@ struct MlpPart {
             sparse_row<int(decltype(panels)::value)>(
                 layer.out + r * stride, static_cast<const T*>(layer.bias.p),
                 static_cast<const T*>(before.out) + r * before.stride, int64_t{1},
-                before.places + r * before.room, before.counts[r], Right<T>{layer.across, stride},
-                column, stride);
+                ListedPlaces(before.places + r * before.room, before.counts[r]),
+                Right<T>{layer.across, stride}, column, stride);
           }
         });
       }
@@ -169,19 +169,19 @@ struct MlpPart {
       const int64_t in = l ? layers[l - 1].stride : input_stride, stride = layer.stride;
       const T* const x = l ? layers[l - 1].out : input;
       for (int64_t r = 0; r < rows; ++r) add_row(layer.bias.grad, above + r * stride, stride);
-      list_columns(layer, rows);
+      mark_columns(layer, rows);
       for_stretches<T>(in, [&](auto panels, int64_t column) {
         constexpr int G = int(decltype(panels)::value);
         T* const grad = layer.weight.grad;
         for (int64_t o = 0; o < layer.width; ++o) {
           sparse_row<G>(grad + o * in, static_cast<const T*>(grad) + o * in,
-                        static_cast<const T*>(above) + o, stride, column_places + o * kMlpBlock,
-                        column_counts[o], Right<T>{x, in}, column, in);
+                        static_cast<const T*>(above) + o, stride, MaskedPlaces{columns[o]},
+                        Right<T>{x, in}, column, in);
         }
         for (int64_t r = 0; r < rows; ++r) {
           sparse_row<G>(below + r * in, static_cast<const T*>(nullptr),
                         static_cast<const T*>(above) + r * stride, int64_t{1},
-                        layer.places + r * layer.room, layer.counts[r],
+                        ListedPlaces(layer.places + r * layer.room, layer.counts[r]),
                         Right<T>{layer.weight.p, in}, column, in);
         }
       });
@@ -236,8 +236,7 @@ struct MlpPart {
  private:
   T* first_bias = nullptr;           // of the first layer, with its part of the user vector
   T* grads[2] = {nullptr, nullptr};  // [kMlpBlock, widest]: of a layer's output, and of its input
-  uint8_t* column_places = nullptr;  // [widest, kMlpBlock]: rows in which a unit is not zero
-  int32_t* column_counts = nullptr;
+  uint64_t* columns = nullptr;  // [widest]: rows of a block in which a unit is not zero, as bits
   uint32_t* words = nullptr;
 
   // out = scale * grad(d) where an activation let it through.
@@ -260,13 +259,13 @@ struct MlpPart {
       const int64_t group = rows - row < kMaskedRows ? rows - row : kMaskedRows;
       if (a.drop) {
         const int64_t first = (at + row) * width / 4;
-        for (int64_t e = 0; e < group * width; e += 4 * kDrawBatch)
+        for (int64_t e = 0; e < group * width; e += kElementBatch)
           philox_elements(uint64_t(first + e / 4), client, a.round, stream, a.seed, words + e);
       }
       for (int64_t r = row; r < row + group; ++r) {
         T* const out = layer.out + r * layer.stride;
         layer.counts[r] = activate_row(out, width, words + (r - row) * width, threshold, scale,
-                                       layer.places + r * layer.room);
+                                       layer.places + r * layer.room, layer.bits + r);
         zero_row(out + width, layer.stride - width);  // where infinite numbers left NaNs
       }
     }
@@ -274,7 +273,8 @@ struct MlpPart {
 
   // The condition of ReLU is not x > 0, which would turn a NaN into 0.
   static FEDPEFT_INLINE int64_t activate_row(T* x, int64_t n, const uint32_t* word,
-                                             uint32_t threshold, T scale, int32_t* places) {
+                                             uint32_t threshold, T scale, int32_t* places,
+                                             [[maybe_unused]] uint8_t* bits) {
 #if defined(__AVX2__)
     if constexpr (sizeof(T) == 4) {
       const __m256 factor = _mm256_set1_ps(scale), zero = _mm256_setzero_ps();
@@ -295,7 +295,9 @@ struct MlpPart {
           kept = _mm256_and_ps(kept, _mm256_castsi256_ps(inside));
         }
         _mm256_storeu_ps(x + i, kept);
-        count = add_places(_mm256_cmp_ps(kept, zero, _CMP_NEQ_UQ), i, places, count);
+        const int differs = _mm256_movemask_ps(_mm256_cmp_ps(kept, zero, _CMP_NEQ_UQ));
+        bits[i / 8 * kMlpBlock] = uint8_t(differs);
+        count = add_places(differs, i, places, count);
       }
       return count;
     }
@@ -307,17 +309,31 @@ struct MlpPart {
     return nonzero_places(static_cast<const T*>(x), n, places);
   }
 
-  // The rows of a block in which each unit of a layer is not zero.
-  FEDPEFT_INLINE void list_columns(const Layer& layer, int64_t rows) {
-    uint8_t* const at = column_places;
-    int32_t* const counts = column_counts;
-    for (int64_t o = 0; o < layer.width; ++o) counts[o] = 0;
+  FEDPEFT_INLINE void mark_columns(const Layer& layer, int64_t rows) {
+    uint64_t* const marks = columns;
+#if defined(__AVX2__)
+    if constexpr (sizeof(T) ==
+                  4) {  // 8 units of 64 rows at a time: a byte's bits one after the other
+      const uint64_t there = rows < 64 ? (uint64_t{1} << rows) - 1 : ~uint64_t{0};
+      for (int64_t o = 0; o < layer.width; o += 8) {
+        const __m256i* const bytes =
+            reinterpret_cast<const __m256i*>(layer.bits + o / 8 * kMlpBlock);
+        __m256i low = _mm256_loadu_si256(bytes), high = _mm256_loadu_si256(bytes + 1);
+        for (int64_t bit = 7; bit >= 0; --bit) {
+          const uint64_t front = uint32_t(_mm256_movemask_epi8(low)),
+                         back = uint32_t(_mm256_movemask_epi8(high));
+          marks[o + bit] = (front | back << 32) & there;
+          low = _mm256_add_epi8(low, low);
+          high = _mm256_add_epi8(high, high);
+        }
+      }
+      return;
+    }
+#endif
+    for (int64_t o = 0; o < layer.width; ++o) marks[o] = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const int32_t* const mine = layer.places + r * layer.room;
-      for (int64_t i = 0; i < layer.counts[r]; ++i) {
-        const int64_t o = mine[i];
-        at[o * kMlpBlock + counts[o]++] = uint8_t(r);
-      }
+      for (int64_t i = 0; i < layer.counts[r]; ++i) marks[mine[i]] |= uint64_t{1} << r;
     }
   }
 };

@@ -9,10 +9,14 @@
 
 #include "common/hash.h"
 #include "common/logistic.h"
+#include "common/products.h"
 #include "local_train/local_train_cpu.h"
 #include "local_train/slots.h"
 
 namespace fedpeft::FEDPEFT_ISA {
+
+constexpr int64_t kMlpBlock =
+    64;  // scores of an MLP worked on together: whole pairs, bits of a word
 
 // A batch: which draws its scores belong to.
 struct Batch {
@@ -261,13 +265,18 @@ struct LoraPart {
   DensePart<T> B;
   T *q = nullptr, *mixed = nullptr;    // [padded r]: B^T u, sum_s alpha[s] a_s
   T *pull = nullptr, *near = nullptr;  // the same with y and beta, for a graph's neighbours
-  T* across = nullptr;                 // [r, padded D], with vectors: B transposed
+  // With vectors: B transposed [r, padded D], and in panels; of a block the rows of A, in panels,
+  // and what they get.
+  T *across = nullptr, *panels = nullptr, *block_rows = nullptr, *block_grads = nullptr;
 
   void lay_out(Arena& arena, const LocalTrainArgs& a, int64_t draws, GradientKind kind) {
     A.lay_out(arena, a, a.A, a.num_items, a.rank, 1, draws, kind, false);
     B.lay_out(arena, a, a.B, a.D, a.rank);
     if (kind == GradientKind::vectors) {
       across = arena.take<T>(a.rank * padded<T>(a.D));
+      panels = arena.take<T>(a.D * whole_panels<T>(a.rank));
+      block_rows = arena.take<T>(kMlpBlock * whole_panels<T>(a.rank));
+      block_grads = arena.take<T>(kMlpBlock * whole_panels<T>(a.rank));
       return;
     }
     q = arena.take<T>(B.stride);
@@ -289,6 +298,8 @@ struct LoraPart {
     for (int64_t d = 0; d < B.rows; ++d) {
       for (int64_t j = 0; j < B.width; ++j) across[j * D + d] = B.p[d * B.stride + j];
     }
+    pack_panels(panels, static_cast<const T*>(B.p), B.rows, B.width, B.stride, int64_t{1});
+    zero_row(block_rows, kMlpBlock * whole_panels<T>(B.width));
   }
   void add_vectors(const Batch& batch, T* x, int64_t stride) const {
     const int64_t D = padded<T>(B.rows);
@@ -300,16 +311,20 @@ struct LoraPart {
     }
   }
   void add_vector_gradients(const Batch& batch, const T* grad, int64_t stride) {
-    const int64_t r = B.stride;
-    for (int64_t k = 0; k < batch.size; ++k, grad += stride) {
+    constexpr int64_t N = kLanes<T>;
+    const int64_t r = B.stride, wide = whole_panels<T>(B.width), n = batch.size;
+    product(block_grads, wide, static_cast<const T*>(nullptr), int64_t{0}, grad, stride, int64_t{1},
+            static_cast<const T*>(panels), n, B.rows, wide);
+    for (int64_t k = 0; k < n; ++k) {
       const int32_t s = A.at[batch.draws[k]];
-      const T *const a = A.slots.now(s), *const rows = B.p;
-      T* const into = A.slots.grad + s * r;
-      sum_rows<true>(
-          into, static_cast<const T*>(into), r, B.rows, [=](int64_t d) { return rows + d * r; },
-          [=](int64_t d) { return grad[d]; });
-      for (int64_t d = 0; d < B.rows; ++d) add_scaled(B.grad + d * r, grad[d], a, r);
+      const T* const a = A.slots.now(s);
+      add_row(A.slots.grad + s * r, block_grads + k * wide, r);
+      for (int64_t j = 0; j < r; j += N)
+        store(block_rows + j / kPanel<T> * n * kPanel<T> + k * kPanel<T> + j % kPanel<T>,
+              load(a + j));
     }
+    product(B.grad, r, static_cast<const T*>(B.grad), r, grad, int64_t{1}, stride,
+            static_cast<const T*>(block_rows), B.rows, n, r);
   }
   void step_vectors(const LocalStep<T>& step, T l2) {
     A.slots.step_vectors(step, l2);
