@@ -17,8 +17,8 @@
 
 namespace fedpeft::FEDPEFT_ISA {
 
-constexpr int64_t kMaskedRows =
-    4;  // whose dropout is drawn at once: they fill whole blocks of words
+// Scores whose dropout is drawn at once: they fill whole blocks of words.
+constexpr int64_t kMaskedRows = 4;
 
 template <typename T>
 struct MlpPart {
@@ -28,7 +28,7 @@ struct MlpPart {
     T* out;                     // [kMlpBlock, stride], of a block
     int32_t* places;            // [kMlpBlock, room]: elements of `out` that are not zero
     int64_t* counts;            // [kMlpBlock]
-    uint8_t* bits;              // [stride / 8, kMlpBlock]: the same as bits, of 8 units a byte
+    uint8_t* bits;              // [width / 8, kMlpBlock]: the same as bits, 8 units a byte (AVX2)
     int64_t width, stride, room;
   };
 

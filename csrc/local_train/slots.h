@@ -288,7 +288,7 @@ FEDPEFT_INLINE void step_rows(const RowGradients<T>& r, const LocalStep<T>& step
 }
 
 // Rows [count, stride] with gradients of their own; `now(s)` is where row s is, `start(s)` where it
-// was, as far as it moves back there.
+// was at the start, null where no proximal term is to pull it back.
 template <typename T>
 struct OwnGradients {
   int64_t count, stride;
