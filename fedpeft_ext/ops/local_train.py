@@ -38,6 +38,10 @@ from .sampling import sample_negatives_reference
 
 _LOCAL_TRAIN = eager_op("local_train")
 _LOCAL_TRAIN_SUM = eager_op("local_train_sum_")
+_ACCUMULATE = eager_op("accumulate_updates_")
+
+UPLOAD_BYTES = 1 << 28
+"""Uploads that `local_train_sum_` holds at a time on a GPU; one client may exceed it."""
 
 
 class ItemParts(NamedTuple):
@@ -402,7 +406,8 @@ def local_train_sum_(
     grid: float = 0.0,
 ) -> SumResult:
     """`local_train`, then `accumulate_updates_` of each part: for a server that needs no upload for itself,
-    which then is never written. CPU only.
+    which on the CPU then is never written. On a GPU it is these two ops, for clients of `UPLOAD_BYTES` at a
+    time.
 
     Args:
         weights: float64 [C].
@@ -494,11 +499,13 @@ class SumTraining:
         settings = _settings(epochs, batch_size, loss, optimizer, lr, betas, eps, l2_user, l2_items, prox)
         check_draw(seed, 0)
         _check_sums(num_items, user, parts, sums, touched, mlp, mlp_sums)
-        self._user, self._mlp, self._dropout = user, list(mlp), dropout
+        self._user, self._mlp, self._dropout, self._epochs = user, list(mlp), dropout, epochs
+        self._indptr, self._num_items = indptr, num_items
         totals = (*sums[:5], *(sums.senet or (None,) * 4), list(mlp_sums), touched)
         mean = parts.reduce == "mean"
         self._data = (indptr, items, positives, num_items, user, *_tensors(parts))
-        self._settings = (*totals, mean, graph, *settings, seed)
+        self._totals = totals
+        self._settings = (mean, graph, *settings, seed)
 
     def __call__(
         self,
@@ -517,14 +524,62 @@ class SumTraining:
             _check_mlp(mlp, self._dropout, self._user)
         mlp = self._mlp if mlp is None else list(mlp)
         _check_own_mlp(mlp, clients)
+        if not _in_one_op(self._user):
+            return self._in_two_ops(clients, weights, round, grid, mlp)
         user, losses, rows, broken, own = _LOCAL_TRAIN_SUM(
-            clients, weights, *self._data, mlp, self._dropout, *self._settings, round, grid
+            clients, weights, *self._data, mlp, self._dropout, *self._totals, *self._settings, round, grid
         )
         shapes = [t.shape for t in mlp] if mlp and mlp[0].dim() == 3 else []
         tensors = own.split([shape.numel() for shape in shapes])
         return SumResult(
             user, losses, rows, broken, tuple(t.view(shape) for t, shape in zip(tensors, shapes, strict=True))
         )
+
+    def _in_two_ops(
+        self, clients: Tensor, weights: Tensor, round: int, grid: float, mlp: list[Tensor]
+    ) -> SumResult:
+        totals, touched = self._totals[:9], self._totals[-1]
+        users, losses, fresh = [], [], [clients.new_empty(0, dtype=torch.int64)]
+        broken = torch.zeros(10, dtype=torch.bool, device=self._user.device)
+        for chunk in self._chunks(clients):
+            user, loss, rows, *changes, _ = _LOCAL_TRAIN(
+                clients[chunk], *self._data, mlp, self._dropout, *self._settings, round
+            )
+            users.append(user)
+            losses.append(loss)
+            for part, (total, change) in enumerate(zip(totals, changes, strict=True)):
+                if total is not None:
+                    broken[part] |= ~change.isfinite().all()
+                    _ACCUMULATE(total, change, weights[chunk], rows if part < 2 else None, grid)
+            if touched is not None:
+                distinct = torch.unique(rows)
+                distinct = distinct[distinct >= 0]
+                fresh.append(distinct[touched[distinct] == 0])
+                touched[fresh[-1]] = 1
+        return SumResult(torch.cat(users), torch.cat(losses), torch.cat(fresh), broken, ())
+
+    def _chunks(self, clients: Tensor) -> list[slice]:
+        """Clients whose uploads may be there together, in their order. All of a chunk take the rows of the
+        largest.
+        """
+        element = self._user.element_size()
+        widths = [0 if total is None else total.size(1) * element for total in self._totals[:2]]
+        whole = element * sum(total.numel() for total in self._totals[2:9] if total is not None)
+        ids = clients.long().clamp(0, max(0, len(self._user) - 1))  # bad ones are reported by the training
+        draws = (self._indptr[ids + 1] - self._indptr[ids]) * (1 + self._epochs)
+        rows = draws.clamp(0, self._num_items if any(widths) else 0).tolist()
+        chunks, first, most = [], 0, 0
+        for at, count in enumerate(rows):
+            most = max(most, count)
+            if at > first and (at + 1 - first) * (whole + most * (8 + sum(widths))) > UPLOAD_BYTES:
+                chunks.append(slice(first, at))
+                first, most = at, count
+        return [*chunks, slice(first, len(rows))]
+
+
+def _in_one_op(user: Tensor) -> bool:
+    """Whether `local_train_sum_` has a kernel for the device."""
+    return user.device.type != "cuda"
 
 
 def _check_weights(weights: Tensor, clients: Tensor, grid: float) -> None:

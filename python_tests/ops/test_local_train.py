@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -371,6 +372,43 @@ def test_sums_are_those_of_the_uploads(
     torch.testing.assert_close(other.losses, updates.losses, rtol=0, atol=tolerance)
     for name, total in flat(expected).items():
         torch.testing.assert_close(flat(sums)[name], total, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kinds", [["table", "senet"], ["lora", "rq"]], ids=str)
+@pytest.mark.parametrize("upload_bytes", [1, 5000, 1 << 28])
+def test_sums_by_two_ops(
+    target: Any, kinds: list[str], upload_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: clients of so many bytes at a time give what one training and one sum give."""
+    module = importlib.import_module("fedpeft_ext.ops.local_train")
+    monkeypatch.setattr(module, "_in_one_op", lambda user: False)
+    monkeypatch.setattr(module, "UPLOAD_BYTES", upload_bytes)
+    data = federation([5, 0, 1, 12, 3, 7], 30, seed=1)
+    user = torch.randn(6, 8, generator=torch.Generator().manual_seed(2))
+    parts: ItemParts = moved(make_parts(kinds, 30, 8, 3, torch.float32), target.device)
+    weights = torch.tensor([2.0, 0.5, 1.0, 3.0]).double()
+    tensors = [torch.tensor([3, 0, 1, 4]), weights, *data, user]
+    clients, weights, *arrays, user = (t.to(target.device) for t in tensors)
+    model = (*arrays, 30, user)
+    options: dict[str, Any] = {"epochs": 2, "seed": 4, "round": 5}
+    updates = target.ops.local_train(clients, *model, parts, **options)
+    expected, sums = empty_sums(parts), empty_sums(parts)
+    for name, total in flat(expected).items():
+        rows = updates.rows if name in ("table", "A") else None
+        target.ops.accumulate_updates_(total, flat(updates)[name], weights, rows, 2.0**-40)
+    touched = torch.zeros(30, dtype=torch.uint8, device=target.device)
+    touched[0] = 1
+    result = target.ops.local_train_sum_(
+        clients, weights, *model, parts, sums, touched, **options, grid=2.0**-40
+    )
+    assert torch.equal(result.losses, updates.losses)
+    assert torch.equal(result.user, updates.user)
+    assert not result.broken.any()
+    for name, total in flat(expected).items():
+        assert torch.equal(flat(sums)[name], total), name
+    known = torch.unique(updates.rows[updates.rows > 0])
+    assert torch.equal(result.rows.sort().values, known)
+    assert torch.equal(touched.nonzero().flatten(), torch.cat([known.new_zeros(1), known]))
 
 
 def test_sums_tell_which_part_diverged() -> None:
