@@ -46,20 +46,11 @@ FEDPEFT_INLINE void activate(const ClientLayerArgs& a, int64_t client, const acc
   const int64_t first = begin * a.out_width, count = (end - begin) * a.out_width;
   const A scale = A(a.scale);
   const uint32_t id = uint32_t(a.clients[client]), threshold = a.threshold;
-  constexpr int64_t kChunk = 4 * kDrawBatch;
+  constexpr int64_t kChunk = kElementBatch;
   uint32_t word[kChunk];
   for (int64_t i = 0; i < kChunk; ++i) word[i] = 0;
   for (int64_t e = 0; e < count; e += kChunk) {
-    if (a.drop) {
-      uint64_t low[kDrawBatch], high[kDrawBatch];
-      philox_batch(uint64_t((first + e) / 4), id, a.round, a.stream, a.seed, low, high);
-      for (int64_t i = 0; i < kDrawBatch; ++i) {
-        word[4 * i] = uint32_t(low[i]);
-        word[4 * i + 1] = uint32_t(low[i] >> 32);
-        word[4 * i + 2] = uint32_t(high[i]);
-        word[4 * i + 3] = uint32_t(high[i] >> 32);
-      }
-    }
+    if (a.drop) philox_elements(uint64_t((first + e) / 4), id, a.round, a.stream, a.seed, word);
     // By way of arrays of their own, since `from` and `out` may be the same. The condition is not
     // x > 0, which would turn a NaN into 0.
     A value[kChunk], kept[kChunk];

@@ -190,6 +190,23 @@ FEDPEFT_INLINE bool differs(const T* a, const T* b, int64_t n) {
 
 enum class Rule { sgd, adam_first, adam };
 
+// Moves p along -g; m and v are the moments, before and after (with adam_first after alone).
+template <Rule rule, typename T>
+FEDPEFT_INLINE void move(const LocalStep<T>& step, vec_t<T> g, vec_t<T>& p, vec_t<T>& m,
+                         vec_t<T>& v) {
+  if constexpr (rule == Rule::sgd) {
+    p -= step.lr * g;
+  } else if constexpr (rule == Rule::adam_first) {
+    // The bias corrections of the first step cancel: m / c1 = g, sqrt(v / c2) = |g|.
+    m = step.rest1 * g;
+    v = step.rest2 * g * g;
+    const vec_t<T> size = g < 0 ? -g : g;
+    p -= step.lr * (g / (size + step.eps));
+  } else {
+    p -= step.step(g, m, v);
+  }
+}
+
 // Adds sum_s alpha[s] * p[s] to `into`, with the rows as they were, and takes the optimizer's step:
 // columns [d, d + W vectors). By value: what is stored to could else be taken for a part of these.
 template <int W, Rule rule, bool Extra, bool Ends, typename T>
@@ -230,19 +247,11 @@ FEDPEFT_INLINE void step_columns(const RowGradients<T> r, const LocalStep<T> ste
         if (r.proximal) g += step.prox * (p - load(began + w * N));
       }
       V m, v;
-      if constexpr (rule == Rule::sgd) {
-        p -= step.lr * g;
-      } else if constexpr (rule == Rule::adam_first) {
-        // The bias corrections of the first step cancel: m / c1 = g, sqrt(v / c2) = |g|.
-        m = step.rest1 * g;
-        v = step.rest2 * g * g;
-        const V size = g < 0 ? -g : g;
-        p -= step.lr * (g / (size + step.eps));
-      } else {
+      if constexpr (rule == Rule::adam) {
         m = load(r.m + i);
         v = load(r.v + i);
-        p -= step.step(g, m, v);
       }
+      move<rule, T>(step, g, p, m, v);
       if constexpr (Ends) {
         const V update = p - load(began + w * N);
         broken += update - update;
@@ -305,10 +314,8 @@ void step_own(const OwnGradients<T> r, const LocalStep<T> step, const Now& now,
   for (int64_t s = 0; s < r.count; ++s) {
     const T *const from = now(s), *const began = step.prox > 0 ? start(s) : nullptr;
     T *const p = r.p + s * r.stride, *const grad = r.grad + s * r.stride;
-    T *const m = rule == Rule::sgd ? nullptr : r.m + s * r.stride, *const v =
-                                                                       rule == Rule::sgd
-                                                                           ? nullptr
-                                                                           : r.v + s * r.stride;
+    const int64_t moments = rule == Rule::sgd ? 0 : s * r.stride;  // which SGD does not have
+    T *const m = r.m + moments, *const v = r.v + moments;
     const bool pulled =
         r.l2 != 0 && (any_nonzero(grad, r.stride) || (began && differs(from, began, r.stride)));
     const T l2 = pulled ? r.l2 : T(0);
@@ -317,18 +324,11 @@ void step_own(const OwnGradients<T> r, const LocalStep<T> step, const Now& now,
       if (began) g += step.prox * (x - load(began + d));
       store(grad + d, V{});
       V first, second;
-      if constexpr (rule == Rule::sgd) {
-        x -= step.lr * g;
-      } else if constexpr (rule == Rule::adam_first) {
-        first = step.rest1 * g;
-        second = step.rest2 * g * g;
-        const V size = g < 0 ? -g : g;
-        x -= step.lr * (g / (size + step.eps));
-      } else {
+      if constexpr (rule == Rule::adam) {
         first = load(m + d);
         second = load(v + d);
-        x -= step.step(g, first, second);
       }
+      move<rule, T>(step, g, x, first, second);
       store(p + d, x);
       if constexpr (rule != Rule::sgd && !Last) {  // nobody reads what the last step would leave
         store(m + d, first);

@@ -65,17 +65,10 @@ void dropout(const ClientDropoutArgs& a, int64_t begin, int64_t end) {
     const int64_t last = first + kDropoutBlock < a.size ? first + kDropoutBlock : a.size;
     const T* x = static_cast<const T*>(a.x) + c * a.size;
     T* out = static_cast<T*>(a.out) + c * a.size;
-    for (int64_t e = first; e < last; e += 4 * kDrawBatch) {
-      uint64_t low[kDrawBatch], high[kDrawBatch];
-      uint32_t word[4 * kDrawBatch];
-      philox_batch(uint64_t(e / 4), client, a.round, stream, a.seed, low, high);
-      for (int64_t i = 0; i < kDrawBatch; ++i) {
-        word[4 * i] = uint32_t(low[i]);
-        word[4 * i + 1] = uint32_t(low[i] >> 32);
-        word[4 * i + 2] = uint32_t(high[i]);
-        word[4 * i + 3] = uint32_t(high[i] >> 32);
-      }
-      const int64_t count = last - e < 4 * kDrawBatch ? last - e : 4 * kDrawBatch;
+    for (int64_t e = first; e < last; e += kElementBatch) {
+      uint32_t word[kElementBatch];
+      philox_elements(uint64_t(e / 4), client, a.round, stream, a.seed, word);
+      const int64_t count = last - e < kElementBatch ? last - e : kElementBatch;
       for (int64_t i = 0; i < count; ++i) {
         const A value = to_acc(x[e + i]) * scale;
         from_acc(word[i] >= a.threshold ? value : A(0), out + e + i);

@@ -16,6 +16,7 @@ from fedpeft_ext.nn import parse_spec
 from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation import Callback, Simulator, traffic
 from fedpeft_ext.simulation.checkpoint import has_checkpoint
+from fedpeft_ext.simulation.files import replace_text
 from fedpeft_ext.simulation.output import CONFIG, SUMMARY
 from fedpeft_ext.simulation.setup import build_model, needs_pretrained, prepare_items
 
@@ -114,7 +115,7 @@ def run_all(
         except FloatingPointError as error:
             if not reuse or folder is None:
                 raise
-            (folder / DIVERGED).write_text(json.dumps({"reason": str(error)}) + "\n", encoding="utf-8")
+            mark_diverged(folder, error)
             yield None
         else:
             yield RunResult(summary, full_bytes[key], folder)
@@ -149,6 +150,11 @@ def run_name(config: Config, data: str) -> str:
 def fingerprint(dataset: Dataset) -> str:
     """A digest of interactions, held-out items and texts."""
     return hashlib.sha256(json.dumps([dataset.digest, dataset.item_text]).encode()).hexdigest()
+
+
+def mark_diverged(folder: Path, error: FloatingPointError) -> None:
+    """Tell in a run's folder that its training ended in NaN or infinity."""
+    replace_text(folder / DIVERGED, json.dumps({"reason": str(error)}) + "\n")
 
 
 def is_done(folder: Path) -> bool:

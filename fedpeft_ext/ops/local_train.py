@@ -304,10 +304,10 @@ def local_train(
     """Trains each client from the global parameters and its own vector, with a fresh optimizer.
 
     A client scores an item by the dot product of its vector and the item's, or by an MLP of the two. In each
-    epoch every positive gets
-    one negative (as `sample_negatives` draws it) and all positives pass once, in batches of `batch_size`,
-    shuffled anew each epoch, or at once. Nothing of the size of a table is copied or stepped through: a row
-    without a gradient stays as it is under Adam and SGD that start fresh, so only the touched rows are held.
+    epoch every positive gets one negative (as `sample_negatives` draws it) and all positives pass once, in
+    batches of `batch_size`, shuffled anew each epoch, or at once. Nothing of the size of a table is copied or
+    stepped through: a row without a gradient stays as it is under Adam and SGD that start fresh, so only the
+    touched rows are held.
 
     Args:
         clients: int32 or int64 [C], the users to train, in [0, U).
@@ -325,7 +325,7 @@ def local_train(
         prox: FedProx (Li et al., MLSys 2020): prox * (parameter - global) is added to the gradient of what
             travels.
         graph: score by (user + sum of the client's items' vectors / sqrt(n)) / 2 in place of the user's
-            vector: the layer of FedPerGNN (`backbones.fedpergnn`). CPU only, and without SENet.
+            vector: the layer of FedPerGNN (`backbones.fedpergnn`). Without SENet.
         mlp: weight and bias of each layer, first to last, then the output's weights: an item's score is
             `client_mlp` of [user vector, item vector], with `user` [U, V] of any width, also 0, and weights
             [O, V + D]. Tensors without C are shared and travel; [C, O, V + D] and so on are the clients' own
@@ -501,11 +501,9 @@ class SumTraining:
         _check_sums(num_items, user, parts, sums, touched, mlp, mlp_sums)
         self._user, self._mlp, self._dropout, self._epochs = user, list(mlp), dropout, epochs
         self._indptr, self._num_items = indptr, num_items
-        totals = (*sums[:5], *(sums.senet or (None,) * 4), list(mlp_sums), touched)
-        mean = parts.reduce == "mean"
         self._data = (indptr, items, positives, num_items, user, *_tensors(parts))
-        self._totals = totals
-        self._settings = (mean, graph, *settings, seed)
+        self._totals = (*sums[:5], *(sums.senet or (None,) * 4), list(mlp_sums), touched)
+        self._settings = (parts.reduce == "mean", graph, *settings, seed)
 
     def __call__(
         self,
@@ -552,10 +550,7 @@ class SumTraining:
                     broken[part] |= ~change.isfinite().all()
                     _ACCUMULATE(total, change, weights[chunk], rows if part < 2 else None, grid)
             if touched is not None:
-                distinct = torch.unique(rows)
-                distinct = distinct[distinct >= 0]
-                fresh.append(distinct[touched[distinct] == 0])
-                touched[fresh[-1]] = 1
+                fresh.append(_mark(touched, rows))
         return SumResult(torch.cat(users), torch.cat(losses), torch.cat(fresh), broken, ())
 
     def _chunks(self, clients: Tensor) -> list[slice]:
@@ -575,6 +570,15 @@ class SumTraining:
                 chunks.append(slice(first, at))
                 first, most = at, count
         return [*chunks, slice(first, len(rows))]
+
+
+def _mark(touched: Tensor, rows: Tensor) -> Tensor:
+    """Sets `touched` at rows (-1: none) and returns those at which it was not set."""
+    distinct = torch.unique(rows)
+    distinct = distinct[distinct >= 0]
+    fresh: Tensor = distinct[touched[distinct] == 0]
+    touched[fresh] = 1
+    return fresh
 
 
 def _in_one_op(user: Tensor) -> bool:
@@ -859,13 +863,7 @@ def local_train_sum_reference_(
     _check_weights(weights, clients, grid)
     _check_sums(num_items, user, parts, sums, touched, mlp, mlp_sums)
     updates = local_train_reference(clients, indptr, items, positives, num_items, user, parts, **settings)
-    rows = torch.unique(updates.rows)
-    rows = rows[rows >= 0]
-    if touched is None:
-        rows = rows[:0]
-    else:
-        rows = rows[touched[rows] == 0]
-        touched[rows] = 1
+    rows = updates.rows.new_empty(0) if touched is None else _mark(touched, updates.rows)
     changed = updates.senet._asdict() if updates.senet is not None else {}
     broken = torch.zeros(10, dtype=torch.bool, device=user.device)
     for i, (name, total) in enumerate(_flat_sums(sums).items()):

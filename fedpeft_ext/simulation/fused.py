@@ -124,9 +124,8 @@ class FusedEngine:
         if self._mlp_names:
             assert isinstance(model.mlp, MLP)
             mlp["dropout"] = model.mlp.dropout
-        if self._mlp_names and not self._own_mlp:
-            parameters = dict(model.named_parameters())
-            mlp["mlp"] = [parameters[name].detach() for name in self._mlp_names]
+            if not self._own_mlp:
+                mlp["mlp"] = [model.get_parameter(name).detach() for name in self._mlp_names]
         return {
             "indptr": interactions.indptr,
             "items": interactions.items,

@@ -63,6 +63,7 @@ def named(updates: LocalUpdates, num_items: int) -> dict[str, Tensor]:
             values[name] = getattr(updates, name)
     if updates.senet is not None:
         values |= updates.senet._asdict()
+    values |= {f"mlp.{i}": t for i, t in enumerate(updates.mlp)}
     for name in ("table", "A"):
         change = getattr(updates, name)
         if change is not None:
@@ -75,11 +76,12 @@ def named(updates: LocalUpdates, num_items: int) -> dict[str, Tensor]:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Tensors, also those in named tuples, on the device."""
+    """Tensors, also those in tuples and lists, on the device."""
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, tuple):
-        return type(value)(*(moved(v, device) for v in value))
+    if isinstance(value, tuple | list):
+        parts = [moved(v, device) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_local_train import empty_sums, federation, flat, make_parts, named, options_of
+from test_local_train import arguments as dot_product_arguments
+from test_local_train import compare, empty_sums, federation, flat, make_parts, options_of
 from torch import Tensor
 
 from fedpeft_ext import ops, reference
-from fedpeft_ext.ops import LocalUpdates
 
+CPU = torch.device("cpu")
 KINDS = [["table"], ["lora"], ["rq"], ["hash"], ["hash-sum"], ["rq", "lora"], ["lora", "hash", "rq", "table"]]
 
 
@@ -32,22 +33,6 @@ def make_mlp(
 
     layers = [uniform(*shape) for i, o in pairwise(widths) for shape in ((o, i), (o,))]
     return [*layers, uniform(widths[-1])]
-
-
-def values(updates: LocalUpdates, num_items: int) -> dict[str, Tensor]:
-    return named(updates, num_items) | {f"mlp.{i}": t for i, t in enumerate(updates.mlp)}
-
-
-def compare(tolerance: float, num_items: int, *args: Any, **options: Any) -> LocalUpdates:
-    mine = ops.local_train(*args, **options)
-    ours = values(mine, num_items)
-    plain = values(reference.local_train(*args, **options), num_items)
-    assert ours.keys() == plain.keys()
-    for name, value in ours.items():
-        torch.testing.assert_close(
-            value, plain[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    return mine
 
 
 def user_vectors(count: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -74,7 +59,9 @@ def test_equals_the_reference(own: bool, kinds: list[str], loss: str, optimizer:
             options["l2_user"] = 1e-2 if loss == "bce" else 0.0
             parts = make_parts(kinds, 60, dim, 3, dtype)
             user = user_vectors(4, width, dtype)
-            updates = compare(tolerance, 60, clients, indptr, items, positives, 60, user, parts, **options)
+            updates = compare(
+                CPU, tolerance, 60, clients, indptr, items, positives, 60, user, parts, **options
+            )
             assert float(updates.losses[2]) == 0.0  # a client without items
             for before, after in zip(mlp, updates.mlp, strict=True):
                 assert torch.equal(after[2], before[2] if own else torch.zeros_like(before))
@@ -107,10 +94,11 @@ def test_any_shape(
     own: bool,
 ) -> None:
     num_items = data.draw(st.sampled_from([17, 5000]))
-    indptr, items, positives = federation(sizes, num_items, 7, data.draw(st.sampled_from([torch.int32])))
+    indptr, items, positives = federation(sizes, num_items, 7, torch.int32)
     parts = make_parts(kinds, num_items, dim, 9, torch.float64, base=data.draw(st.booleans()) or not kinds)
     mlp = make_mlp([user_width + dim, *hidden], torch.float64, len(sizes) if own else None)
     compare(
+        CPU,
         1e-9,
         num_items,
         torch.arange(len(sizes)),
@@ -186,19 +174,8 @@ def test_sums_tell_that_the_mlp_diverged() -> None:
 
 
 def arguments() -> dict[str, Any]:
-    indptr, items, positives = federation([3, 2], 9, seed=0)
-    return {
-        "clients": torch.tensor([0, 1]),
-        "indptr": indptr,
-        "items": items,
-        "positives": positives,
-        "num_items": 9,
-        "user": torch.ones(2, 4),
-        "parts": make_parts(["table"], 9, 5, 0, torch.float32),
-        "mlp": make_mlp([9, 6, 3], torch.float32),
-        "seed": 0,
-        "round": 0,
-    }
+    parts, mlp = make_parts(["table"], 9, 5, 0, torch.float32), make_mlp([9, 6, 3], torch.float32)
+    return {**dot_product_arguments(), "parts": parts, "mlp": mlp}
 
 
 def changed_mlp(place: int, *shape: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
-from fedpeft_ext.experiments.runner import DIVERGED, run_name
+from fedpeft_ext.experiments.runner import DIVERGED, mark_diverged, run_name
 from fedpeft_ext.experiments.studies.pictures import line_picture
 from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table, mean_place
 from fedpeft_ext.pretrain import Pretrained, TfidfEncoder, text_features
@@ -292,7 +292,7 @@ def _outcome(config: Config, dataset: Dataset, folder: Path) -> Mapping[str, Any
     try:
         result = {**train_with_arrivals(config, dataset), "seconds": time.perf_counter() - began}
     except FloatingPointError as error:
-        replace_text(folder / DIVERGED, json.dumps({"reason": str(error)}) + "\n")
+        mark_diverged(folder, error)
         return None
     replace_text(file, json.dumps(result, allow_nan=False) + "\n")
     return result
