@@ -21,6 +21,8 @@ from emulated import EMULATED, emulated_kernels
 from hypothesis import settings
 
 from fedpeft_ext import ops
+from fedpeft_ext.backbones import base
+from fedpeft_ext.nn import spec
 
 settings.register_profile("repeat", derandomize=True)
 settings.register_profile("explore", derandomize=False, print_blob=True)
@@ -34,6 +36,17 @@ class Target:
     name: str
     device: torch.device
     ops: Any
+
+
+@pytest.fixture(autouse=True)
+def registered_names_end_with_their_test() -> Iterator[None]:
+    """Else what a test lists depends on the tests that ran before it in the same process."""
+    registries: list[dict[str, Any]] = [base._BACKBONES, spec._REGISTERED, spec.STRATEGIES]
+    before = [registry.copy() for registry in registries]
+    yield
+    for registry, names in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(names)
 
 
 TARGETS = ["cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else [])]
