@@ -154,6 +154,10 @@ T atomicMax(T* p, T value) {
   return seen;
 }
 template <typename T>
+T atomicOr(T* p, T value) {
+  return __atomic_fetch_or(p, value, __ATOMIC_RELAXED);
+}
+template <typename T>
 T atomicCAS(T* p, T compare, T value) {
   __atomic_compare_exchange_n(p, &compare, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   return compare;

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <mutex>
 #include <utility>
@@ -174,10 +175,42 @@ using Keyed = std::pair<uint64_t, int64_t>;  // key, place: equal keys go by pla
   return smallest;
 }
 
+// The clients at the first `count` places drawn that differ. As many draws as are missing never
+// find too many, so that they may be made at once.
+[[maybe_unused]] void sample_places(const ClientKeysArgs& a, int64_t n, int64_t count,
+                                    int64_t* ids) {
+  const auto draw = select_sampling_kernels().client_places;
+  std::vector<uint64_t> chosen(size_t(n / 64 + 1));  // a bit a place
+  std::array<int64_t, kKeysBlock> places;
+  int64_t drawn = 0;
+  for (int64_t missing = count; missing > 0;) {
+    const int64_t draws = std::min(missing, kKeysBlock);
+    draw(a, n, drawn, drawn + draws, places.data());
+    drawn += draws;
+    for (int64_t i = 0; i < draws; ++i) {
+      uint64_t& word = chosen[size_t(places[size_t(i)] / 64)];
+      const uint64_t bit = uint64_t{1} << places[size_t(i)] % 64;
+      missing -= (word & bit) == 0;
+      word |= bit;
+    }
+  }
+  bool ascending = true, good = true;
+  int64_t* next = ids;
+  for (size_t w = 0; w < chosen.size(); ++w) {
+    for (uint64_t bits = chosen[w]; bits; bits &= bits - 1) {
+      *next = a.clients[int64_t(w) * 64 + std::countr_zero(bits)];
+      good &= uint64_t(*next) >> 32 == 0;
+      ascending &= next == ids || next[-1] <= *next;
+      ++next;
+    }
+  }
+  if (!good) check_clients(a.clients, n, int64_t{1} << 32);  // which names the first
+  if (!ascending) std::sort(ids, ids + count);
+}
+
 // The `count` clients of the smallest keys, ascending by id. Keys are uniform, so that those below
 // a bound hold the smallest ones but for one call in many thousands, which looks at all.
-[[maybe_unused]] void sample_on_cpu(const ClientKeysArgs& a, int64_t n, int64_t count,
-                                    int64_t* ids) {
+[[maybe_unused]] void sample_keys(const ClientKeysArgs& a, int64_t n, int64_t count, int64_t* ids) {
   const double likely = double(count) + 6 * std::sqrt(double(count)) + 16;
   const bool few = likely < double(n);
   std::vector<Keyed> smallest =
@@ -202,10 +235,18 @@ Tensor sample_clients(const Tensor& clients, int64_t count, int64_t seed, int64_
 
   Tensor out = torch::stable::new_empty(clients, {count}, ScalarType::Long);
   int64_t* ids = static_cast<int64_t*>(out.mutable_data_ptr());
+  const bool few = sampled_by_places(count, n);
   run_on(
-      clients, [&](auto) { sample_on_cpu(a, n, count, ids); },
+      clients, [&](auto) { (few ? sample_places : sample_keys)(a, n, count, ids); },
       [&](auto stream) {
         check_value(n <= INT32_MAX, "clients: expected at most 2^31 - 1 on a GPU, got ", n);
+        if (few) {
+          Tensor room = torch::stable::new_zeros(clients, {n / 32 + 2}, ScalarType::Int);
+          gpu::sample_places(a, n, count, static_cast<unsigned*>(room.mutable_data_ptr()), ids,
+                             stream);
+          out = sort_stable(out).first;
+          return;
+        }
         using Room = gpu::SampleClientsRoom;
         Tensor bins =
             torch::stable::new_zeros(clients, {Room::kBins + Room::kNumbers}, ScalarType::Int);

@@ -1,5 +1,5 @@
-// CPU kernels of sample_negatives and client_dropout. Philox blocks are made in batches, a block a
-// lane.
+// CPU kernels of sample_negatives, client_dropout and sample_clients. Philox blocks are made in
+// batches, a block a lane.
 #include "sampling/sampling_cpu.h"
 
 #include "common/draws.h"
@@ -148,13 +148,24 @@ int64_t smallest_keys_any(const ClientKeysArgs& a, int64_t begin, int64_t end, u
                               : smallest_keys<int32_t>(a, begin, end, bound, places, bad_id);
 }
 
+void client_places(const ClientKeysArgs& a, int64_t n, int64_t begin, int64_t end,
+                   int64_t* places) {
+  const uint32_t stream = philox_stream(Purpose::client_sampling, kPlacesLayer, 0);
+  for (int64_t i = begin; i < end; i += kDrawBatch) {
+    uint64_t random[kDrawBatch], unused[kDrawBatch];
+    philox_batch(uint64_t(i), a.attempt, a.round, stream, a.seed, random, unused);
+    const int64_t count = end - i < kDrawBatch ? end - i : kDrawBatch;
+    for (int64_t j = 0; j < count; ++j)
+      places[i - begin + j] = int64_t(multiply_high(random[j], uint64_t(n)));
+  }
+}
+
 }  // namespace
 
 const SamplingKernels sampling_kernels = {
-    negatives_any,
-    {dropout<float>, dropout<double>, dropout<Half>, dropout<BFloat16>},
-    client_keys,
-    smallest_keys_any,
+    negatives_any, {dropout<float>, dropout<double>, dropout<Half>, dropout<BFloat16>},
+    client_keys,   smallest_keys_any,
+    client_places,
 };
 
 }  // namespace fedpeft::FEDPEFT_ISA

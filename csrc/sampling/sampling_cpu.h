@@ -36,6 +36,11 @@ struct ClientDropoutArgs {
   uint32_t round, epoch, layer;
 };
 
+// Whether so few of n clients are sampled that places are drawn until `count` differ, instead of a
+// key for every client.
+constexpr bool sampled_by_places(int64_t count, int64_t n) { return count <= n / 16; }
+constexpr uint32_t kPlacesLayer = 1;  // of the stream of those draws
+
 struct ClientKeysArgs {
   IndexArray clients;  // [n], in [0, 2^32)
   uint64_t* keys;      // [n]
@@ -55,6 +60,9 @@ struct SamplingKernels {
   // all.
   int64_t (*smallest_keys)(const ClientKeysArgs&, int64_t begin, int64_t end, uint32_t bound,
                            int64_t* places, bool* bad_id);
+  // Draws [begin, end) of places among n clients.
+  void (*client_places)(const ClientKeysArgs&, int64_t n, int64_t begin, int64_t end,
+                        int64_t* places);
 };
 
 FEDPEFT_DECLARE_KERNELS(SamplingKernels, sampling_kernels)

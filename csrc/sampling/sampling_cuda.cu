@@ -1,7 +1,7 @@
 // CUDA kernels of sample_negatives (a thread a draw), client_dropout (a thread a Philox block, four
 // elements) and sample_clients (a thread a client, in two passes that make its key anew: keys are
 // counted by their first bits, which shows the bin where the sample ends; clients before it are
-// chosen, those in it ranked by a third launch).
+// chosen, those in it ranked by a third launch; of few clients a thread a place that is drawn).
 #include "common/negatives.cuh"
 #include "sampling/sampling_cuda.h"
 
@@ -205,6 +205,53 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
+// Draw `draw` of a place, and the client there where it was not drawn before, in the lanes with
+// `there`. All lanes of a warp call.
+FEDPEFT_DEVICE void choose_place(const ClientKeysArgs& a, int64_t n, int64_t draw, bool there,
+                                 unsigned* room, int64_t* chosen) {
+  int64_t place = 0;
+  bool found = false;
+  if (there) {
+    const PhiloxBlock block =
+        philox(uint32_t(draw), a.attempt, a.round,
+               philox_stream(Purpose::client_sampling, kPlacesLayer, 0), a.seed);
+    place = int64_t(multiply_high(block.low64(), uint64_t(n)));
+    const unsigned bit = 1u << int(place % 32);
+    found = (atomicOr(room + 1 + place / 32, bit) & bit) == 0;
+  }
+  const unsigned at = next_place(found, room);
+  if (!found) return;
+  chosen[at] = a.clients[place];
+  if (uint64_t(chosen[at]) >> 32) FEDPEFT_BAD_INDEX("clients", chosen[at], place, int64_t{1} << 32);
+}
+
+__global__ void __launch_bounds__(kThreads, 4)
+    choose_places(ClientKeysArgs a, int64_t n, int64_t count, unsigned* room, int64_t* chosen) {
+  for (int64_t first = int64_t(blockIdx.x) * kThreads; first < count;
+       first += int64_t(gridDim.x) * kThreads) {
+    const int64_t draw = first + threadIdx.x;
+    choose_place(a, n, draw, draw < count, room, chosen);
+  }
+}
+
+// One block: as many draws as are missing, which never find too many, until none is.
+__global__ void __launch_bounds__(kThreads, 4)
+    choose_missing(ClientKeysArgs a, int64_t n, int64_t count, unsigned* room, int64_t* chosen) {
+  FEDPEFT_SHARED(unsigned, found, 1);
+  for (int64_t drawn = count;;) {
+    if (threadIdx.x == 0) found[0] = atomicAdd(room, 0u);
+    __syncthreads();
+    const int64_t missing = count - int64_t(found[0]);
+    if (missing == 0) break;
+    for (int64_t first = 0; first < missing; first += kThreads) {
+      const int64_t i = first + threadIdx.x;
+      choose_place(a, n, drawn + i, i < missing, room, chosen);
+    }
+    drawn += missing;
+    __syncthreads();
+  }
+}
+
 }  // namespace
 
 void sample_negatives(const SampleNegativesArgs& a, int64_t clients, int64_t users, int64_t nnz,
@@ -241,6 +288,14 @@ void sample_clients(const ClientKeysArgs& a, int64_t n, int64_t count,
   launch(choose_bins, grid, kThreads, 0, stream, a, n, count, room, chosen);
   // Keys are uniform: a bin holds about so many.
   launch(choose_near, n / kBins / kThreads + 1, kThreads, 0, stream, a, count, room, chosen);
+}
+
+void sample_places(const ClientKeysArgs& a, int64_t n, int64_t count, unsigned* room,
+                   int64_t* chosen, Stream stream) {
+  const int64_t blocks = (count + kThreads - 1) / kThreads, most = 4 * limits().multiprocessors;
+  launch(choose_places, blocks < most ? blocks : most, kThreads, 0, stream, a, n, count, room,
+         chosen);
+  launch(choose_missing, 1, kThreads, 0, stream, a, n, count, room, chosen);
 }
 
 }  // namespace fedpeft::gpu

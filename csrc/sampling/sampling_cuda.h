@@ -22,4 +22,9 @@ struct SampleClientsRoom {
 void sample_clients(const ClientKeysArgs& a, int64_t n, int64_t count,
                     const SampleClientsRoom& room, int64_t* chosen, Stream stream);
 
+// Writes the clients at the first `count` places drawn that differ to `chosen`, in any order.
+// room: [1 + n / 32 + 1], zero: how many were found, and a bit a place.
+void sample_places(const ClientKeysArgs& a, int64_t n, int64_t count, unsigned* room,
+                   int64_t* chosen, Stream stream);
+
 }  // namespace fedpeft::gpu

@@ -114,7 +114,9 @@ def _check_clients(clients: Tensor, count: int, seed: int, round: int, attempt: 
 def sample_clients(clients: Tensor, count: int, *, seed: int, round: int, attempt: int = 0) -> Tensor:
     """Draws `count` of the clients, a uniform sample without replacement.
 
-    Each client has a 64-bit key, a function of (seed, round, attempt, client); the smallest take part.
+    Each client has a 64-bit key, a function of (seed, round, attempt, client); the smallest take part. Of
+    fewer than a sixteenth, places in `clients` are drawn instead, with replacement, until `count` differ:
+    then time goes with `count` alone.
 
     Args:
         clients: int32 or int64 [n], distinct ids, 0 to 2^32 - 1; on a GPU at most 2^31 - 1 of them.
@@ -126,7 +128,7 @@ def sample_clients(clients: Tensor, count: int, *, seed: int, round: int, attemp
 
     Raises:
         ValueError: a shape or number does not fit. TypeError: an argument has the wrong type or dtype.
-        IndexError: a client is out of range.
+        IndexError: a client is out of range, among those looked at: of fewer than a sixteenth, the chosen.
 
     Example:
         >>> import torch
@@ -143,8 +145,19 @@ def sample_clients_reference(
 ) -> Tensor:
     """`sample_clients` in NumPy."""
     _check_clients(clients, count, seed, round, attempt)
-    check_index_values(clients.long(), 2**32, "clients", padding=False)
     ids = clients.cpu().numpy().astype(np.int64)
+    if 0 < count <= len(ids) // 16:
+        draws, distinct = count, np.empty(0, np.int64)
+        while len(distinct) < count:
+            places = philox.integers(
+                len(ids), seed, round, attempt, np.arange(draws), philox.Purpose.CLIENT_SAMPLING, layer=1
+            )
+            distinct, first = np.unique(places, return_index=True)
+            draws *= 2
+        chosen = torch.from_numpy(np.sort(ids[distinct[np.argsort(first)[:count]]]))
+        check_index_values(chosen, 2**32, "clients", padding=False)
+        return chosen.to(clients.device)
+    check_index_values(clients.long(), 2**32, "clients", padding=False)
     keys = philox.low64(philox.words(seed, round, ids, attempt, philox.Purpose.CLIENT_SAMPLING))
     return torch.from_numpy(np.sort(ids[np.argsort(keys, kind="stable")[:count]])).to(clients.device)
 
