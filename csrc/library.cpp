@@ -105,6 +105,9 @@ STABLE_TORCH_LIBRARY(FEDPEFT_LIBRARY, m) {
 
   m.def("apply_updates_(Tensor(a!) parameter, Tensor(b!) total, Tensor? rows, float scale) -> ()");
   m.def("sample_clients(Tensor clients, int count, int seed, int round, int attempt) -> Tensor");
+  m.def(
+      "sample_clients_independently(Tensor clients, float probability, int seed, int round, "
+      "int attempt) -> Tensor");
 
   m.def("rq_encode(Tensor x, Tensor codebooks) -> Tensor");
 }

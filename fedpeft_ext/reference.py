@@ -22,6 +22,7 @@ from .ops.optim import client_sgd_reference_ as client_sgd_
 from .ops.rq_encode import rq_encode_reference as rq_encode
 from .ops.rq_lookup import rq_lookup_reference as rq_lookup
 from .ops.sampling import client_dropout_reference as client_dropout
+from .ops.sampling import sample_clients_independently_reference as sample_clients_independently
 from .ops.sampling import sample_clients_reference as sample_clients
 from .ops.sampling import sample_negatives_reference as sample_negatives
 
@@ -51,6 +52,7 @@ __all__ = [
     "rq_encode",
     "rq_lookup",
     "sample_clients",
+    "sample_clients_independently",
     "sample_negatives",
     "touched_rows",
 ]

@@ -1,4 +1,5 @@
-// Binding of sample_negatives, client_dropout and sample_clients: checks, allocation, dispatch.
+// Binding of sample_negatives, client_dropout and the samples of clients: checks, allocation,
+// dispatch.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -221,17 +222,24 @@ using Keyed = std::pair<uint64_t, int64_t>;  // key, place: equal keys go by pla
   std::sort(ids, ids + count);
 }
 
+// Everything but the keys' room.
+ClientKeysArgs client_keys_args(const Tensor& clients, int64_t seed, int64_t round,
+                                int64_t attempt) {
+  ClientKeysArgs a{};
+  a.clients = indices_of(clients, "clients");
+  a.seed = uint64_t(seed);
+  a.round = check_uint(round, int64_t{1} << 32, "round");
+  a.attempt = check_uint(attempt, int64_t{1} << 32, "attempt");
+  return a;
+}
+
 Tensor sample_clients(const Tensor& clients, int64_t count, int64_t seed, int64_t round,
                       int64_t attempt) {
   check_dim(clients, 1, "clients", "[n]");
   const int64_t n = clients.size(0);
   check_value(count >= 0 && count <= n, "count: expected 0 to ", n, ", the clients, got ", count);
   const Tensor clients_ = dense(clients);
-  ClientKeysArgs a{};
-  a.clients = indices_of(clients_, "clients");
-  a.seed = uint64_t(seed);
-  a.round = check_uint(round, int64_t{1} << 32, "round");
-  a.attempt = check_uint(attempt, int64_t{1} << 32, "attempt");
+  const ClientKeysArgs a = client_keys_args(clients_, seed, round, attempt);
 
   Tensor out = torch::stable::new_empty(clients, {count}, ScalarType::Long);
   int64_t* ids = static_cast<int64_t*>(out.mutable_data_ptr());
@@ -259,12 +267,50 @@ Tensor sample_clients(const Tensor& clients, int64_t count, int64_t seed, int64_
   return out;
 }
 
+// The clients whose keys, as numbers in [0, 1) of 53 bits, are below the probability.
+Tensor sample_clients_independently(const Tensor& clients, double probability, int64_t seed,
+                                    int64_t round, int64_t attempt) {
+  check_dim(clients, 1, "clients", "[n]");
+  check_value(probability >= 0 && probability <= 1, "probability: expected 0 to 1, got ",
+              probability);
+  const int64_t n = clients.size(0);
+  const Tensor clients_ = dense(clients);
+  const ClientKeysArgs a = client_keys_args(clients_, seed, round, attempt);
+  const uint64_t limit = uint64_t(std::ceil(std::ldexp(probability, kKeyBits)));
+
+  Tensor out;
+  run_on(
+      clients,
+      [&](auto) {
+        // At the probability 1 the shift leaves zero, and one less is the largest key.
+        const uint64_t largest = limit ? (limit << (64 - kKeyBits)) - 1 : 0;
+        std::vector<Keyed> below = smallest_keys(a, n, uint32_t(largest >> 32));
+        std::erase_if(below, [&](const Keyed& x) { return !key_below(x.first, limit); });
+        out = torch::stable::new_empty(clients, {int64_t(below.size())}, ScalarType::Long);
+        int64_t* const ids = static_cast<int64_t*>(out.mutable_data_ptr());
+        std::transform(below.begin(), below.end(), ids,
+                       [&](const Keyed& x) { return a.clients[x.second]; });
+        std::sort(ids, ids + below.size());
+      },
+      [&](auto stream) {
+        check_value(n <= INT32_MAX, "clients: expected at most 2^31 - 1 on a GPU, got ", n);
+        Tensor found = torch::stable::new_zeros(clients, {1}, ScalarType::Int);
+        Tensor chosen = torch::stable::new_empty(clients, {n}, ScalarType::Long);
+        const int64_t count =
+            gpu::sample_below(a, n, limit, static_cast<unsigned*>(found.mutable_data_ptr()),
+                              static_cast<int64_t*>(chosen.mutable_data_ptr()), stream);
+        out = sort_stable(torch::stable::narrow(chosen, 0, 0, count)).first;
+      });
+  return out;
+}
+
 }  // namespace
 
 FEDPEFT_IMPL(m) {
   m.impl("sample_negatives", TORCH_BOX(&sample_negatives));
   m.impl("client_dropout", TORCH_BOX(&client_dropout));
   m.impl("sample_clients", TORCH_BOX(&sample_clients));
+  m.impl("sample_clients_independently", TORCH_BOX(&sample_clients_independently));
 }
 
 }  // namespace fedpeft

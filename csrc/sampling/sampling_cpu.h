@@ -41,6 +41,12 @@ struct ClientDropoutArgs {
 constexpr bool sampled_by_places(int64_t count, int64_t n) { return count <= n / 16; }
 constexpr uint32_t kPlacesLayer = 1;  // of the stream of those draws
 
+// A key as a number in [0, 1) has so many bits, the first; `limit` is in units of the last of them.
+constexpr int kKeyBits = 53;
+FEDPEFT_HD FEDPEFT_INLINE bool key_below(uint64_t key, uint64_t limit) {
+  return key >> (64 - kKeyBits) < limit;
+}
+
 struct ClientKeysArgs {
   IndexArray clients;  // [n], in [0, 2^32)
   uint64_t* keys;      // [n]

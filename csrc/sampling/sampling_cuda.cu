@@ -252,6 +252,18 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
+__global__ void __launch_bounds__(kThreads, 4)
+    choose_below(ClientKeysArgs a, int64_t n, uint64_t limit, unsigned* found, int64_t* chosen) {
+  for (int64_t first = int64_t(blockIdx.x) * kThreads; first < n;
+       first += int64_t(gridDim.x) * kThreads) {
+    const int64_t i = first + threadIdx.x, client = i < n ? a.clients[i] : 0;
+    if (uint64_t(client) >> 32) FEDPEFT_BAD_INDEX("clients", client, i, int64_t{1} << 32);
+    const bool mine = i < n && key_below(client_key(a, client), limit);
+    const unsigned place = next_place(mine, found);
+    if (mine) chosen[place] = client;
+  }
+}
+
 }  // namespace
 
 void sample_negatives(const SampleNegativesArgs& a, int64_t clients, int64_t users, int64_t nnz,
@@ -296,6 +308,16 @@ void sample_places(const ClientKeysArgs& a, int64_t n, int64_t count, unsigned* 
   launch(choose_places, blocks < most ? blocks : most, kThreads, 0, stream, a, n, count, room,
          chosen);
   launch(choose_missing, 1, kThreads, 0, stream, a, n, count, room, chosen);
+}
+
+int64_t sample_below(const ClientKeysArgs& a, int64_t n, uint64_t limit, unsigned* found,
+                     int64_t* chosen, Stream stream) {
+  const int64_t blocks = (n + kThreads - 1) / kThreads, most = 8 * limits().multiprocessors;
+  launch(choose_below, blocks < most ? blocks : most, kThreads, 0, stream, a, n, limit, found,
+         chosen);
+  unsigned count = 0;
+  copy_to_host(&count, found, sizeof(count), stream);
+  return int64_t(count);
 }
 
 }  // namespace fedpeft::gpu

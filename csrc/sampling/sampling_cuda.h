@@ -27,4 +27,9 @@ void sample_clients(const ClientKeysArgs& a, int64_t n, int64_t count,
 void sample_places(const ClientKeysArgs& a, int64_t n, int64_t count, unsigned* room,
                    int64_t* chosen, Stream stream);
 
+// Writes the clients whose keys are `key_below` the limit to `chosen` [n], in any order, and
+// returns how many; `found` is zero before.
+int64_t sample_below(const ClientKeysArgs& a, int64_t n, uint64_t limit, unsigned* found,
+                     int64_t* chosen, Stream stream);
+
 }  // namespace fedpeft::gpu

@@ -19,7 +19,7 @@ from .losses import bce_loss, bpr_loss
 from .optim import client_adam_, client_sgd_
 from .rq_encode import rq_encode
 from .rq_lookup import rq_lookup
-from .sampling import client_dropout, sample_clients, sample_negatives
+from .sampling import client_dropout, sample_clients, sample_clients_independently, sample_negatives
 
 __all__ = [
     "ItemParts",
@@ -47,6 +47,7 @@ __all__ = [
     "rq_encode",
     "rq_lookup",
     "sample_clients",
+    "sample_clients_independently",
     "sample_negatives",
     "touched_rows",
 ]

@@ -1,4 +1,4 @@
-"""sample_negatives, sample_clients and client_dropout: random draws that depend on (seed, round, client,
+"""sample_negatives, samples of clients and client_dropout: random draws that depend on (seed, round, client,
 position) alone."""
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ._plain import check_index_values, philox_words
 _NEGATIVES = eager_op("sample_negatives")
 _DROPOUT = eager_op("client_dropout")
 _CLIENTS = eager_op("sample_clients")
+_INDEPENDENT = eager_op("sample_clients_independently")
 
 
 def _check_negatives(
@@ -103,12 +104,16 @@ def sample_negatives(
     return out
 
 
-def _check_clients(clients: Tensor, count: int, seed: int, round: int, attempt: int) -> None:
+def _check_keys(clients: Tensor, seed: int, round: int, attempt: int) -> None:
     check_index(clients, "clients")
     check_dim(clients, 1, "clients", "[n]")
-    check_range(count, 0, clients.size(0) + 1, "count")
     check_draw(seed, round)
     check_range(attempt, 0, 2**32, "attempt")
+
+
+def _check_clients(clients: Tensor, count: int, seed: int, round: int, attempt: int) -> None:
+    _check_keys(clients, seed, round, attempt)
+    check_range(count, 0, clients.size(0) + 1, "count")
 
 
 def sample_clients(clients: Tensor, count: int, *, seed: int, round: int, attempt: int = 0) -> Tensor:
@@ -169,6 +174,63 @@ def _fake_clients(clients: Tensor, count: int, seed: int, round: int, attempt: i
 
 
 register_not_differentiable("sample_clients")
+
+
+def _check_independent(clients: Tensor, probability: float, seed: int, round: int, attempt: int) -> None:
+    _check_keys(clients, seed, round, attempt)
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"probability: expected 0 to 1, got {probability}")
+
+
+def sample_clients_independently(
+    clients: Tensor, probability: float, *, seed: int, round: int, attempt: int = 0
+) -> Tensor:
+    """Draws each of the clients with this probability, whatever becomes of the others ("Poisson sampling").
+
+    A client takes part where its key, that of `sample_clients` as a number in [0, 1) of 53 bits, is below
+    `probability`.
+
+    Args:
+        clients: int32 or int64 [n], ids from 0 to 2^32 - 1; on a GPU at most 2^31 - 1 of them.
+        probability: 0 to 1.
+        seed: 0 to 2^63 - 1. round, attempt: 0 to 2^32 - 1.
+
+    Returns:
+        int64 [count], ascending, possibly none. `count` depends on values, so torch.compile sees it as an
+        unbacked size.
+
+    Raises:
+        ValueError: a shape or number does not fit. TypeError: an argument has the wrong type or dtype.
+        IndexError: a client is out of range.
+
+    Example:
+        >>> import torch
+        >>> sample_clients_independently(torch.arange(4), 1.0, seed=0, round=1)
+        tensor([0, 1, 2, 3])
+    """
+    _check_independent(clients, probability, seed, round, attempt)
+    out: Tensor = _INDEPENDENT(clients, probability, seed, round, attempt)
+    return out
+
+
+def sample_clients_independently_reference(
+    clients: Tensor, probability: float, *, seed: int, round: int, attempt: int = 0
+) -> Tensor:
+    """`sample_clients_independently` in NumPy."""
+    _check_independent(clients, probability, seed, round, attempt)
+    check_index_values(clients.long(), 2**32, "clients", padding=False)
+    ids = clients.cpu().numpy().astype(np.int64)
+    drawn = philox.uniform(seed, round, ids, attempt, philox.Purpose.CLIENT_SAMPLING)
+    return torch.from_numpy(np.sort(ids[drawn < probability])).to(clients.device)
+
+
+@register_fake("sample_clients_independently")
+def _fake_independent(clients: Tensor, probability: float, seed: int, round: int, attempt: int) -> Tensor:
+    _check_independent(clients, probability, seed, round, attempt)
+    return clients.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+register_not_differentiable("sample_clients_independently")
 
 
 def sample_negatives_reference(

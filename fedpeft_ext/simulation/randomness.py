@@ -29,11 +29,13 @@ def sample_clients(eligible: np.ndarray, count: int, seed: int, round: int, atte
 def sample_clients_independently(
     eligible: np.ndarray, probability: float, seed: int, round: int, attempt: int = 0
 ) -> np.ndarray:
-    """Each of the `eligible` clients (int64, ascending) with this probability, independently of the others
-    ("Poisson sampling"), by the key that `sample_clients` would sort; ascending, possibly none.
+    """Each of the `eligible` clients (int64, distinct) with this probability, independently of the others
+    ("Poisson sampling"); ascending, possibly none. See `ops.sample_clients_independently`.
     """
-    drawn = philox.uniform(seed, round, eligible, attempt, philox.Purpose.CLIENT_SAMPLING)
-    return eligible[drawn < probability]
+    chosen: np.ndarray = ops.sample_clients_independently(
+        torch.from_numpy(eligible), probability, seed=seed, round=round, attempt=attempt
+    ).numpy()
+    return chosen
 
 
 def choose_clients(

@@ -272,6 +272,11 @@ def sample_clients(d: Inputs) -> Call:
     return call(d.laid_out(ids.to(d.one_of(*INDEX)), expand=False), count, **d.draw_of(), attempt=d.size())
 
 
+def sample_clients_independently(d: Inputs) -> Call:
+    ids = d.laid_out(torch.randperm(d.size(0, 40), generator=d._generator).to(d.one_of(*INDEX)), expand=False)
+    return call(ids, d.one_of(0.4, 0.0, 1.0), **d.draw_of(), attempt=d.size())
+
+
 def client_dropout(d: Inputs) -> Call:
     shape = parameters(d)
     made = d.reals(*shape), d.clients(shape[0]), d.one_of(0.3, 0.0, 1.0)
@@ -409,6 +414,7 @@ CALLS: dict[str, Callable[[Inputs], Call]] = {
     "client_sgd_": client_sgd_,
     "sample_negatives": sample_negatives,
     "sample_clients": sample_clients,
+    "sample_clients_independently": sample_clients_independently,
     "client_dropout": client_dropout,
     "touched_rows": touched_rows,
     "accumulate_updates_": accumulate_updates_,

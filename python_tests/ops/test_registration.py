@@ -134,6 +134,7 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("touched_rows", (ITEMS,)),
     ("apply_updates_", (torch.ones(4, 5), torch.ones(4, 5).double(), torch.tensor([0, 2]), 0.5)),
     ("sample_clients", (torch.arange(5), 2, 0, 1, 2)),
+    ("sample_clients_independently", (torch.arange(5), 0.5, 0, 1, 2)),
     ("rq_encode", (torch.randn(4, 5), torch.randn(2, 3, 5))),
     (
         "client_adam_",

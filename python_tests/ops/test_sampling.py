@@ -14,6 +14,7 @@ from op_cases import FLOATS, padded_items
 from torch import Tensor
 
 from fedpeft_ext import reference
+from fedpeft_ext.ops import philox
 
 
 def interactions(users: int, num_items: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -300,6 +301,11 @@ def test_sampled_clients(
     options: dict[str, Any] = {"seed": seed, "round": round, "attempt": attempt}
     chosen = target.ops.sample_clients(clients, int(share * n), **options)
     assert torch.equal(chosen, reference.sample_clients(clients, int(share * n), **options))
+    # Probabilities that are keys themselves: the client with that key is left out.
+    keys = philox.uniform(seed, round, clients.cpu().numpy(), attempt, philox.Purpose.CLIENT_SAMPLING)
+    for p in (share, *keys[:2].tolist(), 1.0):
+        chosen = target.ops.sample_clients_independently(clients, p, **options)
+        assert torch.equal(chosen, reference.sample_clients_independently(clients, p, **options))
 
 
 def test_bad_client_samples(target: Any) -> None:
@@ -308,6 +314,9 @@ def test_bad_client_samples(target: Any) -> None:
         for count in (-1, 6):
             with pytest.raises(ValueError, match="count: expected 0 to 5"):
                 space.sample_clients(clients, count, seed=0, round=0)
+        for p in (-0.1, 1.1, float("nan")):
+            with pytest.raises(ValueError, match="probability: expected 0 to 1"):
+                space.sample_clients_independently(clients, p, seed=0, round=0)
         with pytest.raises(TypeError, match="clients: expected int32 or int64"):
             space.sample_clients(clients.float(), 1, seed=0, round=0)
         if target.device.type == "cuda":  # a device-side assertion ends the process
@@ -318,5 +327,7 @@ def test_bad_client_samples(target: Any) -> None:
             many = torch.cat([torch.arange(5000), torch.tensor([last])])
             with pytest.raises(IndexError, match="clients: "):
                 space.sample_clients(many, 400, seed=0, round=0)
+            with pytest.raises(IndexError, match="clients: "):
+                space.sample_clients_independently(many, 0.01, seed=0, round=0)
             with pytest.raises(IndexError, match="clients: "):  # of few the chosen alone are looked at
                 space.sample_clients(torch.full((5000,), last), 2, seed=0, round=0)
