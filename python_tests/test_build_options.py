@@ -111,17 +111,14 @@ def configure_with_nvcc(tmp_path: Path, option: str) -> tuple[int, str]:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("option", ["AUTO", "ON"])
-def test_with_cuda(tmp_path: Path, option: str) -> None:
-    code, text = configure_with_nvcc(tmp_path, option)
-    assert f"FEDPEFT_CUDA={option}: building CUDA kernels for sm_75,sm_80,sm_90" in text
+def test_with_cuda(tmp_path: Path) -> None:
+    code, text = configure_with_nvcc(tmp_path, "ON")
+    assert "FEDPEFT_CUDA=ON: building CUDA kernels for sm_75,sm_80,sm_90" in text
     assert code == 0, text
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize(
-    ("listed", "found"), [("9.0", "sm_90 with"), ("8.0;9.0+PTX", "sm_80,sm_90 with"), ("Hopper", None)]
-)
+@pytest.mark.parametrize(("listed", "found"), [("8.0;9.0+PTX", "sm_80,sm_90 with"), ("Hopper", None)])
 def test_architectures_as_torch_is_told(
     tmp_path: Path, listed: str, found: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +129,7 @@ def test_architectures_as_torch_is_told(
         assert "TORCH_CUDA_ARCH_LIST: expected numbers such as 8.0 or 9.0+PTX, got Hopper" in text
     else:
         assert code == 0, text
-        assert f"building CUDA kernels for {found}" in text
+        assert f"FEDPEFT_CUDA=AUTO: building CUDA kernels for {found}" in text
 
 
 @pytest.mark.parametrize(

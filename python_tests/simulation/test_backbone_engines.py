@@ -37,7 +37,7 @@ def fast_engines(backbone: str, strategy: str, **changes: Any) -> list[str]:
 def of(backbone: str, strategy: str, **changes: Any) -> dict[str, Any]:
     """Settings of a short run: the sequential engine is slow."""
     small: dict[str, Any] = {"training.rounds": 2, "training.clients_per_round": 5}
-    if backbone != "fedpergnn":
+    if backbone in ("fedncf", "pfedrec"):
         small["backbone.hidden"] = "[12, 20]"
     return {"backbone.name": backbone, "embedding.name": strategy, **small, **changes}
 
@@ -139,7 +139,7 @@ def test_same_bits_for_any_chunks_and_threads(
 def test_fedprox_agrees_between_engines_and_pulls_back(
     dataset: Dataset, pretrained: Pretrained, backbone: str, strategy: str, changes: dict[str, Any]
 ) -> None:
-    changes = {"backbone.name": backbone, "embedding.name": strategy, "dtype": "float64", **changes}
+    changes = of(backbone, strategy, dtype="float64", **changes)
     changes |= {"training.prox_mu": 0.7, "training.local_epochs": 3}
     prox = trained(dataset, pretrained, **changes)
     assert_equal(prox, trained(dataset, pretrained, **changes, engine="sequential"), 1e-9)

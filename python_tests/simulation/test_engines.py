@@ -112,7 +112,7 @@ def test_engines_equal_sequential(
         {"training.prox_mu": 0.5},
         {"training.prox_mu": 0.5, "embedding.name": "p-lora", "training.batch_size": 4},
         {"training.prox_mu": 0.5, "embedding.name": "c-hash+senet"},
-        {"training.warmup_rounds": 2},
+        {"training.warmup_rounds": 2, "training.rounds": 3},
         {"embedding.freeze_full": False},
         {"embedding.freeze_full": False, "embedding.name": "p-lora"},
         {"embedding.freeze_full": False, "embedding.name": "p-rq+lora"},
@@ -128,7 +128,7 @@ def test_engines_equal_sequential(
 def test_settings_agree_between_engines(
     dataset: Dataset, pretrained: Pretrained, changes: dict[str, Any]
 ) -> None:
-    changes = {"dtype": "float64", "training.lr": 0.01, **changes}
+    changes = {"dtype": "float64", "training.lr": 0.01, "training.rounds": 2, **changes}
     sequential = trained(dataset, pretrained, **changes, engine="sequential")
     assert_equal(trained(dataset, pretrained, **changes, engine="batched"), sequential, 1e-9)
     assert_equal(trained(dataset, pretrained, **changes, engine="fused"), sequential, 1e-9)
@@ -150,17 +150,14 @@ def test_same_bits_for_any_chunks_and_threads(
         "embedding.name": strategy,
         "training.batch_size": batch_size,
         "training.clients_per_round": 1.0,
+        "training.rounds": 2,
         "engine": engine,
     }
     results = []
-    # One chunk; one client a chunk (no memory); cut wherever padding is saved; each with one and several
-    # threads.
-    for chunk_memory, overhead in ((1e6, 10**9), (1e-6, 10**9), (1e6, 0), (0.05, 4)):
+    # One chunk; one client a chunk (no memory); cut wherever padding is saved; both.
+    for chunk_memory, overhead, count in ((1e6, 10**9, 1), (1e-6, 10**9, 3), (1e6, 0, 2), (0.05, 4, 1)):
         monkeypatch.setattr(batched_module, "CHUNK_OVERHEAD", overhead)
-        for count in (1, 3):
-            results.append(
-                trained(dataset, pretrained, **changes, chunk_memory_mb=chunk_memory, threads=count)
-            )
+        results.append(trained(dataset, pretrained, **changes, chunk_memory_mb=chunk_memory, threads=count))
     for state, losses in results[1:]:
         assert losses == results[0][1]
         for name, value in state.items():
