@@ -91,7 +91,7 @@ Tensor client_layer(const Tensor& x, const Tensor& weight, const Tensor& bias, c
             torch::stable::new_empty(x, {count * a.tasks * a.scratch_size}, accumulator);
         a.packed = packed.mutable_data_ptr();
         a.scratch = scratch.mutable_data_ptr();
-        const ClientLayerKernels& kernels = select_client_layer_kernels();
+        const ClientLayerKernels& kernels = select_wide_client_layer_kernels();
         parallel_ranges(count, a.in * a.out_width, [&](int64_t begin, int64_t end) {
           kernels.pack[int(dtype)](a, begin, end);
         });
@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> client_layer_backward(const Tensor& grad, con
         a.scratch_size = layer_backward_scratch(a.in, a.out_width);
         Tensor scratch = torch::stable::new_empty(x, {count * a.scratch_size}, accumulator);
         a.scratch = scratch.mutable_data_ptr();
-        const auto kernel = select_client_layer_kernels().backward[int(dtype)];
+        const auto kernel = select_wide_client_layer_kernels().backward[int(dtype)];
         parallel_ranges(count, a.positions * a.in * a.out_width / 4,
                         [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
       },

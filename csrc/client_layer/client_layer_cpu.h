@@ -62,6 +62,6 @@ struct ClientLayerKernels {
   void (*backward[kDTypes])(const ClientLayerArgs&, int64_t begin, int64_t end);
 };
 
-FEDPEFT_DECLARE_KERNELS(ClientLayerKernels, client_layer_kernels)
+FEDPEFT_DECLARE_WIDE_KERNELS(ClientLayerKernels, client_layer_kernels)
 
 }  // namespace fedpeft

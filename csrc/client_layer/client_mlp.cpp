@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor> client_mlp(const Tensor& x, std::vector<Tensor> weigh
     scratch = std::max(scratch, layer_forward_scratch(m.inputs(l), m.widths[l]));
   }
   const int64_t accumulator = std::max<int64_t>(m.element, 4);
-  const ClientLayerKernels& layers = select_client_layer_kernels();
+  const ClientLayerKernels& layers = select_wide_client_layer_kernels();
   const DotScoresKernels& dots = select_dot_scores_kernels();
   const int dtype = int(m.dtype);
   parallel_ranges(m.clients, m.work / 8, [&](int64_t begin, int64_t end) {
@@ -204,7 +204,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor> client_mlp_
     scratch = std::max(scratch, layer_backward_scratch(m.inputs(l), m.widths[l]));
   }
   const int64_t accumulator = std::max<int64_t>(m.element, 4);
-  const ClientLayerKernels& layers = select_client_layer_kernels();
+  const ClientLayerKernels& layers = select_wide_client_layer_kernels();
   const DotScoresKernels& dots = select_dot_scores_kernels();
   const int dtype = int(m.dtype);
   parallel_ranges(m.clients, m.work / 4, [&](int64_t begin, int64_t end) {

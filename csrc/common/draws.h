@@ -19,9 +19,9 @@ constexpr int64_t kDrawBatch = kVectors * kPerVector;
 
 // Products of the low halves of the lanes.
 FEDPEFT_INLINE Lanes multiply_low(Lanes a, Lanes b) {
-#if defined(__AVX512F__)
+#if FEDPEFT_VEC_BYTES == 64
   return (Lanes)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
+#elif FEDPEFT_VEC_BYTES == 32
   return (Lanes)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
   return (Lanes)_mm_mul_epu32((__m128i)a, (__m128i)b);

@@ -12,7 +12,9 @@
 
 #include "common/types.h"
 
-#if defined(__AVX512F__)
+// FEDPEFT_WIDE: AVX-512 registers at their full width. Work on rows of a few lines, as training by
+// dot products does, is faster with the halves.
+#if defined(__AVX512F__) && defined(FEDPEFT_WIDE)
 #define FEDPEFT_VEC_BYTES 64
 #elif defined(__AVX2__)
 #define FEDPEFT_VEC_BYTES 32

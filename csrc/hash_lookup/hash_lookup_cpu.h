@@ -49,6 +49,6 @@ struct HashLookupKernels {
   void (*finish[kDTypes])(const HashLookupArgs&, int64_t begin, int64_t end);
 };
 
-FEDPEFT_DECLARE_KERNELS(HashLookupKernels, hash_lookup_kernels)
+FEDPEFT_DECLARE_WIDE_KERNELS(HashLookupKernels, hash_lookup_kernels)
 
 }  // namespace fedpeft

@@ -72,7 +72,7 @@ template <typename Train>
 [[maybe_unused]] void train_on_cpu(const LocalTrainArgs& a, const std::vector<int64_t>& sizes,
                                    const std::vector<int64_t>& order, int64_t threads, DType dtype,
                                    const Tensor& like, const Train& train) {
-  const LocalTrainKernels& kernels = select_local_train_kernels();
+  const LocalTrainKernels& kernels = local_train_kernels_for(a);
   const int64_t C = int64_t(order.size());
   // Not always the most for the most items: the maps of rows change their kind.
   int64_t bytes = 0, draws_bytes = 0, known = -1;
@@ -502,7 +502,7 @@ local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
   run_on(
       user,
       [&](auto) {
-        const auto train = select_local_train_kernels().train[int(call.dtype)];
+        const auto train = local_train_kernels_for(call.args).train[int(call.dtype)];
         train_on_cpu(a, call.sizes, largest_first(call.sizes), threads_for(C), call.dtype, user,
                      [&](int64_t, int64_t c, const void* drawn, const void* ahead, void* scratch) {
                        train(a, c, drawn, ahead, scratch, nullptr, 0.0);
@@ -683,7 +683,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> local_train_sum_(
   std::vector<std::vector<int64_t>> fresh(
       static_cast<size_t>(threads));  // rows; as many as `counts` are filled
   std::vector<int64_t> counts(static_cast<size_t>(threads), 0);
-  const auto train = select_local_train_kernels().train[int(call.dtype)];
+  const auto train = local_train_kernels_for(a).train[int(call.dtype)];
   train_on_cpu(a, call.sizes, order, threads, call.dtype, user,
                [&](int64_t t, int64_t c, const void* drawn, const void* ahead, void* scratch) {
                  LocalSums& mine = shared.of(t);

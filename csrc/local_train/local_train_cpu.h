@@ -111,6 +111,12 @@ struct LocalTrainKernels {
                    void* scratch, LocalSums* sums, double weight);
 };
 
+// The wide ones are for training with an MLP.
 FEDPEFT_DECLARE_KERNELS(LocalTrainKernels, local_train_kernels)
+FEDPEFT_DECLARE_WIDE_KERNELS(LocalTrainKernels, local_train_kernels)
+
+inline const LocalTrainKernels& local_train_kernels_for(const LocalTrainArgs& a) {
+  return a.layers ? select_wide_local_train_kernels() : select_local_train_kernels();
+}
 
 }  // namespace fedpeft

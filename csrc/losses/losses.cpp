@@ -81,7 +81,7 @@ Tensor forward(const Tensor& positive, const Tensor& negative, const Tensor& ite
         in.host_counts();
         std::vector<double> sums(in.counts.size());
         in.args.sums = sums.data();
-        const LossKernels& kernels = select_loss_kernels();
+        const LossKernels& kernels = select_wide_loss_kernels();
         in.run((loss == Loss::bpr ? kernels.bpr : kernels.bce)[in.kernel], 20);
         const auto write_means = [&](auto* means) {
           using T = std::remove_pointer_t<decltype(means)>;
@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& positive,
       positive,
       [&](auto) {
         in.host_counts();
-        const LossKernels& kernels = select_loss_kernels();
+        const LossKernels& kernels = select_wide_loss_kernels();
         in.run(kernels.count, 1);
         const bool single = grad.scalar_type() == ScalarType::Float;
         const Tensor grad_ = dense(single ? grad : as_dtype(grad, ScalarType::Double));

@@ -35,6 +35,6 @@ struct LossKernels {
   void (*count)(const LossArgs&, int64_t begin, int64_t end);
 };
 
-FEDPEFT_DECLARE_KERNELS(LossKernels, loss_kernels)
+FEDPEFT_DECLARE_WIDE_KERNELS(LossKernels, loss_kernels)
 
 }  // namespace fedpeft

@@ -44,7 +44,7 @@ Tensor rq_encode(const Tensor& x, const Tensor& codebooks) {
   run_on(
       x,
       [&](auto) {
-        const RqEncodeKernels& kernels = select_rq_encode_kernels();
+        const RqEncodeKernels& kernels = select_wide_rq_encode_kernels();
         const int kernel = int(dtype);
         const int64_t accumulator_bytes = dtype == DType::f64 ? 8 : 4;
         const Buffer packed = aligned_buffer(kernels.packed_size[kernel](a) * accumulator_bytes);

@@ -30,6 +30,6 @@ struct RqEncodeKernels {
   void (*encode[kDTypes])(const RqEncodeArgs&, int64_t begin, int64_t end, void* scratch);
 };
 
-FEDPEFT_DECLARE_KERNELS(RqEncodeKernels, rq_encode_kernels)
+FEDPEFT_DECLARE_WIDE_KERNELS(RqEncodeKernels, rq_encode_kernels)
 
 }  // namespace fedpeft

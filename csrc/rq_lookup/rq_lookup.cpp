@@ -48,7 +48,7 @@ Tensor rq_lookup(const Tensor& items, const Tensor& codes, const Tensor& codeboo
   run_on(
       codebooks,
       [&](auto) {
-        const auto kernel = select_rq_lookup_kernels().forward[int(dtype)];
+        const auto kernel = select_wide_rq_lookup_kernels().forward[int(dtype)];
         parallel_ranges(layout.total(), (L + 1) * D,
                         [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
         raise_errors(a);
@@ -90,7 +90,7 @@ Tensor rq_lookup_backward(const Tensor& grad, const Tensor& items, const Tensor&
   run_on(
       grad,
       [&](auto) {
-        const RqLookupKernels& kernels = select_rq_lookup_kernels();
+        const RqLookupKernels& kernels = select_wide_rq_lookup_kernels();
         Tensor sum = per_client ? torch::stable::new_empty(grad, shape, accumulator)
                                 : torch::stable::new_zeros(grad, shape, accumulator);
         a.grad_codebooks = sum.mutable_data_ptr();

@@ -30,6 +30,6 @@ struct RqLookupKernels {
   void (*backward_entries[kDTypes])(const RqLookupArgs&, const int64_t* entries, int64_t count);
 };
 
-FEDPEFT_DECLARE_KERNELS(RqLookupKernels, rq_lookup_kernels)
+FEDPEFT_DECLARE_WIDE_KERNELS(RqLookupKernels, rq_lookup_kernels)
 
 }  // namespace fedpeft

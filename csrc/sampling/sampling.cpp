@@ -94,7 +94,7 @@ Tensor sample_negatives(const Tensor& items, const Tensor& clients, const Tensor
       [&](auto) {
         check_clients(a.clients, items.size(0), indptr.size(0) - 1);
         check_positives(a, items.size(0), indices.size(0));
-        const auto kernel = select_sampling_kernels().negatives;
+        const auto kernel = select_wide_sampling_kernels().negatives;
         parallel_ranges(items.size(0) * epochs * a.blocks,
                         30 * std::min(a.positions, kNegativesBlock),
                         [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
@@ -136,7 +136,7 @@ Tensor client_dropout(const Tensor& x, const Tensor& clients, double p, int64_t 
       x,
       [&](auto) {
         check_clients(a.clients, x.size(0), int64_t{1} << 32);
-        const auto kernel = select_sampling_kernels().dropout[int(dtype)];
+        const auto kernel = select_wide_sampling_kernels().dropout[int(dtype)];
         parallel_ranges(x.size(0) * a.blocks, 4 * std::min(a.size, kDropoutBlock),
                         [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
       },
@@ -149,7 +149,7 @@ using Keyed = std::pair<uint64_t, int64_t>;  // key, place: equal keys go by pla
 // The clients whose keys have high halves of at most `bound`, in any order.
 [[maybe_unused]] std::vector<Keyed> smallest_keys(const ClientKeysArgs& a, int64_t n,
                                                   uint32_t bound) {
-  const SamplingKernels& kernels = select_sampling_kernels();
+  const SamplingKernels& kernels = select_wide_sampling_kernels();
   std::vector<Keyed> smallest;
   std::mutex mutex;
   std::atomic<bool> bad_id = false;
@@ -180,7 +180,7 @@ using Keyed = std::pair<uint64_t, int64_t>;  // key, place: equal keys go by pla
 // find too many, so that they may be made at once.
 [[maybe_unused]] void sample_places(const ClientKeysArgs& a, int64_t n, int64_t count,
                                     int64_t* ids) {
-  const auto draw = select_sampling_kernels().client_places;
+  const auto draw = select_wide_sampling_kernels().client_places;
   std::vector<uint64_t> chosen(size_t(n / 64 + 1));  // a bit a place
   std::array<int64_t, kKeysBlock> places;
   int64_t drawn = 0;

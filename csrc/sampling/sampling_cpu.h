@@ -71,6 +71,6 @@ struct SamplingKernels {
                         int64_t* places);
 };
 
-FEDPEFT_DECLARE_KERNELS(SamplingKernels, sampling_kernels)
+FEDPEFT_DECLARE_WIDE_KERNELS(SamplingKernels, sampling_kernels)
 
 }  // namespace fedpeft
