@@ -133,13 +133,17 @@ class ItemEmbedding(nn.Module, ABC):
 
         Returns:
             [*items.shape, embedding_dim], zero at -1 and at `padding_idx`.
+
+        Raises:
+            TypeError: `items` are not int32 or int64. IndexError: an id, or a row, out of range (on CUDA a
+                device-side assertion).
         """
         items = self._masked(items if isinstance(items, Items) else Items(items))
         base = self.base
         if base is None or "base" not in self._parameters:
             return self._lookup(items, base)
         # A trained base is one more table indexed by item: a client holds only the rows it touches.
-        return self._lookup(items, None) + ops.client_embedding(row_index(items), base)
+        return self._lookup(items, None) + read_rows(base, items)
 
     def _masked(self, items: Items) -> Items:
         for name, index in zip(Items._fields, items, strict=True):
@@ -195,9 +199,18 @@ class ItemEmbedding(nn.Module, ABC):
         return text
 
 
-def row_index(items: Items) -> Tensor:
-    """What indexes an item-indexed parameter: the rows where given, else the ids."""
-    return items.ids if items.rows is None else items.rows
+def read_rows(table: Tensor, items: Items) -> Tensor:
+    """Rows of an item-indexed `table` [(C,) R, D]: at the rows where given, else at the ids.
+
+    Raises:
+        IndexError: one is out of range; named as the caller of the module gave it, `rows` or `items`.
+    """
+    if items.rows is not None:
+        return ops.client_embedding(items.rows, table)
+    try:
+        return ops.client_embedding(items.ids, table)
+    except IndexError as error:
+        raise IndexError(f"items{str(error).removeprefix('rows')}") from None
 
 
 def require_positive(**sizes: int) -> None:

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fedpeft_ext import ops
 from fedpeft_ext.nn.embedding import (
     BaseOptions,
     ItemEmbedding,
     draw_normal,
     new_parameter,
+    read_rows,
     require_std,
     require_table,
-    row_index,
 )
 from fedpeft_ext.nn.items import Items
 
@@ -85,8 +84,8 @@ class FullEmbedding(ItemEmbedding):
         return table
 
     def _lookup(self, items: Items, base: Tensor | None) -> Tensor:
-        vectors = ops.client_embedding(row_index(items), self._trained())
-        return vectors if base is None else vectors + ops.client_embedding(items.ids, base)
+        vectors = read_rows(self._trained(), items)
+        return vectors if base is None else vectors + read_rows(base, Items(items.ids))
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -528,7 +528,23 @@ def test_wrong_input(call: Callable[[], object], error: type[Exception], message
         call()
 
 
+@pytest.mark.parametrize("bad", [I, -2])
+@pytest.mark.parametrize("freeze", [None, True, False], ids=["alone", "plugged", "trained-base"])
 @every
-def test_out_of_range_ids_raise(make: Make) -> None:
-    with pytest.raises(IndexError):
-        make(base=BASE)(torch.tensor([0, I]))
+def test_ids_out_of_range_are_named_as_the_caller_gave_them(
+    make: Make, freeze: bool | None, bad: int
+) -> None:
+    module = make() if freeze is None else make(base=BASE, freeze_base=freeze)
+    if isinstance(module, HashEmbedding) and freeze is None and bad > 0:
+        assert module(torch.tensor([bad])).any()  # any id has its hashes
+        return
+    with pytest.raises(IndexError, match=f"^items: index {bad} at position 1 is out of range"):
+        module(torch.tensor([0, bad]))
+
+
+@pytest.mark.parametrize(("ids", "rows", "name"), [([0, 1], [0, I], "rows"), ([0, I], [0, 1], "items")])
+def test_rows_out_of_range_are_told_from_ids(ids: list[int], rows: list[int], name: str) -> None:
+    items = Items(torch.tensor(ids), torch.tensor(rows))
+    for module in (FullEmbedding(I, D, base=BASE), LoRAEmbedding(I, D, base=BASE)):
+        with pytest.raises(IndexError, match=f"^{name}: index 20 at position 1"):
+            module(items)
