@@ -51,7 +51,9 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
         info["isa_in_use"] = isa_name(fedpeft::cpu_isa());
         info["cuda_archs"] = split(FEDPEFT_CUDA_ARCHS);
         info["cuda"] = pybind11::len(info["cuda_archs"]) > 0;
+        info["library_sha256"] = FEDPEFT_LIBRARY_SHA256;
         return info;
       },
-      "Build facts: torch version, compiler, instruction sets, CUDA architectures.");
+      "Build facts: torch version, compiler, instruction sets, CUDA architectures, SHA-256 of the "
+      "schemas' file csrc/library.cpp.");
 }
