@@ -9,7 +9,8 @@ choice.
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import polars as pl
 import torch
@@ -55,26 +56,37 @@ def bytes_up(config: Config, dataset: Dataset) -> int:
     return traffic(model).up
 
 
-def candidates(context: Context, budget: float) -> list[Variant]:
+@dataclass(frozen=True)
+class Candidate(Variant):
+    """A variant, and its embedding with its size in short, for a picture: "p-rq 3 × 128"."""
+
+    short: str
+
+
+def _candidate(name: str, option: Mapping[str, int]) -> Candidate:
+    size = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in option.items())
+    words = {"rank": "rank {rank}", "table_size": "{table_size} rows", "levels": "{levels} × {codebook_size}"}
+    short = ", ".join(text.format(**option) for key, text in words.items() if key in option)
+    settings = (f"embedding.name={name}", *(f"embedding.{key}={value}" for key, value in option.items()))
+    return Candidate({"embedding": name, "size": size}, settings, f"{name} {short}".rstrip())
+
+
+def candidates(context: Context, budget: float) -> list[Candidate]:
     """Embeddings and sizes that send at most `budget` bytes a round.
 
     Raises:
         ValueError: none does; the message names the smallest.
     """
-    found: list[tuple[int, Variant]] = []
+    found: list[tuple[int, Candidate]] = []
     for name in context.embeddings(EMBEDDINGS):
         options: list[dict[str, int]] = [{}]
         for part in parse_spec(name).parts:
             sizes = SIZES.get(part.partition("+")[0], ({},))
             options = [{**left, **right} for left in options for right in sizes]
         for option in options:
-            settings = (
-                f"embedding.name={name}",
-                *(f"embedding.{key}={value}" for key, value in option.items()),
-            )
-            size = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in option.items())
-            sent = bytes_up(context.config.updated(settings), context.dataset)
-            found.append((sent, Variant({"embedding": name, "size": size}, settings)))
+            candidate = _candidate(name, option)
+            sent = bytes_up(context.config.updated(candidate.settings), context.dataset)
+            found.append((sent, candidate))
     fitting = [variant for sent, variant in found if sent <= budget]
     if not fitting:
         sent, smallest = min(found, key=lambda pair: pair[0])
@@ -122,8 +134,9 @@ def run(context: Context) -> Findings:
         return Findings(tables, (), answers)
     grid = context.train(everything)
     table, sentence = _check(context, grid, chosen, metric, seconds)
+    short = {tuple(candidate.labels.values()): candidate.short for candidate in everything}
     labels = [
-        f"{row['embedding']} {_short(row['size'])}{' (chosen)' * _is(row, chosen)}"
+        f"{short[row['embedding'], row['size']]}{' (chosen)' * _is(row, chosen)}"
         for row in table.frame.rows(named=True)
     ]
     pictures = bytes_picture(
@@ -137,7 +150,7 @@ def run(context: Context) -> Findings:
 
 
 def _halve(
-    context: Context, left: list[Variant], metric: str
+    context: Context, left: Sequence[Variant], metric: str
 ) -> tuple[Variant, list[dict[str, object]], float]:
     """The candidate that is left, a row for each pilot (best first in each rung), and the pilots' seconds."""
     training = context.config.training
@@ -190,12 +203,6 @@ def _check(
         f"{100 * (best[metric] - own[metric]):.2f} points behind the best{spread}; the pilots took "
         f"{seconds / one_seed:.0%} of the time of the grid with one seed."
     )
-
-
-def _short(size: str) -> str:
-    """A size for a picture: "3 × 128" for levels and codebook size, "512 rows" for a table."""
-    size = re.sub(r"levels (\d+), codebook size (\d+)", r"\1 × \2", size)
-    return re.sub(r"table size (\d+)", r"\1 rows", size)
 
 
 def _seconds(trained: Trained) -> float:
