@@ -1,6 +1,6 @@
-"""Draws docs/curves.png: HR@10 of FedMF on ML-100K over the rounds, seeds 0 to 2, with and without warm-up.
+"""Draws docs/pictures/curves.png: HR@10 of FedMF on ML-100K over the rounds, with and without warm-up.
 
-python docs/draw_curves.py    # trains for some minutes; also prints the table of docs/results.md
+python docs/draw_curves.py    # trains for some minutes, seeds 0 to 2; prints the table of docs/results.md
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def main() -> None:
         at = [f"{lines[label][rounds.index(place)].y:.3f}" for place in (20, 60, 120, 200, ROUNDS)]
         ends = [curve[-1] for curve in curves]
         print(f"| {label} | {' | '.join(at)} | {min(ends):.3f} to {max(ends):.3f} |", flush=True)
-    plot_lines(lines, ROOT / "docs/curves.png", xlabel="round", ylabel="HR@10", title="fedmf on ml-100k")
+    picture = ROOT / "docs/pictures/curves.png"
+    plot_lines(lines, picture, xlabel="round", ylabel="HR@10", title="fedmf on ml-100k")
 
 
 if __name__ == "__main__":
