@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -367,7 +368,7 @@ def _encode(s: Sizes, draw: Draw) -> Case:
     )
 
 
-def _train(s: Sizes, draw: Draw, kind: str, graph: bool = False) -> Case:
+def _train(s: Sizes, draw: Draw, kind: str, graph: bool = False, mlp: str = "") -> Case:
     from fedpeft_ext import reference
 
     count, steps = max(s.C // 4, 2), 2  # clients, each of met items; epochs
@@ -382,7 +383,14 @@ def _train(s: Sizes, draw: Draw, kind: str, graph: bool = False) -> Case:
     )
     half = draw.dtype in (torch.float16, torch.bfloat16)  # which it does not train in
     numbers = Draw(draw.device, torch.float32) if half else draw
-    user, base = numbers.floats(count, s.D), numbers.floats(s.I, s.D)
+    user = numbers.floats(count, 0 if mlp == "own" else s.D)
+    base = numbers.floats(s.I, s.D)
+    layers: list[Tensor] = []
+    if mlp:
+        widths = (user.size(1) + s.D, s.D, 2 * s.D, s.D)  # FedNCF's three, with D for 64
+        shapes = [shape for i, o in pairwise(widths) for shape in ((o, i), (o,))]
+        lead = (count,) if mlp == "own" else ()
+        layers = [numbers.floats(*lead, *shape) / shape[-1] ** 0.5 for shape in (*shapes, (s.D,))]
     trained: dict[str, Tensor] = {}
     codes = hashes = None
     if kind == "LoRA":
@@ -403,11 +411,14 @@ def _train(s: Sizes, draw: Draw, kind: str, graph: bool = False) -> Case:
                 optimizer="sgd",
                 lr=0.1,
                 graph=graph,
+                mlp=layers,
+                dropout=0.5 if mlp else 0.0,
                 seed=1,
                 round=2,
             )
         # Without the rows of A, whose order is the op's own.
-        return tuple(getattr(updates, name) for name in ("user", "losses", *trained) if name != "A")
+        named = tuple(getattr(updates, name) for name in ("user", "losses", *trained) if name != "A")
+        return (*named, *updates.mlp)
 
     def read(table: Tensor) -> int:
         # Positives and negatives, nearly all of them different rows.
@@ -415,14 +426,17 @@ def _train(s: Sizes, draw: Draw, kind: str, graph: bool = False) -> Case:
 
     whole = [t for name, t in trained.items() if name != "A"]
     moved = 2 * size(positives, user) + read(base) + sum(size(t) * (1 + count) for t in whole)
+    moved += size(*layers) * (2 if mlp == "own" else 1 + count)
     if "A" in trained:
         moved += read(trained["A"]) + count * met * (1 + steps) * (8 + s.r * user.element_size())
+    weights = sum(t.numel() for t in layers) // (count if mlp == "own" else 1)
     return Case(
         call,
-        (user, base, *trained.values()),
+        (user, base, *trained.values(), *layers),
         moved + (0 if codes is None else read(codes)),
         compiles=False,  # its twin loops over the clients
         capturable="it waits for the device to know its clients' sizes, and for errors",
+        flops=6 * 2 * count * met * steps * weights,  # forward, and the gradients of weights and inputs
         tolerance=1e-3,
     )
 
@@ -455,4 +469,6 @@ CASES: dict[str, Callable[[Sizes, Draw], Case]] = {
     "local_train, RQ": lambda s, d: _train(s, d, "RQ"),
     "local_train, hash": lambda s, d: _train(s, d, "hash"),
     "local_train, graph with LoRA": lambda s, d: _train(s, d, "LoRA", graph=True),
+    "local_train, MLP with LoRA": lambda s, d: _train(s, d, "LoRA", mlp="shared"),
+    "local_train, own MLPs with RQ": lambda s, d: _train(s, d, "RQ", mlp="own"),
 }

@@ -41,13 +41,17 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = ["build", "tests", "memcheck", "racecheck", "streams", "graphs", "large", "benchmark", "simulator"]
 NEEDS_GPU = ["build", "memcheck", "racecheck"]
 KERNEL_STEPS = ["streams", "graphs", "large", "benchmark"]  # of benchmarks.gpu_kernels
-# Synthetic data (users, items, interactions of a user) and clients of a round.
+# Synthetic data (users, items, interactions of a user), clients of a round, and the backbone.
 FEDERATIONS = {
-    "ML-100K's shape, 94 clients a round": (943, 1682, 106, "94"),
-    "ML-100K's shape, all 943": (943, 1682, 106, "1.0"),
-    "20,000 users with 100 of 20,000 items, all": (20_000, 20_000, 100, "1.0"),
+    "ML-100K's shape, 94 clients a round": (943, 1682, 106, "94", "fedmf"),
+    "FedNCF, ML-100K's shape, 94 clients a round": (943, 1682, 106, "94", "fedncf"),
+    "PFedRec, ML-100K's shape, 94 clients a round": (943, 1682, 106, "94", "pfedrec"),
+    "ML-100K's shape, all 943": (943, 1682, 106, "1.0", "fedmf"),
+    "FedNCF, ML-100K's shape, all 943": (943, 1682, 106, "1.0", "fedncf"),
+    "20,000 users with 100 of 20,000 items, all": (20_000, 20_000, 100, "1.0", "fedmf"),
 }
 TRAINED = "full,p-lora,p-hash,p-hash+senet,p-rq"
+MLP_TRAINED = "full,p-lora,p-hash,p-rq"  # `fused` knows no SENet beside an MLP
 # What the simulator, data and command line import beyond the ops and modules.
 SIMULATOR = [
     "polars",
@@ -163,13 +167,15 @@ def kernel_command(step: str, dry: bool, out: Path) -> list[str]:
     return [*command, "--emulated"] if dry else command
 
 
-def engines_command(shape: tuple[int, int, int, str], dry: bool, out: Path) -> list[str]:
-    users, items, each, clients = (60, 300, 10, "9") if dry else shape
+def engines_command(shape: tuple[int, int, int, str, str], dry: bool, out: Path) -> list[str]:
+    users, items, each, clients = (60, 300, 10, "9") if dry else shape[:4]
+    backbone = shape[4]
     options = {"num_users": users, "num_items": items, "interactions_per_user": each, "item_text": "false"}
     settings = {
         "device": "cpu" if dry else "cuda",
         "training.clients_per_round": clients,
         "chunk_memory_mb": 4096,
+        "backbone.name": backbone,
     }
     return [
         *(
@@ -179,7 +185,7 @@ def engines_command(shape: tuple[int, int, int, str], dry: bool, out: Path) -> l
             "--dataset",
             "synthetic",
             "--embeddings",
-            TRAINED,
+            TRAINED if backbone == "fedmf" else MLP_TRAINED,
         ),
         *("--engines", "fused,batched", "--rounds", "2" if dry else "10", "--json", str(out)),
         *(word for key, value in options.items() for word in ("--option", f"{key}={value}")),
@@ -193,7 +199,7 @@ def simulator(dry: bool, folder: Path) -> dict[str, Any]:
     if absent:
         return {"note": f"skipped: {', '.join(absent)} not installed"}
     rates: dict[str, Any] = {}
-    for name, shape in list(FEDERATIONS.items())[: 1 if dry else None]:
+    for name, shape in list(FEDERATIONS.items())[: 2 if dry else None]:
         call(engines_command(shape, dry, folder / "engines.json"))
         rates[name] = {}
         for row in json.loads((folder / "engines.json").read_text())["results"]:
@@ -312,12 +318,13 @@ def simulator_table(rates: dict[str, Any]) -> list[str]:
     names = TRAINED.split(",")
     return [
         "",
-        "Federated training (FedMF, width 32, Adam, 2 local epochs), clients/s of the median round.",
+        "Federated training (FedMF or what is named, width 32, Adam, 2 local epochs), clients/s of the "
+        "median round.",
         "",
         *_table(
             ["federation", "engine", *names],
             [
-                [name, f"`{engine}`", *(f"{row[e]:,.0f}" for e in names)]
+                [name, f"`{engine}`", *(f"{row[e]:,.0f}" if e in row else "" for e in names)]
                 for name, engines in rates.items()
                 for engine, row in engines.items()
             ],

@@ -16,44 +16,8 @@ namespace {
 
 constexpr int kWarps = kTileThreads / kWarp;
 
-// Stores the four columns of a thread that are below `columns`, by V where rows allow.
-template <int V, typename T>
-FEDPEFT_DEVICE void store_columns(T* to, const Sum<acc_t<T>, kTileColumns>& sums, int columns) {
-  constexpr int kWidth = V < kTileColumns ? V : kTileColumns;
-#pragma unroll
-  for (int v = 0; v < kTileColumns; v += kWidth) {
-    if (v >= columns) break;
-    Sum<acc_t<T>, kWidth> part;
-#pragma unroll
-    for (int w = 0; w < kWidth; ++w) part.at[w] = sums.at[v + w];
-    part.store(to + v);
-  }
-}
-
-// ReLU, and dropout of elements [element, element + 4) of the client's output.
-template <typename A>
-FEDPEFT_DEVICE void activate(const ClientLayerArgs& a, uint32_t client, int64_t element,
-                             Sum<A, kTileColumns>& sums) {
-#pragma unroll
-  for (int v = 0; v < kTileColumns; ++v) sums.at[v] = sums.at[v] < A(0) ? A(0) : sums.at[v];
-  if (!a.drop) return;
-  uint32_t word[8] = {};
-  const PhiloxBlock first = philox(uint32_t(element / 4), client, a.round, a.stream, a.seed);
-#pragma unroll
-  for (int w = 0; w < 4; ++w) word[w] = first.word[w];
-  if (element % 4) {
-    const PhiloxBlock next = philox(uint32_t(element / 4 + 1), client, a.round, a.stream, a.seed);
-#pragma unroll
-    for (int w = 0; w < 4; ++w) word[4 + w] = next.word[w];
-    // Moved down in two steps: an index known only at run time would move the words to memory.
-#pragma unroll
-    for (int w = 0; w < 7; ++w) word[w] = element & 1 ? word[w + 1] : word[w];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) word[w] = element & 2 ? word[w + 2] : word[w];
-  }
-#pragma unroll
-  for (int v = 0; v < kTileColumns; ++v)
-    sums.at[v] = word[v] >= a.threshold ? sums.at[v] * A(a.scale) : A(0);
+FEDPEFT_DEVICE Dropout dropout_of(const ClientLayerArgs& a) {
+  return {a.drop, a.threshold, a.scale, a.seed, a.round, a.stream};
 }
 
 // ReLU, dropout and padding of a tile of sums from (p0, o0), and its way to memory.
@@ -67,22 +31,11 @@ FEDPEFT_DEVICE void finish(const ClientLayerArgs& a, TileSums<acc_t<T>>& sums, i
     if (row >= rows || column >= columns) continue;
     const int64_t element = (p0 + row) * O + o0 + column;
     if (a.items[c * P + p0 + row] >= 0) {
-      activate(a, client, element, sums.row[r]);
+      activate(dropout_of(a), client, element, sums.row[r]);
     } else {
       sums.row[r].clear();
     }
     store_columns<V>(static_cast<T*>(a.out) + c * P * O + element, sums.row[r], columns - column);
-  }
-}
-
-template <typename A, typename T>
-FEDPEFT_DEVICE void start_with(TileSums<A>& sums, const T* bias, int columns) {
-#pragma unroll
-  for (int v = 0; v < kTileColumns; ++v) {
-    const int o = tile_across() * kTileColumns + v;
-    const A start = o < columns ? to_acc(bias[o]) : A(0);
-#pragma unroll
-    for (int r = 0; r < kTileRows; ++r) sums.row[r].at[v] = start;
   }
 }
 

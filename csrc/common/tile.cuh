@@ -1,8 +1,10 @@
 // Matrix products of blocks: a tile of 64 x 64 sums, a thread 8 x 4 of them in registers, from
-// operands in shared memory. Every sum is one chain in the order of the summed index.
+// operands in shared memory. Every sum is one chain in the order of the summed index. Blocks of
+// twice as many threads make a tile of 128 x 64 in the same way (Rows).
 #pragma once
 
 #include "common/device.cuh"
+#include "common/philox.h"
 
 namespace fedpeft::gpu {
 
@@ -28,8 +30,26 @@ constexpr int64_t kTileBytes = 2 * kOperand<A> * int64_t(sizeof(A));
 template <typename A>
 constexpr int kTileBlocks = sizeof(A) == 8 ? 2 : 3;
 
-FEDPEFT_DEVICE int tile_down() { return int(threadIdx.x) / kAcross; }
-FEDPEFT_DEVICE int tile_across() { return int(threadIdx.x) % kAcross; }
+// Of a tile of Rows x 64: threads, and the thread rows that they form.
+template <int Rows>
+constexpr int kThreadsOf = Rows / kTileRows * kAcross;
+template <int Rows>
+constexpr int kDownOf = Rows / kTileRows;
+
+FEDPEFT_DEVICE int tile_down(int thread = int(threadIdx.x)) { return thread / kAcross; }
+FEDPEFT_DEVICE int tile_across(int thread = int(threadIdx.x)) { return thread % kAcross; }
+
+// The calling thread's number, as one of which the compiler knows little: what depends on it is
+// made where it is used, not before the loops around, where it would hold registers all along. What
+// follows takes it as its last argument.
+FEDPEFT_DEVICE int opaque_thread() {
+  int thread = int(threadIdx.x);
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(thread));
+  __builtin_assume(thread >= 0 && thread < 1024);
+#endif
+  return thread;
+}
 
 FEDPEFT_DEVICE int at_most(int64_t n, int limit) { return n < limit ? int(n) : limit; }
 
@@ -69,9 +89,10 @@ FEDPEFT_DEVICE Sum<A, V> keep_if(bool keep, Sum<A, V> values) {
 // put(row, column, values): zero outside of the first `rows` x `columns`, of which there is at
 // least one. Batch gets go before their puts, without a branch, so that their loads are under way
 // together.
-template <int Turns, int Batch, typename A, int V, typename Place, typename Get, typename Put>
+template <int Threads, int Turns, int Batch, typename A, int V, typename Place, typename Get,
+          typename Put>
 FEDPEFT_DEVICE void copy_tile(int rows, int columns, const Place& place, const Get& get,
-                              const Put& put) {
+                              const Put& put, int thread) {
   constexpr int kBatch = Turns < Batch ? Turns : Batch;
   static_assert(Turns % kBatch == 0);
 #pragma unroll 1
@@ -80,14 +101,14 @@ FEDPEFT_DEVICE void copy_tile(int rows, int columns, const Place& place, const G
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       int row, column;
-      place((turn + j) * kTileThreads + int(threadIdx.x), &row, &column);
+      place((turn + j) * Threads + thread, &row, &column);
       const bool inside = row < rows && column < columns;
       values[j] = keep_if(inside, get(inside ? row : 0, inside ? column : 0));
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       int row, column;
-      place((turn + j) * kTileThreads + int(threadIdx.x), &row, &column);
+      place((turn + j) * Threads + thread, &row, &column);
       put(row, column, values[j]);
     }
   }
@@ -101,24 +122,29 @@ FEDPEFT_DEVICE void place_in_rows(int e, int* row, int* column) {
 }
 
 // Fills Rows x Columns elements of shared memory, `stride` apart from row to row.
-template <int Rows, int Columns, int V, int Batch = 8, typename A, typename Get>
-FEDPEFT_DEVICE void fill(A* to, int stride, int rows, int columns, const Get& get) {
-  constexpr int kPacks = Columns / V, kTurns = Rows * kPacks / kTileThreads;
-  static_assert(kTurns * kTileThreads == Rows * kPacks);
-  copy_tile<kTurns, Batch, A, V>(rows, columns, place_in_rows<kPacks, V>, get,
-                                 [&](int row, int column, const Sum<A, V>& values) {
-                                   put<V>(to + row * stride + column, values);
-                                 });
+template <int Rows, int Columns, int V, int Batch = 8, int Threads = kTileThreads, typename A,
+          typename Get>
+FEDPEFT_DEVICE void fill(A* to, int stride, int rows, int columns, const Get& get,
+                         int thread = int(threadIdx.x)) {
+  constexpr int kPacks = Columns / V, kTurns = Rows * kPacks / Threads;
+  static_assert(kTurns * Threads == Rows * kPacks);
+  copy_tile<Threads, kTurns, Batch, A, V>(
+      rows, columns, place_in_rows<kPacks, V>, get,
+      [&](int row, int column, const Sum<A, V>& values) {
+        put<V>(to + row * stride + column, values);
+      },
+      thread);
 }
 
 // As fill, transposed: get(row, column) goes to `to`[column * stride + row]. The lanes of a warp
 // take 16 rows of two vectors, whole sectors of memory and different banks.
-template <int Rows, int Columns, int V, int Batch = 8, typename A, typename Get>
-FEDPEFT_DEVICE void fill_transposed(A* to, int stride, int rows, int columns, const Get& get) {
-  constexpr int kTurns = Rows * Columns / V / kTileThreads;
-  static_assert(kTurns * kTileThreads == Rows * Columns / V && Rows % 16 == 0 &&
-                Columns / V % 2 == 0);
-  copy_tile<kTurns, Batch, A, V>(
+template <int Rows, int Columns, int V, int Batch = 8, int Threads = kTileThreads, typename A,
+          typename Get>
+FEDPEFT_DEVICE void fill_transposed(A* to, int stride, int rows, int columns, const Get& get,
+                                    int thread = int(threadIdx.x)) {
+  constexpr int kTurns = Rows * Columns / V / Threads;
+  static_assert(kTurns * Threads == Rows * Columns / V && Rows % 16 == 0 && Columns / V % 2 == 0);
+  copy_tile<Threads, kTurns, Batch, A, V>(
       rows, columns,
       [](int e, int* row, int* column) {
         *row = e % 16 + e / 32 % (Rows / 16) * 16;
@@ -128,7 +154,8 @@ FEDPEFT_DEVICE void fill_transposed(A* to, int stride, int rows, int columns, co
       [&](int row, int column, const Sum<A, V>& values) {
 #pragma unroll
         for (int v = 0; v < V; ++v) to[(column + v) * stride + row] = values.at[v];
-      });
+      },
+      thread);
 }
 
 template <int V, typename T>
@@ -138,22 +165,35 @@ FEDPEFT_DEVICE Sum<acc_t<T>, V> values_at(const T* p) {
   return values;
 }
 
-// sums += a b for a [kTile, depth] and b [depth, kTile]. Thread rows are tile_down() + 8 r.
-template <typename A>
-FEDPEFT_DEVICE void multiply(TileSums<A>& sums, const A* a, const A* b, int depth) {
-  a += tile_down() * kDepthStride<A>;
-  b += tile_across() * kTileColumns;
+// How far `multiply` goes along the summed index at once. Compilers for newer architectures load so
+// far ahead that a tall tile's registers are enough for less.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <int Rows>
+constexpr int kTogether = Rows == kTile ? 4 : 2;
+#else
+template <int Rows>
+constexpr int kTogether = 4;
+#endif
+
+// sums += a b for a [Rows, depth] and b [depth, kTile]. Thread rows are tile_down() +
+// kDownOf<Rows> r.
+template <int Rows = kTile, typename A>
+FEDPEFT_DEVICE void multiply(TileSums<A>& sums, const A* a, const A* b, int depth,
+                             int thread = int(threadIdx.x)) {
+  constexpr int K = kTogether<Rows>;
+  a += tile_down(thread) * kDepthStride<A>;
+  b += tile_across(thread) * kTileColumns;
 #pragma unroll 1
-  for (int k = 0; k < depth; k += 4) {
-    Sum<A, kTileColumns> right[4];
+  for (int k = 0; k < depth; k += K) {
+    Sum<A, kTileColumns> right[K];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) right[j].set(b + (k + j) * kTileStride);
+    for (int j = 0; j < K; ++j) right[j].set(b + (k + j) * kTileStride);
 #pragma unroll
     for (int r = 0; r < kTileRows; ++r) {
-      Sum<A, 4> left;
-      left.set(a + r * kDown * kDepthStride<A> + k);
+      Sum<A, K> left;
+      left.set(a + r * kDownOf<Rows> * kDepthStride<A> + k);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < K; ++j) {
 #pragma unroll
         for (int v = 0; v < kTileColumns; ++v) sums.row[r].at[v] += left.at[j] * right[j].at[v];
       }
@@ -161,19 +201,20 @@ FEDPEFT_DEVICE void multiply(TileSums<A>& sums, const A* a, const A* b, int dept
   }
 }
 
-// sums += a^T b for a and b [depth, kTile]. Thread rows are 8 tile_down() + r.
-template <typename A>
-FEDPEFT_DEVICE void multiply_transposed(TileSums<A>& sums, const A* a, const A* b, int depth) {
-  a += tile_down() * kTileRows;
-  b += tile_across() * kTileColumns;
-#pragma unroll 4
+// sums += a^T b for a [depth, Rows] and b [depth, kTile]. Thread rows are 8 tile_down() + r.
+template <int Rows = kTile, typename A>
+FEDPEFT_DEVICE void multiply_transposed(TileSums<A>& sums, const A* a, const A* b, int depth,
+                                        int thread = int(threadIdx.x)) {
+  a += tile_down(thread) * kTileRows;
+  b += tile_across(thread) * kTileColumns;
+#pragma unroll(Rows == kTile ? 4 : 2)  // beside what a larger block keeps in registers
   for (int k = 0; k < depth; ++k) {
     Sum<A, kTileColumns> right;
     right.set(b + k * kTileStride);
 #pragma unroll
     for (int half = 0; half < kTileRows; half += 4) {
       Sum<A, 4> left;
-      left.set(a + k * kTileStride + half);
+      left.set(a + k * (Rows + kGap) + half);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
 #pragma unroll
@@ -181,6 +222,68 @@ FEDPEFT_DEVICE void multiply_transposed(TileSums<A>& sums, const A* a, const A* 
       }
     }
   }
+}
+
+// Sums that start with the bias of their columns, of which the first `columns` are there.
+template <typename A, typename T>
+FEDPEFT_DEVICE void start_with(TileSums<A>& sums, const T* bias, int columns,
+                               int thread = int(threadIdx.x)) {
+#pragma unroll
+  for (int v = 0; v < kTileColumns; ++v) {
+    const int o = tile_across(thread) * kTileColumns + v;
+    const A start = o < columns ? to_acc(bias[o]) : A(0);
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r) sums.row[r].at[v] = start;
+  }
+}
+
+// Stores the four columns of a thread that are below `columns`, by V where rows allow.
+template <int V, typename T>
+FEDPEFT_DEVICE void store_columns(T* to, const Sum<acc_t<T>, kTileColumns>& sums, int columns) {
+  constexpr int kWidth = V < kTileColumns ? V : kTileColumns;
+#pragma unroll
+  for (int v = 0; v < kTileColumns; v += kWidth) {
+    if (v >= columns) break;
+    Sum<acc_t<T>, kWidth> part;
+#pragma unroll
+    for (int w = 0; w < kWidth; ++w) part.at[w] = sums.at[v + w];
+    part.store(to + v);
+  }
+}
+
+// The draws of a layer's dropout, as those of client_dropout.
+struct Dropout {
+  bool drop;
+  uint32_t threshold;  // floor(p * 2^32): an element with a word below it is dropped
+  double scale;        // 1 / (1 - p)
+  uint64_t seed;
+  uint32_t round, stream;
+};
+
+// ReLU, and dropout of elements [element, element + 4) of a client's output.
+template <typename A>
+FEDPEFT_DEVICE void activate(const Dropout& d, uint32_t client, int64_t element,
+                             Sum<A, kTileColumns>& sums) {
+#pragma unroll
+  for (int v = 0; v < kTileColumns; ++v) sums.at[v] = sums.at[v] < A(0) ? A(0) : sums.at[v];
+  if (!d.drop) return;
+  uint32_t word[8] = {};
+  const PhiloxBlock first = philox(uint32_t(element / 4), client, d.round, d.stream, d.seed);
+#pragma unroll
+  for (int w = 0; w < 4; ++w) word[w] = first.word[w];
+  if (element % 4) {
+    const PhiloxBlock next = philox(uint32_t(element / 4 + 1), client, d.round, d.stream, d.seed);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) word[4 + w] = next.word[w];
+    // Moved down in two steps: an index known only at run time would move the words to memory.
+#pragma unroll
+    for (int w = 0; w < 7; ++w) word[w] = element & 1 ? word[w + 1] : word[w];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) word[w] = element & 2 ? word[w + 2] : word[w];
+  }
+#pragma unroll
+  for (int v = 0; v < kTileColumns; ++v)
+    sums.at[v] = word[v] >= d.threshold ? sums.at[v] * A(d.scale) : A(0);
 }
 
 }  // namespace fedpeft::gpu

@@ -34,14 +34,18 @@ struct LocalTrainErrors {
 };
 
 // Trains the clients in the given order (places in the call) and waits for them. `scratch` has
-// plan.blocks * plan.scratch_bytes bytes, `state` as many as a LocalTrainState.
+// plan.blocks * plan.scratch_bytes bytes, `state` as many as a LocalTrainState, `lists` as
+// lists_bytes says: widths and pointers of an MLP, which are on the host in `a`.
 struct LocalTrainState {
   LocalTrainErrors errors;
   int64_t next;  // client that a free block takes
 };
 LocalTrainErrors local_train(const LocalTrainArgs& a, DType dtype, int64_t clients,
                              const LocalTrainPlan& plan, const int64_t* order, void* scratch,
-                             LocalTrainState* state, Stream stream);
+                             LocalTrainState* state, void* lists, Stream stream);
+inline int64_t lists_bytes(const LocalTrainArgs& a) {
+  return a.layers ? 8 * (a.layers + 2 * (2 * a.layers + 1)) : 0;
+}
 
 // An element of an index array on the device.
 int64_t read_index(const IndexArray& indices, int64_t at, Stream stream);

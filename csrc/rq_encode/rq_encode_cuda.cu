@@ -67,14 +67,15 @@ FEDPEFT_DEVICE void subtract(const RqEncodeArgs& a, acc_t<T>* from, const T* cod
                              const int32_t* chosen, int rows, int64_t d0) {
   using A = acc_t<T>;
   constexpr int kPacks = kDepth<A> / V;
-  copy_tile<kTile * kPacks / kTileThreads, 4, A, V>(
+  copy_tile<kTileThreads, kTile * kPacks / kTileThreads, 4, A, V>(
       rows, at_most(a.D - d0, kDepth<A>), place_in_rows<kPacks, V>,
       [&](int row, int d) { return values_at<V>(codebook + chosen[row] * a.D + d0 + d); },
       [&](int row, int d, const Sum<A, V>& nearest) {
         A* at = from + row * kDepthStride<A> + d;
 #pragma unroll
         for (int v = 0; v < V; ++v) at[v] -= nearest.at[v];
-      });
+      },
+      int(threadIdx.x));
 }
 
 // Whole residuals are in shared memory where `resident`; else they pass through it with the codes.

@@ -329,7 +329,7 @@ def local_train(
         mlp: weight and bias of each layer, first to last, then the output's weights: an item's score is
             `client_mlp` of [user vector, item vector], with `user` [U, V] of any width, also 0, and weights
             [O, V + D]. Tensors without C are shared and travel; [C, O, V + D] and so on are the clients' own
-            and stay with them. CPU only, and without SENet and graph.
+            and stay with them. Without SENet and graph.
         dropout: of hidden units, as `client_mlp` draws it.
         seed: 0 to 2^63 - 1. round: 0 to 2^32 - 1. Draws are functions of (seed, round, client, position,
             epoch).
@@ -536,12 +536,15 @@ class SumTraining:
     def _in_two_ops(
         self, clients: Tensor, weights: Tensor, round: int, grid: float, mlp: list[Tensor]
     ) -> SumResult:
-        totals, touched = self._totals[:9], self._totals[-1]
+        totals, mlp_totals, touched = self._totals[:9], self._totals[9], self._totals[-1]
+        own = bool(mlp) and mlp[0].dim() == 3
         users, losses, fresh = [], [], [clients.new_empty(0, dtype=torch.int64)]
+        trained: list[list[Tensor]] = []
         broken = torch.zeros(10, dtype=torch.bool, device=self._user.device)
-        for chunk in self._chunks(clients):
-            user, loss, rows, *changes, _ = _LOCAL_TRAIN(
-                clients[chunk], *self._data, mlp, self._dropout, *self._settings, round
+        for chunk in self._chunks(clients, mlp if own else mlp_totals):
+            layers = [t[chunk] for t in mlp] if own else mlp
+            user, loss, rows, *changes, d_mlp = _LOCAL_TRAIN(
+                clients[chunk], *self._data, layers, self._dropout, *self._settings, round
             )
             users.append(user)
             losses.append(loss)
@@ -549,17 +552,28 @@ class SumTraining:
                 if total is not None:
                     broken[part] |= ~change.isfinite().all()
                     _ACCUMULATE(total, change, weights[chunk], rows if part < 2 else None, grid)
+            if own:
+                trained.append(d_mlp)
+            for total, change in zip(mlp_totals, d_mlp, strict=not own):
+                broken[-1] |= ~change.isfinite().all()
+                _ACCUMULATE(total, change, weights[chunk], None, grid)
             if touched is not None:
                 fresh.append(_mark(touched, rows))
-        return SumResult(torch.cat(users), torch.cat(losses), torch.cat(fresh), broken, ())
+        values = tuple(map(torch.cat, zip(*trained, strict=True)))
+        return SumResult(torch.cat(users), torch.cat(losses), torch.cat(fresh), broken, values)
 
-    def _chunks(self, clients: Tensor) -> list[slice]:
+    def _chunks(self, clients: Tensor, mlp: Sequence[Tensor]) -> list[slice]:
         """Clients whose uploads may be there together, in their order. All of a chunk take the rows of the
-        largest.
+        largest. `mlp`: what clients leave of an MLP, [C, ...] if it is their own.
         """
         element = self._user.element_size()
         widths = [0 if total is None else total.size(1) * element for total in self._totals[:2]]
-        whole = element * sum(total.numel() for total in self._totals[2:9] if total is not None)
+        dense = [total for total in self._totals[2:9] if total is not None]
+        whole = element * sum(t.numel() for t in dense)
+        if self._mlp and self._mlp[0].dim() == 3:
+            whole += element * sum(t[0].numel() for t in mlp if len(t))
+        else:
+            whole += element * sum(t.numel() for t in mlp)
         ids = clients.long().clamp(0, max(0, len(self._user) - 1))  # bad ones are reported by the training
         draws = (self._indptr[ids + 1] - self._indptr[ids]) * (1 + self._epochs)
         rows = draws.clamp(0, self._num_items if any(widths) else 0).tolist()

@@ -5,8 +5,8 @@ It trains models whose score is the dot product of a user vector with a sum of t
 gradient of an item's row is a number times a vector that the client's rows share (with FedPerGNN the sum of
 two such), so that a client's training fits in a core's cache, and nothing of the size of a table is copied.
 
-On the CPU it also trains FedNCF and PFedRec, whose score is an MLP: a client's weights, their gradients and
-moments stay in its core's cache from the first step to the last.
+It also trains FedNCF and PFedRec, whose score is an MLP: a client's weights, their gradients and moments stay
+in its core's cache, or in its block's part of a GPU's, from the first step to the last.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class FusedEngine:
         model = self._federation.model
         user = self._federation.store.state.get("user")
         if user is None:
-            user = torch.empty(interactions.num_users, 0, dtype=model.item_dtype)
+            user = torch.empty(interactions.num_users, 0, dtype=model.item_dtype, device=interactions.device)
         mlp: dict[str, Any] = {}
         if self._mlp_names:
             assert isinstance(model.mlp, MLP)
@@ -213,8 +213,6 @@ def why_not(federation: Federation) -> str | None:
     if type(model) not in (FedMF, FedPerGNN, FedNCF, PFedRec):
         return f"it does not know backbone {model.name!r}"
     embedding = model.item_embedding
-    if type(model) in (FedNCF, PFedRec) and federation.interactions.device.type != "cpu":
-        return f"backbone {model.name!r} has no kernel for GPUs there"
     senet = any(isinstance(part, HashEmbedding) and part.senet for _, part in _strategies(embedding))
     if senet and type(model) is not FedMF:
         return f"it does not know SENet under backbone {model.name!r}"

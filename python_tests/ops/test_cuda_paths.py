@@ -360,3 +360,29 @@ def test_training_wherever_memory_lies(limit: int, batch_size: int | None, graph
     assert torch.equal(whole.rows, expected.rows)
     assert len(tensors_of(whole)) == 7
     torch.testing.assert_close(tensors_of(whole), tensors_of(expected), rtol=1e-4, atol=1e-4)
+
+
+# Alone on a multiprocessor and with more of what layers leave in memory; two blocks of a multiprocessor.
+@pytest.mark.parametrize(("limit", "clients"), [(58 << 10, 3), (120 << 10, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_training_an_mlp_wherever_memory_lies(limit: int, clients: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(9)
+    sizes = torch.tensor([70, 3, 1])
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    positives = torch.cat([torch.randperm(300, generator=g)[:n].sort().values for n in sizes])
+    parts = ItemParts(
+        A=torch.randn(300, 4, generator=g).to(dtype), B=torch.randn(10, 4, generator=g).to(dtype)
+    )
+    mlp = [torch.randn(shape, generator=g).to(dtype) / 4 for shape in ((70, 16), (70,), (6, 70), (6,), (6,))]
+    user = torch.randn(3, 6, generator=g).to(dtype)
+    options: dict[str, Any] = {"mlp": mlp, "dropout": 0.3, "epochs": 1, "seed": 1, "round": 2}
+
+    def train(count: int) -> list[torch.Tensor]:
+        ids = torch.arange(count) % 3
+        updates = ops.local_train(ids, indptr, positives, positives, 300, user, parts, **options)
+        return [t[:3] for t in (*updates[:3], updates.A, updates.B, *updates.mlp) if t is not None]
+
+    with emulated_kernels():
+        whole = train(3)
+        with limited(limit):
+            assert all(map(torch.equal, train(clients), whole))

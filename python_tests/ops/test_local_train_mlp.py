@@ -1,7 +1,8 @@
-"""local_train with an MLP (FedNCF, PFedRec) against its plain twin. It is on the CPU alone."""
+"""local_train with an MLP (FedNCF, PFedRec) against its plain twin."""
 
 from __future__ import annotations
 
+import importlib
 from itertools import pairwise
 from typing import Any
 
@@ -10,12 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_local_train import arguments as dot_product_arguments
-from test_local_train import compare, empty_sums, federation, flat, make_parts, options_of
+from test_local_train import compare, empty_sums, federation, flat, make_parts, moved, options_of
 from torch import Tensor
 
 from fedpeft_ext import ops, reference
 
-CPU = torch.device("cpu")
 KINDS = [["table"], ["lora"], ["rq"], ["hash"], ["hash-sum"], ["rq", "lora"], ["lora", "hash", "rq", "table"]]
 
 
@@ -40,10 +40,16 @@ def user_vectors(count: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(count, width, dtype=torch.float64, generator=generator).to(dtype)
 
 
+FAST = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]  # not emulated
+
+
+@pytest.mark.parametrize("target", FAST, indirect=True)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("loss", ["bpr", "bce"])
 @pytest.mark.parametrize(("own", "kinds"), [*((False, kinds) for kinds in KINDS), (True, KINDS[-1])], ids=str)
-def test_equals_the_reference(own: bool, kinds: list[str], loss: str, optimizer: str) -> None:
+def test_equals_the_reference(
+    device: torch.device, own: bool, kinds: list[str], loss: str, optimizer: str
+) -> None:
     indptr, items, positives = federation([5, 0, 1, 40], 60, seed=1)
     clients = torch.tensor([3, 0, 1])
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
@@ -60,7 +66,7 @@ def test_equals_the_reference(own: bool, kinds: list[str], loss: str, optimizer:
             parts = make_parts(kinds, 60, dim, 3, dtype)
             user = user_vectors(4, width, dtype)
             updates = compare(
-                CPU, tolerance, 60, clients, indptr, items, positives, 60, user, parts, **options
+                device, tolerance, 60, clients, indptr, items, positives, 60, user, parts, **options
             )
             assert float(updates.losses[2]) == 0.0  # a client without items
             for before, after in zip(mlp, updates.mlp, strict=True):
@@ -68,6 +74,43 @@ def test_equals_the_reference(own: bool, kinds: list[str], loss: str, optimizer:
                 assert not torch.equal(after[0], before[0] if own else torch.zeros_like(before))
 
 
+# A few of many: blocks of scores, layers wider than a tile of products, with more inputs than that.
+@pytest.mark.parametrize(
+    ("own", "kinds", "loss", "optimizer", "dtype", "user_width", "hidden", "changes"),
+    [
+        (False, KINDS[-1], "bpr", "adam", torch.float64, 16, [12, 130, 5], {"dropout": 0.3}),
+        (True, ["lora"], "bce", "sgd", torch.float32, 0, [7], {"batch_size": 40, "dropout": 0.4}),
+        (False, ["hash-sum", "rq"], "bpr", "sgd", torch.float32, 5, [70], {"prox": 0.2}),
+        (False, ["table", "lora"], "bce", "adam", torch.float64, 3, [5, 9], {"batch_size": 3, "prox": 0.2}),
+    ],
+    ids=str,
+)
+def test_blocks_of_scores(
+    device: torch.device,
+    own: bool,
+    kinds: list[str],
+    loss: str,
+    optimizer: str,
+    dtype: torch.dtype,
+    user_width: int,
+    hidden: list[int],
+    changes: dict[str, Any],
+) -> None:
+    indptr, items, positives = federation([5, 0, 1, 70], 90, seed=1)
+    clients = torch.tensor([3, 0, 1])
+    mlp = make_mlp([user_width + 9, *hidden], dtype, 3 if own else None)
+    options = {**options_of(loss, optimizer), "epochs": 2, "eps": 1e-4, "l2_user": 0.0, **changes, "mlp": mlp}
+    updates = compare(
+        *(device, 1e-9 if dtype == torch.float64 else 1e-4, 90),
+        *(clients, indptr, items, positives, 90, user_vectors(4, user_width, dtype)),
+        make_parts(kinds, 90, 9, 3, dtype),
+        **options,
+    )
+    for before, after in zip(mlp, updates.mlp, strict=True):
+        assert torch.equal(after[2], before[2] if own else torch.zeros_like(before))
+
+
+@pytest.mark.parametrize("target", FAST, indirect=True)
 @settings(deadline=None, max_examples=20)
 @given(
     data=st.data(),
@@ -82,6 +125,7 @@ def test_equals_the_reference(own: bool, kinds: list[str], loss: str, optimizer:
     own=st.booleans(),
 )
 def test_any_shape(
+    device: torch.device,
     data: st.DataObject,
     kinds: list[str],
     dim: int,
@@ -98,7 +142,7 @@ def test_any_shape(
     parts = make_parts(kinds, num_items, dim, 9, torch.float64, base=data.draw(st.booleans()) or not kinds)
     mlp = make_mlp([user_width + dim, *hidden], torch.float64, len(sizes) if own else None)
     compare(
-        CPU,
+        device,
         1e-9,
         num_items,
         torch.arange(len(sizes)),
@@ -113,6 +157,8 @@ def test_any_shape(
     )
 
 
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("target", ["cpu"], indirect=True)  # sums are made on the CPU alone
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kinds", [["table"], ["lora", "hash", "rq"]], ids=str)
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
@@ -161,6 +207,54 @@ def test_sums_are_those_of_the_uploads(
     reference.local_train_sum_(clients, weights, *model, parts, sums, **options, mlp_sums=mlp_sums)
     for name, total in flat(expected).items():
         torch.testing.assert_close(flat(sums)[name], total, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("upload_bytes", [1, 1 << 28])
+def test_sums_by_two_ops(target: Any, own: bool, upload_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: clients of so many bytes at a time give what one training and one sum give."""
+    module = importlib.import_module("fedpeft_ext.ops.local_train")
+    monkeypatch.setattr(module, "_in_one_op", lambda user: False)
+    monkeypatch.setattr(module, "UPLOAD_BYTES", upload_bytes)
+    indptr, items, positives = federation([5, 0, 1, 12, 3, 7], 30, seed=1)
+    tensors = [
+        torch.tensor([3, 0, 1, 4]),
+        torch.tensor([2.0, 0.5, 1.0, 3.0]).double(),
+        indptr,
+        items,
+        positives,
+    ]
+    clients, weights, *data = (t.to(target.device) for t in tensors)
+    user = user_vectors(6, 0 if own else 5, torch.float32).to(target.device)
+    parts, mlp = moved(
+        (
+            make_parts(["table", "rq"], 30, 8, 3, torch.float32),
+            make_mlp([8 if own else 13, 6], torch.float32, 4 if own else None),
+        ),
+        target.device,
+    )
+    options: dict[str, Any] = {"epochs": 2, "dropout": 0.4, "mlp": mlp, "seed": 4, "round": 5}
+    updates = target.ops.local_train(clients, *data, 30, user, parts, **options)
+    sums = empty_sums(parts)
+    mlp_sums = [torch.zeros_like(t, dtype=torch.float64) for t in mlp if not own]
+    result = target.ops.local_train_sum_(
+        *(clients, weights, *data, 30, user, parts, sums), **options, mlp_sums=mlp_sums, grid=2.0**-40
+    )
+    assert torch.equal(result.user, updates.user)
+    assert not result.broken.any()
+    for mine, update in zip(mlp_sums, updates.mlp, strict=not own):
+        total = torch.zeros_like(mine)
+        target.ops.accumulate_updates_(total, update, weights, None, 2.0**-40)
+        assert torch.equal(mine, total)
+    assert len(result.mlp) == (3 if own else 0)
+    for mine, update in zip(result.mlp, updates.mlp, strict=own):
+        assert torch.equal(mine, update)
+
+
+def test_sums_by_two_ops_tell_that_the_mlp_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("fedpeft_ext.ops.local_train")
+    monkeypatch.setattr(module, "_in_one_op", lambda user: False)
+    test_sums_tell_that_the_mlp_diverged()
 
 
 def test_sums_tell_that_the_mlp_diverged() -> None:
