@@ -446,7 +446,17 @@ void prepare(Call& call, const Tensor& clients, const Tensor& indptr, const Tens
   a.bad_code = &call.bad_code;
   run_on(
       user, [&](auto) { call.sizes = sizes_on_cpu(a, clients.size(0)); },
-      [&](auto stream) { call.sizes = sizes_on_gpu(a, clients.size(0), user, stream); });
+      [&](auto stream) {
+        int64_t in = D;
+        for (const int64_t out : call.mlp.widths) {
+          check_value(out <= int64_t{1} << 23 && in <= int64_t{1} << 23 &&
+                          out * (in + a.user_width) <= int64_t{1} << 30,
+                      "mlp: expected layers of at most 2^23 units and 2^30 weights on a GPU, got ",
+                      out, " of ", in);
+          in = out;
+        }
+        call.sizes = sizes_on_gpu(a, clients.size(0), user, stream);
+      });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,

@@ -606,9 +606,9 @@ std::vector<ClientRange> local_train_ranges(const LocalTrainArgs& a, int64_t cli
 
 LocalTrainPlan plan_local_train(const LocalTrainArgs& a, DType dtype,
                                 const std::vector<int64_t>& sizes) {
-  // Blocks wait at barriers often: two and more share a multiprocessor. 2 KiB of each are for the
-  // device and the kernel's own arrays.
-  constexpr int64_t kOwn = 2048;
+  // Blocks wait at barriers often: two and more share a multiprocessor. 2 KiB of each, 3 with an
+  // MLP, are for the device and the kernel's own arrays.
+  const int64_t own = a.layers ? 3072 : 2048;
   constexpr int64_t kMostScratch = int64_t{4} << 30;
   const Limits device = limits();
   const int64_t clients = int64_t(sizes.size());
@@ -619,16 +619,16 @@ LocalTrainPlan plan_local_train(const LocalTrainArgs& a, DType dtype,
   if (a.layers) {
     // Alone on its multiprocessor a block keeps more of what layers leave beside the tiles.
     const int64_t tiles = dtype == DType::f64 ? kTilesBytes<double> : kTilesBytes<float>;
-    if (device.shared_bytes - kOwn < tiles) {
-      throw std::runtime_error("local_train: an MLP takes " + std::to_string(tiles + kOwn) +
+    if (device.shared_bytes - own < tiles) {
+      throw std::runtime_error("local_train: an MLP takes " + std::to_string(tiles + own) +
                                " bytes of a block's shared memory, the GPU has " +
                                std::to_string(device.shared_bytes));
     }
     blocks = dtype == DType::f64 ? 1 : 2;
-    if (clients <= device.multiprocessors || device.shared_bytes / 2 - kOwn < tiles) blocks = 1;
+    if (clients <= device.multiprocessors || device.shared_bytes / 2 - own < tiles) blocks = 1;
     shares = blocks;
   }
-  const int64_t share = device.shared_bytes / shares - kOwn, most = share > 0 ? share : 0;
+  const int64_t share = device.shared_bytes / shares - own, most = share > 0 ? share : 0;
   LocalTrainPlan plan{};
   const int64_t needed = sizes.empty() ? 0 : measure(sizes[0], INT64_MAX).shared_used;
   plan.shared_bytes = needed < most ? needed : most;
@@ -638,7 +638,7 @@ LocalTrainPlan plan_local_train(const LocalTrainArgs& a, DType dtype,
     const int64_t bytes = measure(sizes[i], plan.shared_bytes).memory_used;
     plan.scratch_bytes = bytes > plan.scratch_bytes ? bytes : plan.scratch_bytes;
   }
-  int64_t resident = device.shared_bytes / (plan.shared_bytes + kOwn);
+  int64_t resident = device.shared_bytes / (plan.shared_bytes + own);
   resident = resident < 1 ? 1 : resident > blocks ? blocks : resident;
   plan.blocks = resident * device.multiprocessors;
   if (plan.blocks > clients) plan.blocks = clients;
