@@ -96,10 +96,12 @@ struct MlpWorkspace : Workspace<T> {
       Workspace<T>::partial, Workspace<T>::scores, Workspace<T>::coefficients,
       Workspace<T>::item_of, Workspace<T>::order, Workspace<T>::keys;
 
-  int depth;                // layers
-  int epoch, start, pairs;  // of the step, here since the products need the registers
-  int steps, most;          // of the client, and the most pairs of one
-  double loss;              // sum over steps
+  int depth;  // layers
+  // The number of the step, its epoch, where in its order it starts, and its pairs: here, since the
+  // products need the registers.
+  int step, epoch, start, pairs;
+  int steps, most;  // of the client, and the most pairs of one
+  double loss;      // sum over steps
   T drop_scale;
   MlpLayer<T>* layers;
   MlpPart<T> user_weight, output;
@@ -160,14 +162,17 @@ struct MlpWorkspace : Workspace<T> {
     if (a.buckets) buckets.lay_out_map(arena);
   }
 
-  // The steps of the client, of which the epochs have equally many, and one of them.
+  // The steps of the client, of which the epochs have equally many.
   FEDPEFT_DEVICE void start_steps(const LocalTrainArgs& a) {
     most = a.batch > 0 && a.batch < size ? int(a.batch) : size;
     steps = size ? int(a.epochs) * ((size + most - 1) / most) : 0;
     loss = 0;
     drop_scale = T(a.drop_scale);
+    go_to(0);
   }
-  FEDPEFT_DEVICE void set_step(int step) {
+  FEDPEFT_DEVICE void go_to(int next) {
+    step = next;
+    if (step >= steps) return;
     const int each = (size + most - 1) / most;
     epoch = step / each;
     start = (step - epoch * each) * most;
@@ -664,9 +669,7 @@ FEDPEFT_DEVICE void train_mlp(const LocalTrainArgs& a, MlpWorkspace<T>& w, doubl
                               int* flags) {
   if (threadIdx.x == 0) w.start_steps(a);
   __syncthreads();
-  for (int step = 0; step < w.steps; ++step) {
-    if (threadIdx.x == 0) w.set_step(step);
-    __syncthreads();
+  while (w.step < w.steps) {
     if (a.batch > 0 && w.start == 0) shuffle(a, w, w.epoch);
     begin_step(a, w);
     for (int at = 0; at < 2 * w.pairs; at += kMlpRows) {
@@ -687,6 +690,8 @@ FEDPEFT_DEVICE void train_mlp(const LocalTrainArgs& a, MlpWorkspace<T>& w, doubl
         block_sum(int(threadIdx.x) < kMlpRows / 2 ? w.losses[threadIdx.x] : 0.0, sums);
     if (threadIdx.x == 0) w.loss += loss / double(a.bpr ? w.pairs : 2 * w.pairs);
     end_step(a, w, flags);
+    if (threadIdx.x == 0) w.go_to(w.step + 1);
+    __syncthreads();
   }
   if (threadIdx.x == 0) a.losses[w.place] = w.steps ? w.loss / double(w.steps) : 0.0;
 }
