@@ -232,6 +232,26 @@ def _layer(s: Sizes, draw: Draw) -> Case:
     )
 
 
+def _mlp(s: Sizes, draw: Draw) -> Case:
+    widths = (s.D, s.D, 2 * s.D, s.D)
+    x, output = draw.leaf(s.C, s.P, s.D), draw.leaf(s.C, s.D)
+    weights = [draw.leaf(s.C, o, i) for i, o in pairwise(widths)]
+    biases = [draw.leaf(s.C, o) for o in widths[1:]]
+    items, clients = draw.integers(s.I, s.C, s.P), torch.arange(s.C, device=x.device)
+    trained = (x, output, *weights, *biases)
+    between = s.C * s.P * x.element_size()  # a column of what a layer leaves, for all
+    forward = size(*trained, items) + 2 * between * sum(widths[1:])
+    return Case(
+        lambda o: o.client_mlp(x, weights, biases, output, items, clients, 0.5, 1, 2, 3),
+        trained,
+        forward,
+        trained,
+        2 * forward,
+        flops=2 * s.C * s.P * sum(i * o for i, o in pairwise(widths)),
+        tolerance=1e-2,
+    )
+
+
 def _loss(s: Sizes, draw: Draw, name: str) -> Case:
     positive, negative = draw.leaf(s.C, s.W), draw.leaf(s.C, s.W)
     items = draw.integers(s.I, s.C, s.W)
@@ -345,13 +365,26 @@ def _apply(s: Sizes, draw: Draw, by_row: bool) -> Case:
     )
 
 
-def _clients(s: Sizes, draw: Draw) -> Case:
+def _clients(s: Sizes, draw: Draw, few: bool) -> Case:
+    clients = torch.arange(16 * s.I, device=draw.device)
+    count = len(clients) // (100 if few else 4)  # of few places are drawn, of many keys
+    return Case(
+        lambda o: o.sample_clients(clients, count, seed=1, round=2),
+        (),
+        (len(clients) // 8 + 16 * count) if few else (size(clients) + 8 * count),
+        compiles=False,  # its twin is NumPy
+        tolerance=0,
+    )
+
+
+def _independent(s: Sizes, draw: Draw) -> Case:
     clients = torch.arange(16 * s.I, device=draw.device)
     return Case(
-        lambda o: o.sample_clients(clients, s.C, seed=1, round=2),
+        lambda o: o.sample_clients_independently(clients, 0.1, seed=1, round=2),
         (),
-        size(clients) + 8 * s.C,
+        size(clients) + size(clients) // 10,
         compiles=False,  # its twin is NumPy
+        capturable="it waits for the device to know how many were chosen",
         tolerance=0,
     )
 
@@ -451,6 +484,7 @@ CASES: dict[str, Callable[[Sizes, Draw], Case]] = {
     "lora_lookup": _lora,
     "client_embedding": _embedding,
     "client_layer": _layer,
+    "client_mlp": _mlp,
     "dot_scores": _scores,
     "bpr_loss": lambda s, d: _loss(s, d, "bpr_loss"),
     "bce_loss": lambda s, d: _loss(s, d, "bce_loss"),
@@ -463,7 +497,9 @@ CASES: dict[str, Callable[[Sizes, Draw], Case]] = {
     "accumulate_updates_, rows": lambda s, d: _accumulate(s, d, True),
     "apply_updates_": lambda s, d: _apply(s, d, False),
     "apply_updates_, rows": lambda s, d: _apply(s, d, True),
-    "sample_clients": _clients,
+    "sample_clients": lambda s, d: _clients(s, d, False),
+    "sample_clients, few": lambda s, d: _clients(s, d, True),
+    "sample_clients_independently": _independent,
     "rq_encode": _encode,
     "local_train, LoRA": lambda s, d: _train(s, d, "LoRA"),
     "local_train, RQ": lambda s, d: _train(s, d, "RQ"),

@@ -1,4 +1,4 @@
-"""client_mlp: the scores of each client's own MLP, all layers in one call where that pays."""
+"""client_mlp: the scores of each client's own MLP, all layers in one call."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def client_mlp(
 ) -> Tensor:
     """Scores of each client's own MLP: `client_layer` for every hidden layer, then `dot_scores`.
 
-    On the CPU, for stacked clients, it is one op that takes a client through all layers while they are in the
-    core's cache; elsewhere, for second derivatives, and under torch.func, tracing and compilation, it is the
-    calls of the ops that it equals bit for bit.
+    For stacked clients it is one op, which on the CPU takes a client through all layers while they are in the
+    core's cache; for one client, for second derivatives, and under torch.func, tracing and compilation, it is
+    the calls of the ops that it equals bit for bit.
 
     Args:
         x: [C, P, I], or [P, I] for one client; float32, float64, float16 or bfloat16.
@@ -123,7 +123,7 @@ def client_mlp(
     weights, biases = layers[:depth], layers[depth:]
     _check(x, weights, biases, output, items, clients, *numbers)
     inputs = (x, output, items, clients, *weights, *biases)
-    if x.dim() == 3 and x.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(inputs):
+    if x.dim() == 3 and not x.is_meta and not torch.compiler.is_compiling() and is_plain(inputs):
         scores: Tensor = _MLP.apply(x, output, items, clients, numbers, *weights, *biases)  # type: ignore[no-untyped-call]
         return scores
     return _by_layers(_OPS, x, weights, biases, output, items, clients, numbers)
@@ -214,7 +214,7 @@ def _fake(
     *numbers: Any,
 ) -> tuple[Tensor, Tensor]:
     _check(x, weights, biases, output, items, clients, *numbers)
-    hidden = x.size(1) * sum(weight.size(1) for weight in weights)
+    hidden = x.size(1) * sum((weight.size(1) + 7) // 8 * 8 for weight in weights)
     return x.new_empty(x.shape[:2]), x.new_empty(x.size(0), hidden)
 
 

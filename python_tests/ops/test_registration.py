@@ -68,7 +68,7 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
         "client_mlp_backward",
         (
             *(torch.randn(2, 3), torch.randn(2, 3, 5), [torch.randn(2, 4, 5), torch.randn(2, 6, 4)]),
-            *(torch.randn(2, 6), torch.randn(2, 3 * 10), ITEMS, 0.4),
+            *(torch.randn(2, 6), torch.randn(2, 3 * 16), ITEMS, 0.4),
         ),
     ),
     ("bpr_loss", (floats(2, 3), floats(2, 3), ITEMS)),
