@@ -182,9 +182,14 @@ struct Workspace {
       hidden_grad = arena.take<T>(batch * a.S);
     }
     if (a.table) table.lay_out(arena, a, a.table, items.capacity, a.D);
-    item_of = arena.take<int64_t>(all);
-    order = a.batch > 0 ? arena.take<int>(n) : nullptr;
-    keys = a.batch > 0 ? arena.take<uint64_t>(n) : nullptr;
+    lay_out_draws(arena, a);
+  }
+
+  // What steps use least: the draws and their order, and the maps of rows.
+  __host__ __device__ void lay_out_draws(Arena& arena, const LocalTrainArgs& a) {
+    item_of = arena.take<int64_t>(draws);
+    order = a.batch > 0 ? arena.take<int>(size) : nullptr;
+    keys = a.batch > 0 ? arena.take<uint64_t>(size) : nullptr;
     if (a.table || a.A) items.lay_out_map(arena);
     if (a.codebooks) codewords.lay_out_map(arena);
     if (a.buckets) buckets.lay_out_map(arena);

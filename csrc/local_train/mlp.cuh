@@ -93,8 +93,7 @@ struct MlpWorkspace : Workspace<T> {
   using Workspace<T>::size, Workspace<T>::draws, Workspace<T>::items, Workspace<T>::codewords,
       Workspace<T>::buckets, Workspace<T>::user, Workspace<T>::table, Workspace<T>::A,
       Workspace<T>::B, Workspace<T>::codebooks, Workspace<T>::hashed, Workspace<T>::user_grad,
-      Workspace<T>::partial, Workspace<T>::scores, Workspace<T>::coefficients,
-      Workspace<T>::item_of, Workspace<T>::order, Workspace<T>::keys;
+      Workspace<T>::partial, Workspace<T>::scores, Workspace<T>::coefficients;
 
   int depth;  // layers
   // The number of the step, its epoch, where in its order it starts, and its pairs: here, since the
@@ -154,12 +153,7 @@ struct MlpWorkspace : Workspace<T> {
     }
     const int64_t last = a.widths[a.layers - 1];
     output.lay_out(arena, a, 1, last, last);
-    item_of = arena.take<int64_t>(all);
-    order = a.batch > 0 ? arena.take<int>(n) : nullptr;
-    keys = a.batch > 0 ? arena.take<uint64_t>(n) : nullptr;
-    if (a.table || a.A) items.lay_out_map(arena);
-    if (a.codebooks) codewords.lay_out_map(arena);
-    if (a.buckets) buckets.lay_out_map(arena);
+    this->lay_out_draws(arena, a);
   }
 
   // The steps of the client, of which the epochs have equally many.

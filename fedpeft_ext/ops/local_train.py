@@ -541,7 +541,8 @@ class SumTraining:
         users, losses, fresh = [], [], [clients.new_empty(0, dtype=torch.int64)]
         trained: list[list[Tensor]] = []
         broken = torch.zeros(10, dtype=torch.bool, device=self._user.device)
-        for chunk in self._chunks(clients, mlp if own else mlp_totals):
+        left = sum(t.shape[1:].numel() for t in mlp) if own else sum(t.numel() for t in mlp_totals)
+        for chunk in self._chunks(clients, left):
             layers = [t[chunk] for t in mlp] if own else mlp
             user, loss, rows, *changes, d_mlp = _LOCAL_TRAIN(
                 clients[chunk], *self._data, layers, self._dropout, *self._settings, round
@@ -562,18 +563,13 @@ class SumTraining:
         values = tuple(map(torch.cat, zip(*trained, strict=True)))
         return SumResult(torch.cat(users), torch.cat(losses), torch.cat(fresh), broken, values)
 
-    def _chunks(self, clients: Tensor, mlp: Sequence[Tensor]) -> list[slice]:
+    def _chunks(self, clients: Tensor, left: int) -> list[slice]:
         """Clients whose uploads may be there together, in their order. All of a chunk take the rows of the
-        largest. `mlp`: what clients leave of an MLP, [C, ...] if it is their own.
+        largest. `left`: elements that a client leaves of an MLP.
         """
         element = self._user.element_size()
         widths = [0 if total is None else total.size(1) * element for total in self._totals[:2]]
-        dense = [total for total in self._totals[2:9] if total is not None]
-        whole = element * sum(t.numel() for t in dense)
-        if self._mlp and self._mlp[0].dim() == 3:
-            whole += element * sum(t[0].numel() for t in mlp if len(t))
-        else:
-            whole += element * sum(t.numel() for t in mlp)
+        whole = element * (left + sum(total.numel() for total in self._totals[2:9] if total is not None))
         ids = clients.long().clamp(0, max(0, len(self._user) - 1))  # bad ones are reported by the training
         draws = (self._indptr[ids + 1] - self._indptr[ids]) * (1 + self._epochs)
         rows = draws.clamp(0, self._num_items if any(widths) else 0).tolist()
