@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from op_cases import FLOATS, padded_items
 from torch import Tensor
@@ -294,6 +294,7 @@ def test_bad_dropout(change: dict[str, Any], error: type[Exception], message: st
     attempt=st.integers(0, 3),
     dtype=st.sampled_from([torch.int32, torch.int64]),
 )
+@example(n=3000, share=0.06, seed=1, round=2, attempt=0, dtype=torch.int64)  # places are drawn again
 def test_sampled_clients(
     target: Any, n: int, share: float, seed: int, round: int, attempt: int, dtype: torch.dtype
 ) -> None:
