@@ -19,8 +19,8 @@ std::tuple<Tensor, Tensor> touched_rows(const Tensor& items) {
   FirstError bad_item;
   TouchedRowsArgs a{};
   a.items = indices_of(items_, "items");
-  Tensor found = torch::stable::empty_like(items_);
-  Tensor positions = torch::stable::empty_like(items_);
+  Tensor found = allocate_like(items_);
+  Tensor positions = allocate_like(items_);
   a.rows = found.mutable_data_ptr();
   a.positions = positions.mutable_data_ptr();
   a.N = N;
@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> touched_rows(const Tensor& items) {
 
         int64_t R = 0;
         for (const int64_t count : counts) R = std::max(R, count);
-        rows = torch::stable::new_empty(items_, {C, R});
+        rows = allocate(items_, {C, R});
         const size_t size = size_t(a.items.bytes);
         const char* from = static_cast<const char*>(a.rows);
         char* to = static_cast<char*>(rows.mutable_data_ptr());
@@ -141,8 +141,8 @@ void accumulate_updates_(const Tensor& total, const Tensor& updates, const Tenso
         }
         // A radix sort takes half as many passes over half as many bytes.
         const int key_bytes = a.num_rows <= INT32_MAX ? 4 : 8;
-        Tensor keys = torch::stable::new_empty(total_, {C * a.R},
-                                               key_bytes == 4 ? ScalarType::Int : ScalarType::Long);
+        Tensor keys =
+            allocate(total_, {C * a.R}, key_bytes == 4 ? ScalarType::Int : ScalarType::Long);
         gpu::accumulate_keys(a, keys.mutable_data_ptr(), key_bytes, stream);
         const auto [sorted, order] = sort_stable(keys);
         gpu::accumulate_rows(a, dtype, in_double, sorted.const_data_ptr(), key_bytes,

@@ -16,7 +16,7 @@ Tensor client_embedding(const Tensor& rows, const Tensor& weight) {
   const int64_t D = weight.size(weight.dim() - 1);
 
   const Tensor rows_ = dense(rows), weight_ = dense(weight);
-  Tensor out = torch::stable::new_empty(weight, output_shape(rows, D));
+  Tensor out = allocate(weight, output_shape(rows, D));
   FirstError bad_row;
   ClientEmbeddingArgs a{};
   a.rows = indices_of(rows_, "rows");
@@ -68,7 +68,7 @@ Tensor client_embedding_backward(const Tensor& grad, const Tensor& rows, int64_t
       grad,
       [&](auto) {
         const ClientEmbeddingKernels& kernels = select_client_embedding_kernels();
-        Tensor sum = per_client ? torch::stable::new_empty(grad, shape, accumulator)
+        Tensor sum = per_client ? allocate(grad, shape, accumulator)
                                 : torch::stable::new_zeros(grad, shape, accumulator);
         a.grad_weight = sum.mutable_data_ptr();
         const auto row_of = [&](int64_t n, int64_t) -> int64_t {
@@ -89,7 +89,7 @@ Tensor client_embedding_backward(const Tensor& grad, const Tensor& rows, int64_t
         out = as_dtype(sum, grad.scalar_type());
       },
       [&](auto stream) {
-        out = torch::stable::new_empty(grad, shape);
+        out = allocate(grad, shape);
         scatter(
             gpu::plan_scatter(gpu::client_embedding_shape(a, dtype, layout.clients)), out,
             accumulator,

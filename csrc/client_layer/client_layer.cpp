@@ -64,7 +64,7 @@ Tensor client_layer(const Tensor& x, const Tensor& weight, const Tensor& bias, c
               "x: expected at most 2^34 output elements a client, got ", a.positions * a.out_width);
   const Tensor x_ = dense(x), weight_ = dense(weight), bias_ = dense(bias);
   const Tensor items_ = dense(items), clients_ = dense(clients);
-  Tensor out = torch::stable::new_empty(x, shape_of(x, count, a.positions, a.out_width));
+  Tensor out = allocate(x, shape_of(x, count, a.positions, a.out_width));
   a.x = x_.const_data_ptr();
   a.weight = weight_.const_data_ptr();
   a.bias = bias_.const_data_ptr();
@@ -86,9 +86,8 @@ Tensor client_layer(const Tensor& x, const Tensor& weight, const Tensor& bias, c
         a.tasks = (a.positions + kLayerTask - 1) / kLayerTask;
         a.packed_size = layer_packed_size(a.in, a.out_width);
         a.scratch_size = layer_forward_scratch(a.in, a.out_width);
-        Tensor packed = torch::stable::new_empty(x, {count * a.packed_size}, accumulator);
-        Tensor scratch =
-            torch::stable::new_empty(x, {count * a.tasks * a.scratch_size}, accumulator);
+        Tensor packed = allocate(x, {count * a.packed_size}, accumulator);
+        Tensor scratch = allocate(x, {count * a.tasks * a.scratch_size}, accumulator);
         a.packed = packed.mutable_data_ptr();
         a.scratch = scratch.mutable_data_ptr();
         const ClientLayerKernels& kernels = select_wide_client_layer_kernels();
@@ -122,11 +121,10 @@ std::tuple<Tensor, Tensor, Tensor> client_layer_backward(const Tensor& grad, con
   check_output(out, "out");
   const Tensor grad_ = dense(grad), x_ = dense(x), weight_ = dense(weight), out_ = dense(out);
   const Tensor items_ = dense(items);
-  Tensor grad_x = torch::stable::empty_like(x_);
-  Tensor grad_weight = torch::stable::empty_like(weight_);
-  Tensor grad_bias =
-      torch::stable::new_empty(x, x.dim() == 3 ? std::vector<int64_t>{count, a.out_width}
-                                               : std::vector<int64_t>{a.out_width});
+  Tensor grad_x = allocate_like(x_);
+  Tensor grad_weight = allocate_like(weight_);
+  Tensor grad_bias = allocate(x, x.dim() == 3 ? std::vector<int64_t>{count, a.out_width}
+                                              : std::vector<int64_t>{a.out_width});
   a.grad = grad_.const_data_ptr();
   a.x = x_.const_data_ptr();
   a.weight = weight_.const_data_ptr();
@@ -140,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> client_layer_backward(const Tensor& grad, con
       x,
       [&](auto) {
         a.scratch_size = layer_backward_scratch(a.in, a.out_width);
-        Tensor scratch = torch::stable::new_empty(x, {count * a.scratch_size}, accumulator);
+        Tensor scratch = allocate(x, {count * a.scratch_size}, accumulator);
         a.scratch = scratch.mutable_data_ptr();
         const auto kernel = select_wide_client_layer_kernels().backward[int(dtype)];
         parallel_ranges(count, a.positions * a.in * a.out_width / 4,

@@ -156,11 +156,11 @@ std::tuple<Tensor, Tensor> client_mlp(const Tensor& x, std::vector<Tensor> weigh
   const uint32_t epoch_ = check_uint(epoch, 1 << 16, "epoch");
   check_uint(int64_t(weights.size()), (1 << 8) + 1, "weights");
 
-  Tensor scores = torch::stable::new_empty(x, {m.clients, m.positions});
+  Tensor scores = allocate(x, {m.clients, m.positions});
   const std::vector<int64_t> shape{m.clients, m.positions * m.hidden};
   const bool filled = std::all_of(m.widths.begin(), m.widths.end(),
                                   [](int64_t width) { return room_of(width) == width; });
-  Tensor hidden = filled ? torch::stable::new_empty(x, shape) : torch::stable::new_zeros(x, shape);
+  Tensor hidden = filled ? allocate(x, shape) : torch::stable::new_zeros(x, shape);
   [[maybe_unused]] const int dtype = int(m.dtype);
   const auto forward_args = [&](size_t l, int64_t c, int64_t count, void* outputs) {
     ClientLayerArgs a = layer_args(m, l, c, count, p, outputs);
@@ -233,11 +233,11 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor> client_mlp_
   check_same_device(hidden, x, "hidden", "x");
   const Tensor grad_ = dense(grad), hidden_ = dense(hidden);
 
-  Tensor grad_x = torch::stable::empty_like(m.x), grad_output = torch::stable::empty_like(m.output);
+  Tensor grad_x = allocate_like(m.x), grad_output = allocate_like(m.output);
   std::vector<Tensor> grad_weights, grad_biases;
   for (size_t l = 0; l < weights.size(); ++l) {
-    grad_weights.push_back(torch::stable::empty_like(m.weights[l]));
-    grad_biases.push_back(torch::stable::new_empty(x, {m.clients, m.widths[l]}));
+    grad_weights.push_back(allocate_like(m.weights[l]));
+    grad_biases.push_back(allocate(x, {m.clients, m.widths[l]}));
   }
   [[maybe_unused]] const int dtype = int(m.dtype);
   // Of `count` clients from c on: the gradients of a layer's output are in grads[0], those of its
@@ -293,12 +293,12 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor> client_mlp_
       },
       [&](auto stream) {
         void* outputs = outputs_of(0);
-        Tensor above = torch::stable::new_empty(x, {m.clients * m.positions * m.widest()});
-        Tensor below = torch::stable::new_empty(x, {m.clients * m.positions * m.widest()});
+        Tensor above = allocate(x, {m.clients * m.positions * m.widest()});
+        Tensor below = allocate(x, {m.clients * m.positions * m.widest()});
         std::array<void*, 2> grads{above.mutable_data_ptr(), below.mutable_data_ptr()};
         const DotScoresArgs score = score_backward_args(0, m.clients, outputs, grads[0]);
         const gpu::PositionSum sum = gpu::dot_scores_shape_user(score, m.clients);
-        Tensor partial = torch::stable::new_empty(x, {sum.partial_size()}, accumulator_type(m.x));
+        Tensor partial = allocate(x, {sum.partial_size()}, accumulator_type(m.x));
         gpu::dot_scores_backward(score, m.dtype, sum, partial.mutable_data_ptr(), stream);
         for (size_t l = m.widths.size(); l-- > 0; std::swap(grads[0], grads[1])) {
           gpu::client_layer_backward(backward_args(l, 0, m.clients, outputs, grads), m.dtype,

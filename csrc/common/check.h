@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -42,12 +43,36 @@ void check_type(bool ok, const Parts&... parts) {
     throw_type_error(text(parts...));
 }
 
-inline std::string shape_text(const Tensor& t) {
-  std::ostringstream out;
+// A shape in a message. Written out when the message is: most checks pass, and a stream costs more
+// than all that a small call has to do.
+template <typename Sizes>
+struct ShapeText {
+  const Sizes& sizes;
+};
+
+inline int64_t dims_of(const Tensor& t) { return t.dim(); }
+inline int64_t size_of(const Tensor& t, int64_t d) { return t.size(d); }
+inline int64_t dims_of(const std::vector<int64_t>& shape) { return int64_t(shape.size()); }
+inline int64_t size_of(const std::vector<int64_t>& shape, int64_t d) { return shape[size_t(d)]; }
+
+template <typename Sizes>
+std::ostream& operator<<(std::ostream& out, const ShapeText<Sizes>& shape) {
   out << '[';
-  for (int64_t d = 0; d < t.dim(); ++d) out << (d ? ", " : "") << t.size(d);
-  out << ']';
-  return out.str();
+  for (int64_t d = 0; d < dims_of(shape.sizes); ++d)
+    out << (d ? ", " : "") << size_of(shape.sizes, d);
+  return out << ']';
+}
+
+template <typename Sizes>
+ShapeText<Sizes> shape_text(const Sizes& sizes) {
+  return {sizes};
+}
+
+template <typename Sizes>
+bool has_shape(const Tensor& t, const Sizes& sizes) {
+  bool ok = t.dim() == dims_of(sizes);
+  for (int64_t d = 0; ok && d < t.dim(); ++d) ok = t.size(d) == size_of(sizes, d);
+  return ok;
 }
 
 inline void check_dim(const Tensor& t, int64_t dim, const char* name, const char* shape) {
@@ -62,10 +87,8 @@ inline void check_size(const Tensor& t, int64_t dim, int64_t size, const char* n
 
 inline void check_same_shape(const Tensor& t, const Tensor& like, const char* name,
                              const char* like_name) {
-  bool ok = t.dim() == like.dim();
-  for (int64_t d = 0; ok && d < t.dim(); ++d) ok = t.size(d) == like.size(d);
-  check_value(ok, name, ": expected the shape of ", like_name, " ", shape_text(like), ", got ",
-              shape_text(t));
+  check_value(has_shape(t, like), name, ": expected the shape of ", like_name, " ",
+              shape_text(like), ", got ", shape_text(t));
 }
 
 // A number in [0, limit).
@@ -151,6 +174,31 @@ inline IndexArray codes_of(const Tensor& t, const char* name) {
                             torch::headeronly::toString(t.scalar_type())));
   }
 }
+
+// An uninitialised tensor where `like` is, of its type where none is given. Straight from the
+// allocator: torch::stable::new_empty looks its op up by name at each call, which may take longer
+// than the rest of a small call.
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  int32_t device_type = 0, device_index = 0, type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  if (dtype) {
+    type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  }
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1))
+    strides[d] = stride;
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(shape.size()), shape.data(), strides.data(), type, device_type, device_index, &made));
+  return Tensor(made);
+}
+
+inline Tensor allocate_like(const Tensor& t) { return allocate(t, t.sizes()); }
 
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);

@@ -91,11 +91,10 @@ void scatter(const gpu::ScatterPlan& plan, Tensor& out, ScalarType accumulator,
   gpu::SortedEntries sorted;
   if (plan.in_tables) {
     const gpu::ScatterTables& tables = plan.tables;
-    Tensor rows = torch::stable::new_empty(out, {tables.tiles, plan.slots, int64_t{tables.tile()}},
-                                           ScalarType::Short);
+    Tensor rows =
+        allocate(out, {tables.tiles, plan.slots, int64_t{tables.tile()}}, ScalarType::Short);
     write_keys(plan, rows.mutable_data_ptr());
-    Tensor partial =
-        torch::stable::new_empty(out, {tables.chunks, plan.rows, plan.width}, accumulator);
+    Tensor partial = allocate(out, {tables.chunks, plan.rows, plan.width}, accumulator);
     sorted.rows = static_cast<const uint16_t*>(rows.const_data_ptr());
     sorted.partial = partial.mutable_data_ptr();
     run(plan, sorted);
@@ -106,11 +105,11 @@ void scatter(const gpu::ScatterPlan& plan, Tensor& out, ScalarType accumulator,
     return;
   }
   torch::stable::zero_(out);
-  Tensor keys = torch::stable::new_empty(out, {plan.entries()},
-                                         plan.wide_keys ? ScalarType::Long : ScalarType::Int);
+  Tensor keys =
+      allocate(out, {plan.entries()}, plan.wide_keys ? ScalarType::Long : ScalarType::Int);
   write_keys(plan, keys.mutable_data_ptr());
   const auto [values, order] = sort_stable(keys);
-  Tensor partial = torch::stable::new_empty(out, {plan.tiles(), 2, plan.width}, accumulator);
+  Tensor partial = allocate(out, {plan.tiles(), 2, plan.width}, accumulator);
   sorted.keys = {values.const_data_ptr(), plan.wide_keys ? 8 : 4};
   sorted.order = static_cast<const int64_t*>(order.const_data_ptr());
   sorted.partial = partial.mutable_data_ptr();

@@ -87,11 +87,8 @@ struct Inputs {
 
   void check_weight(const Tensor& t, const char* name, std::vector<int64_t> shape) const {
     if (layout.per_client) shape.insert(shape.begin(), layout.clients);
-    bool ok = t.dim() == int64_t(shape.size());
-    for (size_t d = 0; ok && d < shape.size(); ++d) ok = t.size(int64_t(d)) == shape[d];
-    std::ostringstream expected;
-    for (size_t d = 0; d < shape.size(); ++d) expected << (d ? ", " : "") << shape[d];
-    check_value(ok, name, ": expected shape [", expected.str(), "], got ", shape_text(t));
+    check_value(has_shape(t, shape), name, ": expected shape ", shape_text(shape), ", got ",
+                shape_text(t));
     check_same_dtype(t, table, name, "table");
     check_same_device(t, table, name, "table");
   }
@@ -109,7 +106,7 @@ Tensor hash_lookup(const Tensor& items, const Tensor& table, const Tensor& hashe
     a.base = base_->const_data_ptr();
     a.num_items = base_->size(0);
   }
-  Tensor out = torch::stable::new_empty(table, output_shape(items, a.D));
+  Tensor out = allocate(table, output_shape(items, a.D));
   a.out = out.mutable_data_ptr();
   const DType dtype = dtype_of(table, "table");
   run_on(
@@ -124,8 +121,7 @@ Tensor hash_lookup(const Tensor& items, const Tensor& table, const Tensor& hashe
         raise_bad_index(in.bad_item, a.items, a.num_items, "items");
       },
       [&](auto stream) {
-        Tensor scratch =
-            torch::stable::new_empty(table, {gpu::hash_lookup_scratch(a, dtype)}, ScalarType::Byte);
+        Tensor scratch = allocate(table, {gpu::hash_lookup_scratch(a, dtype)}, ScalarType::Byte);
         gpu::hash_lookup(a, dtype, in.layout.clients, scratch.mutable_data_ptr(), stream);
       });
   return out;
@@ -151,19 +147,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
 
   std::vector<int64_t> shape{a.M, a.D};
   if (per_client) shape.insert(shape.begin(), clients);
-  const auto none = [&] { return torch::stable::new_empty(table, {0}); };
+  const auto none = [&] { return allocate(table, {0}); };
   Tensor grad_table, grad_w1 = none(), grad_b1 = none(), grad_w2 = none(), grad_b2 = none();
   if (senet && a.D == 0) {  // Rows without an element have no mean; an empty output moves nothing.
-    const auto still = [](const Tensor& t) {
-      return torch::stable::fill_(torch::stable::empty_like(t), 0);
-    };
+    const auto still = [](const Tensor& t) { return torch::stable::fill_(allocate_like(t), 0); };
     return {still(table), still(*in.w1), still(*in.b1), still(*in.w2), still(*in.b2)};
   }
   run_on(
       table,
       [&](auto) {
         const HashLookupKernels& kernels = select_wide_hash_lookup_kernels();
-        grad_table = per_client ? torch::stable::new_empty(table, shape, accumulator)
+        grad_table = per_client ? allocate(table, shape, accumulator)
                                 : torch::stable::new_zeros(table, shape, accumulator);
         Tensor grad_senet =
             torch::stable::new_zeros(table, {senet ? clients : 0, a.senet_size()}, accumulator);
@@ -176,13 +170,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
             kernels.backward[int(dtype)](a, begin, end, scratch.data());
           });
         } else {
-          Tensor coefficients =
-              torch::stable::new_empty(table, {senet ? positions : 0, a.H, 2}, accumulator);
+          Tensor coefficients = allocate(table, {senet ? positions : 0, a.H, 2}, accumulator);
           if (senet) {
             a.coefficients = coefficients.mutable_data_ptr();
             const int64_t blocks = (positions + kBlock - 1) / kBlock;
-            const Tensor partial =
-                torch::stable::new_empty(table, {blocks, a.senet_size()}, accumulator);
+            const Tensor partial = allocate(table, {blocks, a.senet_size()}, accumulator);
             char* into = static_cast<char*>(partial.mutable_data_ptr());
             const int64_t bytes = a.senet_size() * (accumulator == ScalarType::Double ? 8 : 4);
             parallel_ranges(blocks, kBlock * cost, [&](int64_t begin, int64_t end) {
@@ -230,29 +222,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
         }
       },
       [&](auto stream) {
-        grad_table = torch::stable::new_empty(table, shape);
+        grad_table = allocate(table, shape);
         Tensor coefficients = none();
         if (senet) {
-          grad_w1 = torch::stable::empty_like(*in.w1);
-          grad_b1 = torch::stable::empty_like(*in.b1);
-          grad_w2 = torch::stable::empty_like(*in.w2);
-          grad_b2 = torch::stable::empty_like(*in.b2);
+          grad_w1 = allocate_like(*in.w1);
+          grad_b1 = allocate_like(*in.b1);
+          grad_w2 = allocate_like(*in.w2);
+          grad_b2 = allocate_like(*in.b2);
           const gpu::SENetGradients weights{grad_w1.mutable_data_ptr(), grad_b1.mutable_data_ptr(),
                                             grad_w2.mutable_data_ptr(), grad_b2.mutable_data_ptr()};
           if (gpu::hash_lookup_backward_whole(a, dtype, clients, grad_table.mutable_data_ptr(),
                                               weights, stream))
             return;
-          coefficients =
-              torch::stable::new_empty(table, {clients * positions, a.H, 2}, accumulator);
+          coefficients = allocate(table, {clients * positions, a.H, 2}, accumulator);
           a.coefficients = coefficients.mutable_data_ptr();
-          Tensor activations = torch::stable::new_empty(
-              table, {clients * positions, gpu::hash_activations(a)}, accumulator);
-          Tensor scratch = torch::stable::new_empty(table, {gpu::hash_lookup_scratch(a, dtype)},
-                                                    ScalarType::Byte);
+          Tensor activations =
+              allocate(table, {clients * positions, gpu::hash_activations(a)}, accumulator);
+          Tensor scratch = allocate(table, {gpu::hash_lookup_scratch(a, dtype)}, ScalarType::Byte);
           gpu::hash_lookup_activations(a, dtype, clients, scratch.mutable_data_ptr(),
                                        activations.mutable_data_ptr(), stream);
           const gpu::PositionSum sum = gpu::hash_lookup_shape_senet(a, clients);
-          Tensor partial = torch::stable::new_empty(table, {sum.partial_size()}, accumulator);
+          Tensor partial = allocate(table, {sum.partial_size()}, accumulator);
           gpu::hash_lookup_backward_senet(a, dtype, sum, activations.const_data_ptr(),
                                           partial.mutable_data_ptr(), weights, stream);
         } else if (gpu::hash_lookup_backward_plain(a, dtype, clients, grad_table.mutable_data_ptr(),
@@ -278,7 +268,7 @@ Tensor hash_buckets(const Tensor& items, const Tensor& hashes, int64_t table_siz
   const Tensor items_ = dense(items), hashes_ = dense(hashes);
   check_hash_values(hashes_);
   const int64_t H = hashes.size(0);
-  Tensor out = torch::stable::new_empty(items, output_shape(items, H), ScalarType::Long);
+  Tensor out = allocate(items, output_shape(items, H), ScalarType::Long);
   const IndexArray indices = indices_of(items_, "items");
   const int64_t* pairs = static_cast<const int64_t*>(hashes_.const_data_ptr());
   int64_t* into = static_cast<int64_t*>(out.mutable_data_ptr());

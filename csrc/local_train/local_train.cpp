@@ -83,7 +83,7 @@ template <typename Train>
     draws_bytes = std::max(draws_bytes, kernels.draws_room(a, n));
   }
   const int64_t room_bytes = bytes + 2 * draws_bytes;
-  Tensor room = torch::stable::new_empty(like, {threads, room_bytes}, ScalarType::Byte);
+  Tensor room = allocate(like, {threads, room_bytes}, ScalarType::Byte);
   char* memory = static_cast<char*>(room.mutable_data_ptr());
   std::atomic<int64_t> next{0};
   parallel_tasks(threads, [&](int64_t t) {
@@ -135,7 +135,7 @@ void check_range(const LocalTrainArgs& a, int64_t client, int64_t first, int64_t
 // them.
 [[maybe_unused]] std::vector<int64_t> sizes_on_gpu(const LocalTrainArgs& a, int64_t C,
                                                    const Tensor& like, gpu::Stream stream) {
-  Tensor ranges = torch::stable::new_empty(like, {C, 3}, ScalarType::Long);
+  Tensor ranges = allocate(like, {C, 3}, ScalarType::Long);
   const auto found = gpu::local_train_ranges(
       a, C, static_cast<gpu::ClientRange*>(ranges.mutable_data_ptr()), stream);
   std::vector<int64_t> sizes(static_cast<size_t>(C));
@@ -183,9 +183,7 @@ void raise_errors(const LocalTrainArgs& a, const Read& read) {
   const std::vector<int64_t> order = largest_first(sizes);
   std::sort(sizes.begin(), sizes.end(), std::greater<>());
   const gpu::LocalTrainPlan plan = gpu::plan_local_train(a, dtype, sizes);
-  const auto bytes = [&](int64_t count) {
-    return torch::stable::new_empty(like, {count}, ScalarType::Byte);
-  };
+  const auto bytes = [&](int64_t count) { return allocate(like, {count}, ScalarType::Byte); };
   Tensor scratch = bytes(plan.blocks * plan.scratch_bytes), places = bytes(8 * C),
          state = bytes(sizeof(gpu::LocalTrainState)), lists = bytes(gpu::lists_bytes(a));
   gpu::copy_to_device(places.mutable_data_ptr(), order.data(), 8 * C, stream);
@@ -232,9 +230,8 @@ void check_mlp(Mlp& checked, const std::vector<Tensor>& mlp, const Tensor& user,
   int64_t in = user.size(1) + D;
   const auto check = [&](const Tensor& t, std::vector<int64_t> shape, const char* meaning) {
     if (checked.own) shape.insert(shape.begin(), C);
-    bool ok = t.dim() == int64_t(shape.size());
-    for (size_t d = 0; ok && d < shape.size(); ++d) ok = t.size(int64_t(d)) == shape[d];
-    check_value(ok, "mlp: expected ", meaning, ", with C before all or none, got ", shape_text(t));
+    check_value(has_shape(t, shape), "mlp: expected ", meaning, ", with C before all or none, got ",
+                shape_text(t));
     check_same_dtype(t, user, "mlp", "user");
     check_same_device(t, user, "mlp", "user");
     checked.tensors.push_back(dense(t));
@@ -267,7 +264,7 @@ struct Call {
     for (const Tensor& t : mlp.tensors) {
       std::vector<int64_t> shape(t.sizes().begin(), t.sizes().end());
       if (!mlp.own) shape.insert(shape.begin(), clients.size(0));
-      results.push_back(torch::stable::new_empty(user, shape));
+      results.push_back(allocate(user, shape));
       mlp_results.push_back(results.back().mutable_data_ptr());
     }
     args.d_mlp = mlp_results.data();
@@ -278,7 +275,7 @@ struct Call {
   Tensor own_mlps() {
     int64_t all = 0;
     for (const Tensor& t : mlp.tensors) all += mlp.own ? t.numel() : 0;
-    Tensor result = torch::stable::new_empty(user, {all});
+    Tensor result = allocate(user, {all});
     if (!mlp.own) return result;
     char* at = static_cast<char*>(result.mutable_data_ptr());
     for (const Tensor& t : mlp.tensors) {
@@ -480,13 +477,13 @@ local_train(const Tensor& clients, const Tensor& indptr, const Tensor& items,
       a.R = std::max(a.R, std::min(num_items, size * (1 + epochs)));
   }
   const auto result = [&](bool there, std::vector<int64_t> shape) {
-    if (!there) return torch::stable::new_empty(user, {0});
+    if (!there) return allocate(user, {0});
     shape.insert(shape.begin(), C);
-    return torch::stable::new_empty(user, shape);
+    return allocate(user, shape);
   };
   Tensor new_user = result(true, {a.user_width});
-  Tensor losses = torch::stable::new_empty(user, {C}, ScalarType::Double);
-  Tensor rows = torch::stable::new_empty(user, {C, a.R}, ScalarType::Long);
+  Tensor losses = allocate(user, {C}, ScalarType::Double);
+  Tensor rows = allocate(user, {C, a.R}, ScalarType::Long);
   Tensor d_table = result(table.has_value(), {a.R, D}), d_A = result(A.has_value(), {a.R, a.rank}),
          d_B = result(B.has_value(), {D, a.rank}),
          d_codebooks = result(codebooks.has_value(), {a.L, a.K, D}),
@@ -668,10 +665,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> local_train_sum_(
     sums.touched = static_cast<uint8_t*>(Tensor(*touched).mutable_data_ptr());
   }
   sums.shift = shift_of(grid);
-  Tensor new_user = torch::stable::new_empty(user, {C, a.user_width});
+  Tensor new_user = allocate(user, {C, a.user_width});
   a.new_user = new_user.mutable_data_ptr();
   Tensor own_mlps = call.own_mlps();
-  Tensor losses = torch::stable::new_empty(user, {C}, ScalarType::Double);
+  Tensor losses = allocate(user, {C}, ScalarType::Double);
   a.losses = static_cast<double*>(losses.mutable_data_ptr());
 
   // Sums that are rounded have an order, that of the clients, and so one thread.
@@ -709,10 +706,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> local_train_sum_(
 
   int64_t marked = 0;
   for (const int64_t count : counts) marked += count;
-  Tensor rows = torch::stable::new_empty(user, {marked}, ScalarType::Long);
+  Tensor rows = allocate(user, {marked}, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(rows.mutable_data_ptr());
   for (size_t t = 0; t < fresh.size(); ++t) out = std::copy_n(fresh[t].begin(), counts[t], out);
-  Tensor bad = torch::stable::new_empty(user, {broken_mlp + 1}, ScalarType::Bool);
+  Tensor bad = allocate(user, {broken_mlp + 1}, ScalarType::Bool);
   for (int part = 0; part <= int(broken_mlp); ++part)
     static_cast<bool*>(bad.mutable_data_ptr())[part] = any >> part & 1;
   return {new_user, losses, rows, bad, own_mlps};

@@ -39,15 +39,11 @@ Tensor lora_lookup(const Tensor& items, const Tensor& A, const Tensor& B,
   const Layout layout = layout_of(items, f.per_client, f.clients, "items", "A");
   const bool separate = rows.has_value();
   check_base(base, separate ? -1 : f.rows, f.D, A, "A");
-  if (separate) {
-    check_value(rows->dim() == items.dim() && shape_text(*rows) == shape_text(items),
-                "rows: expected the shape of items ", shape_text(items), ", got ",
-                shape_text(*rows));
-  }
+  if (separate) check_same_shape(*rows, items, "rows", "items");
 
   const Tensor items_ = dense(items), A_ = dense(A), B_ = dense(B);
   const std::optional<Tensor> base_ = dense(base), rows_ = dense(rows);
-  Tensor out = torch::stable::new_empty(A, output_shape(items, f.D));
+  Tensor out = allocate(A, output_shape(items, f.D));
   FirstError bad_item, bad_row;
   LoraLookupArgs a{};
   a.items = indices_of(items_, "items");
@@ -121,7 +117,7 @@ std::tuple<Tensor, Tensor> lora_lookup_backward(const Tensor& grad, const Tensor
       [&](auto) {
         const LoraLookupKernels& kernels = select_lora_lookup_kernels();
         const size_t scratch_size = size_t(2 * f.rank * f.D);
-        grad_A = f.per_client ? torch::stable::new_empty(A, shape_A, accumulator)
+        grad_A = f.per_client ? allocate(A, shape_A, accumulator)
                               : torch::stable::new_zeros(A, shape_A, accumulator);
         grad_B = torch::stable::new_zeros(B, shape_B, accumulator);
         a.grad_A = grad_A.mutable_data_ptr();
@@ -143,7 +139,7 @@ std::tuple<Tensor, Tensor> lora_lookup_backward(const Tensor& grad, const Tensor
           };
           scatter_by_row(layout.positions, 1, f.rows, f.rank * f.D, row_of, run);
           const int64_t blocks = (layout.positions + kBlock - 1) / kBlock;
-          const Tensor partial = torch::stable::new_empty(B, {blocks, f.D, f.rank}, accumulator);
+          const Tensor partial = allocate(B, {blocks, f.D, f.rank}, accumulator);
           char* into = static_cast<char*>(partial.mutable_data_ptr());
           const int64_t bytes = f.D * f.rank * (accumulator == ScalarType::Double ? 8 : 4);
           parallel_ranges(blocks, kBlock * f.rank * f.D, [&](int64_t begin, int64_t end) {
@@ -161,8 +157,8 @@ std::tuple<Tensor, Tensor> lora_lookup_backward(const Tensor& grad, const Tensor
         grad_B = as_dtype(grad_B, A.scalar_type());
       },
       [&](auto stream) {
-        grad_A = torch::stable::new_empty(A, shape_A);
-        grad_B = torch::stable::new_empty(B, shape_B);
+        grad_A = allocate(A, shape_A);
+        grad_B = allocate(B, shape_B);
         const gpu::ScatterPlan lists =
             gpu::plan_scatter(gpu::lora_lookup_shape_A(a, layout.clients));
         const gpu::PositionSum sum = gpu::lora_lookup_shape_B(a, layout.clients);
@@ -180,7 +176,7 @@ std::tuple<Tensor, Tensor> lora_lookup_backward(const Tensor& grad, const Tensor
               gpu::lora_lookup_backward_A(a, dtype, plan, sorted, grad_A.mutable_data_ptr(),
                                           stream);
             });
-        Tensor partial = torch::stable::new_empty(B, {sum.partial_size()}, accumulator);
+        Tensor partial = allocate(B, {sum.partial_size()}, accumulator);
         gpu::lora_lookup_backward_B(a, dtype, sum, partial.mutable_data_ptr(),
                                     grad_B.mutable_data_ptr(), stream);
       });

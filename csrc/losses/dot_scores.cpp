@@ -36,7 +36,7 @@ Tensor dot_scores(const Tensor& vectors, const Tensor& user) {
   const Tensor vectors_ = dense(vectors), user_ = dense(user);
   const std::vector<int64_t> shape = vectors.dim() == 3 ? std::vector<int64_t>{clients, a.positions}
                                                         : std::vector<int64_t>{a.positions};
-  Tensor out = torch::stable::new_empty(vectors, shape);
+  Tensor out = allocate(vectors, shape);
   a.vectors = vectors_.const_data_ptr();
   a.user = user_.const_data_ptr();
   a.out = out.mutable_data_ptr();
@@ -63,8 +63,8 @@ std::tuple<Tensor, Tensor> dot_scores_backward(const Tensor& grad, const Tensor&
   check_same_dtype(grad, vectors, "grad", "vectors");
   check_same_device(grad, vectors, "grad", "vectors");
   const Tensor grad_ = dense(grad), vectors_ = dense(vectors), user_ = dense(user);
-  Tensor grad_vectors = torch::stable::empty_like(vectors_);
-  Tensor grad_user = torch::stable::empty_like(user_);
+  Tensor grad_vectors = allocate_like(vectors_);
+  Tensor grad_user = allocate_like(user_);
   a.grad = grad_.const_data_ptr();
   a.vectors = vectors_.const_data_ptr();
   a.user = user_.const_data_ptr();
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> dot_scores_backward(const Tensor& grad, const Tensor&
   run_on(
       vectors,
       [&](auto) {
-        Tensor partial = torch::stable::new_empty(vectors, {clients * a.blocks, a.D}, accumulator);
+        Tensor partial = allocate(vectors, {clients * a.blocks, a.D}, accumulator);
         a.partial = partial.mutable_data_ptr();
         const DotScoresKernels& kernels = select_dot_scores_kernels();
         parallel_ranges(
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor> dot_scores_backward(const Tensor& grad, const Tensor&
       },
       [&](auto stream) {
         const gpu::PositionSum sum = gpu::dot_scores_shape_user(a, clients);
-        Tensor partial = torch::stable::new_empty(vectors, {sum.partial_size()}, accumulator);
+        Tensor partial = allocate(vectors, {sum.partial_size()}, accumulator);
         gpu::dot_scores_backward(a, dtype, sum, partial.mutable_data_ptr(), stream);
       });
   return {grad_vectors, grad_user};

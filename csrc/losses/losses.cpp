@@ -49,7 +49,7 @@ struct Inputs {
   }
   // On the device, for the clients that are more than one work item; it must outlive the kernels.
   Tensor device_counts() {
-    Tensor room = torch::stable::new_empty(positive, {clients * args.blocks}, ScalarType::Long);
+    Tensor room = allocate(positive, {clients * args.blocks}, ScalarType::Long);
     args.counts = static_cast<int64_t*>(room.mutable_data_ptr());
     return room;
   }
@@ -94,21 +94,19 @@ Tensor forward(const Tensor& positive, const Tensor& negative, const Tensor& ite
           }
         };
         if (positive.scalar_type() == ScalarType::Float) {
-          out = torch::stable::new_empty(in.positive, in.client_shape());
+          out = allocate(in.positive, in.client_shape());
           write_means(static_cast<float*>(out.mutable_data_ptr()));
         } else {
-          const Tensor mean =
-              torch::stable::new_empty(in.positive, in.client_shape(), ScalarType::Double);
+          const Tensor mean = allocate(in.positive, in.client_shape(), ScalarType::Double);
           write_means(static_cast<double*>(mean.mutable_data_ptr()));
           out = as_dtype(mean, positive.scalar_type());
         }
       },
       [&](auto stream) {
         const Tensor counts = in.device_counts();
-        Tensor sums = torch::stable::new_empty(in.positive, {in.clients * in.args.blocks},
-                                               ScalarType::Double);
+        Tensor sums = allocate(in.positive, {in.clients * in.args.blocks}, ScalarType::Double);
         in.args.sums = static_cast<double*>(sums.mutable_data_ptr());
-        out = torch::stable::new_empty(in.positive, in.client_shape());
+        out = allocate(in.positive, in.client_shape());
         gpu::ranking_loss(in.args, DType(in.kernel), loss == Loss::bpr, in.clients,
                           out.mutable_data_ptr(), stream);
       });
@@ -125,8 +123,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& positive,
               ", got ", shape_text(grad));
   check_same_dtype(grad, positive, "grad", "positive");
   check_same_device(grad, positive, "grad", "positive");
-  Tensor grad_positive = torch::stable::empty_like(in.positive);
-  Tensor grad_negative = torch::stable::empty_like(in.negative);
+  Tensor grad_positive = allocate_like(in.positive);
+  Tensor grad_negative = allocate_like(in.negative);
   in.args.grad_positive = grad_positive.mutable_data_ptr();
   in.args.grad_negative = grad_negative.mutable_data_ptr();
   run_on(

@@ -38,7 +38,7 @@ Tensor rq_encode(const Tensor& x, const Tensor& codebooks) {
   const ScalarType code_type = a.code_bytes == 1   ? ScalarType::Byte
                                : a.code_bytes == 2 ? ScalarType::Short
                                                    : ScalarType::Int;
-  Tensor codes = torch::stable::new_empty(x, {a.N, a.L}, code_type);
+  Tensor codes = allocate(x, {a.N, a.L}, code_type);
   a.codes = codes.mutable_data_ptr();
 
   run_on(

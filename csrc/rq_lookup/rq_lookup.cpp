@@ -28,7 +28,7 @@ Tensor rq_lookup(const Tensor& items, const Tensor& codes, const Tensor& codeboo
 
   const Tensor items_ = dense(items), codes_ = dense(codes), codebooks_ = dense(codebooks);
   const std::optional<Tensor> base_ = dense(base);
-  Tensor out = torch::stable::new_empty(codebooks, output_shape(items, D));
+  Tensor out = allocate(codebooks, output_shape(items, D));
   FirstError bad_item, bad_code;
   RqLookupArgs a{};
   a.items = indices_of(items_, "items");
@@ -91,7 +91,7 @@ Tensor rq_lookup_backward(const Tensor& grad, const Tensor& items, const Tensor&
       grad,
       [&](auto) {
         const RqLookupKernels& kernels = select_wide_rq_lookup_kernels();
-        Tensor sum = per_client ? torch::stable::new_empty(grad, shape, accumulator)
+        Tensor sum = per_client ? allocate(grad, shape, accumulator)
                                 : torch::stable::new_zeros(grad, shape, accumulator);
         a.grad_codebooks = sum.mutable_data_ptr();
         if (per_client) {
@@ -115,7 +115,7 @@ Tensor rq_lookup_backward(const Tensor& grad, const Tensor& items, const Tensor&
         out = as_dtype(sum, grad.scalar_type());
       },
       [&](auto stream) {
-        out = torch::stable::new_empty(grad, shape);
+        out = allocate(grad, shape);
         scatter(
             gpu::plan_scatter(gpu::rq_lookup_shape(a, dtype, layout.clients)), out, accumulator,
             [&](const gpu::ScatterPlan& plan, void* keys) {

@@ -87,7 +87,7 @@ Tensor sample_negatives(const Tensor& items, const Tensor& clients, const Tensor
   a.round = check_uint(round, int64_t{1} << 32, "round");
   a.bad_item = &bad_item;
 
-  Tensor out = torch::stable::new_empty(items, {items.size(0), epochs, a.positions});
+  Tensor out = allocate(items, {items.size(0), epochs, a.positions});
   a.out = out.mutable_data_ptr();
   run_on(
       items,
@@ -130,7 +130,7 @@ Tensor client_dropout(const Tensor& x, const Tensor& clients, double p, int64_t 
   a.layer = check_uint(layer, 1 << 8, "layer");
   const DType dtype = dtype_of(x, "x");
   if (p == 1) return torch::stable::new_zeros(x, x.sizes());
-  Tensor out = torch::stable::empty_like(x_);
+  Tensor out = allocate_like(x_);
   a.out = out.mutable_data_ptr();
   run_on(
       x,
@@ -189,6 +189,7 @@ using Keyed = std::pair<uint64_t, int64_t>;  // key, place: equal keys go by pla
     draw(a, n, drawn, drawn + draws, places.data());
     drawn += draws;
     for (int64_t i = 0; i < draws; ++i) {
+      a.clients.prefetch(places[size_t(i)]);
       uint64_t& word = chosen[size_t(places[size_t(i)] / 64)];
       const uint64_t bit = uint64_t{1} << places[size_t(i)] % 64;
       missing -= (word & bit) == 0;
@@ -241,7 +242,7 @@ Tensor sample_clients(const Tensor& clients, int64_t count, int64_t seed, int64_
   const Tensor clients_ = dense(clients);
   const ClientKeysArgs a = client_keys_args(clients_, seed, round, attempt);
 
-  Tensor out = torch::stable::new_empty(clients, {count}, ScalarType::Long);
+  Tensor out = allocate(clients, {count}, ScalarType::Long);
   int64_t* ids = static_cast<int64_t*>(out.mutable_data_ptr());
   const bool few = sampled_by_places(count, n);
   run_on(
@@ -258,7 +259,7 @@ Tensor sample_clients(const Tensor& clients, int64_t count, int64_t seed, int64_
         using Room = gpu::SampleClientsRoom;
         Tensor bins =
             torch::stable::new_zeros(clients, {Room::kBins + Room::kNumbers}, ScalarType::Int);
-        Tensor near = torch::stable::new_empty(clients, {n}, ScalarType::Int);
+        Tensor near = allocate(clients, {n}, ScalarType::Int);
         const Room room = {static_cast<unsigned*>(bins.mutable_data_ptr()),
                            static_cast<unsigned*>(near.mutable_data_ptr())};
         gpu::sample_clients(a, n, count, room, ids, stream);
@@ -286,7 +287,7 @@ Tensor sample_clients_independently(const Tensor& clients, double probability, i
         const uint64_t largest = limit ? (limit << (64 - kKeyBits)) - 1 : 0;
         std::vector<Keyed> below = smallest_keys(a, n, uint32_t(largest >> 32));
         std::erase_if(below, [&](const Keyed& x) { return !key_below(x.first, limit); });
-        out = torch::stable::new_empty(clients, {int64_t(below.size())}, ScalarType::Long);
+        out = allocate(clients, {int64_t(below.size())}, ScalarType::Long);
         int64_t* const ids = static_cast<int64_t*>(out.mutable_data_ptr());
         std::transform(below.begin(), below.end(), ids,
                        [&](const Keyed& x) { return a.clients[x.second]; });
@@ -295,7 +296,7 @@ Tensor sample_clients_independently(const Tensor& clients, double probability, i
       [&](auto stream) {
         check_value(n <= INT32_MAX, "clients: expected at most 2^31 - 1 on a GPU, got ", n);
         Tensor found = torch::stable::new_zeros(clients, {1}, ScalarType::Int);
-        Tensor chosen = torch::stable::new_empty(clients, {n}, ScalarType::Long);
+        Tensor chosen = allocate(clients, {n}, ScalarType::Long);
         const int64_t count =
             gpu::sample_below(a, n, limit, static_cast<unsigned*>(found.mutable_data_ptr()),
                               static_cast<int64_t*>(chosen.mutable_data_ptr()), stream);
