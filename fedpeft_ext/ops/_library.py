@@ -15,8 +15,21 @@ from functools import reduce
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+
+# By their own names, for each lookup in a module is a fraction of a microsecond of every call.
+from torch import Tensor, is_grad_enabled
+from torch._C import (
+    _any_requires_grad,
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _increment_version,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C import _AutoDispatchBelowADInplaceOrView as _BelowADInplaceOrView
+from torch._C import _AutoDispatchBelowAutograd as _BelowAutograd
 from torch.autograd import forward_ad as _forward_ad
+from torch.compiler import is_compiling
 
 NAMESPACE = "fedpeft_ext"
 _torch_library: Any = torch.library  # untyped in torch
@@ -45,15 +58,15 @@ class EagerOp:
         self.written: tuple[int, ...] = ()  # arguments that the op writes into
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not is_plain(args):
+        if is_compiling() or not is_plain(args):
             return self._op(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if is_grad_enabled() and _any_requires_grad(*args):
             return self._op(*args) if self.apply is None else self.apply(*args)
         if self.written:
-            torch.autograd.graph.increment_version(_tensors_at(args, self.written))
-            with torch._C._AutoDispatchBelowADInplaceOrView():
+            _increment_version(_tensors_at(args, self.written))
+            with _BelowADInplaceOrView():
                 return self._op(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _BelowAutograd():
             return self._op(*args)
 
 
@@ -65,22 +78,26 @@ def eager_op(name: str) -> EagerOp:
     return _EAGER_OPS.setdefault(name, EagerOp(name))
 
 
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float})
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, list, type(None), bool, int, float})
 
 
 def is_plain(args: tuple[Any, ...]) -> bool:
     """Whether all tensors are of torch's own types, and nothing but autograd transforms or records calls."""
     if (
         _FORWARD_AD._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._get_tracing_state() is not None
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _get_tracing_state() is not None
     ):
         return False
-    return _PLAIN_TYPES.issuperset(map(type, args)) or not any(
-        isinstance(x, Tensor) and type(x) not in _PLAIN_TYPES for x in args
-    )
+    types = set(map(type, args))
+    if list in types:
+        for x in args:
+            if type(x) is list:
+                types.update(map(type, x))
+    types -= _PLAIN_TYPES
+    return not types or not any(issubclass(t, Tensor) for t in types)
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
