@@ -527,10 +527,11 @@ class SumTraining:
         user, losses, rows, broken, own = _LOCAL_TRAIN_SUM(
             clients, weights, *self._data, mlp, self._dropout, *self._totals, *self._settings, round, grid
         )
-        shapes = [t.shape for t in mlp] if mlp and mlp[0].dim() == 3 else []
-        tensors = own.split([shape.numel() for shape in shapes])
+        if not mlp or mlp[0].dim() == 2:
+            return SumResult(user, losses, rows, broken)
+        tensors = own.split([t.numel() for t in mlp])
         return SumResult(
-            user, losses, rows, broken, tuple(t.view(shape) for t, shape in zip(tensors, shapes, strict=True))
+            user, losses, rows, broken, tuple(t.view(m.shape) for t, m in zip(tensors, mlp, strict=True))
         )
 
     def _in_two_ops(

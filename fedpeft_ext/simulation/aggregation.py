@@ -84,8 +84,9 @@ class Server:
                 parameter.add_((self._lr * first / (second.sqrt() + TAU)).to(parameter.dtype))
                 total.zero_()
             else:
-                # A copy where a backbone of the user's own holds a transposed parameter.
-                values = parameter.detach().contiguous()
+                values: Tensor = parameter
+                if not values.is_contiguous():  # a backbone of the user's own may hold a transposed one
+                    values = values.contiguous()
                 if values.dim() == 0:
                     values, total = values.view(1), total.view(1)
                 ops.apply_updates_(values, total, at, scale=self._lr / weight)
@@ -339,7 +340,7 @@ class Aggregator:
             for total in self._totals.values():
                 total.zero_()
         if self._marks is not None:
-            if used and 16 * sum(len(rows) for rows in self._marked) < len(self._marks):
+            if used and 16 * sum(rows.numel() for rows in self._marked) < self._marks.numel():
                 for rows in self._marked:
                     self._marks.index_fill_(0, rows, 0)
             else:  # cheaper, and an engine may have failed before it told what it marked

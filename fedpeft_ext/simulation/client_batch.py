@@ -126,7 +126,9 @@ class ClientStore:
         """
         if accepted is not None:
             clients, state = clients[accepted], {name: values[accepted] for name, values in state.items()}
-        self._written.append((clients, {name: values.detach() for name, values in state.items()}))
+        self._written.append(
+            (clients, {name: v.detach() if v.requires_grad else v for name, v in state.items()})
+        )
 
     def commit(self, ranks: Ranks | None = None, average: bool = True) -> None:
         """Take over what was written since the last `commit` or `discard`.

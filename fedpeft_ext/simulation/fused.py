@@ -159,16 +159,16 @@ class FusedEngine:
         """Train clients whose uploads nobody looks at: they are added up where they are made."""
         if self._sum_training is None or self._sum_training[0] is not aggregator:
             self._sum_training = aggregator, self._training_into(sums, aggregator.marks)
-        ids = torch.from_numpy(clients)
+        ids, weight = torch.from_numpy(clients), float(np.add.reduce(weights))
         result = self._sum_training[1](
             ids, torch.from_numpy(weights), round=round, grid=aggregator.grid, **self._own(ids)
         )
         broken = None
-        if np.logical_or.reduce(result.broken.numpy()):
+        if True in result.broken.tolist():
             names = self._names | {"mlp": "mlp"}
             fields = (*ItemSums._fields[:-1], *_SENET, "mlp")
             broken = next(names[f] for f, bad in zip(fields, result.broken, strict=True) if bad)
-        aggregator.added(float(np.add.reduce(weights)), len(clients), result.rows, broken)
+        aggregator.added(weight, len(clients), result.rows, broken)
         self._federation.store.write(ids, self._state(result))
         return result.losses.numpy()
 

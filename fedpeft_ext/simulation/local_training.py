@@ -18,6 +18,7 @@ which Adam scales up to a full step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -170,22 +171,24 @@ def train_in_chunks(
 ) -> np.ndarray:
     """Losses of `clients` [n], from `train(ids, weights)` of one chunk after the other; a failure of one is a
     ClientError."""
-    losses = np.zeros(len(clients))
+    losses = []
     for chunk in chunks:
         ids = clients[chunk]
         try:
-            losses[chunk] = train(ids, weights[chunk])
+            losses.append(train(ids, weights[chunk]))
         except Exception as error:
             raise ClientError(
                 f"round {round}, {len(ids)} clients from client {int(ids[0])} on: {error} "
                 "(engine: sequential names the client and the stage)"
             ) from error
-    return losses
+    if len(losses) == 1:
+        return losses[0]
+    return np.concatenate(losses) if losses else np.zeros(0)
 
 
 def first_not_finite(losses: np.ndarray, clients: np.ndarray, round: int) -> None:
     """Raise FloatingPointError naming the first client whose loss is NaN or infinite."""
-    if np.isfinite(np.add.reduce(losses)):
+    if math.isfinite(np.add.reduce(losses)):
         return
     bad = np.flatnonzero(~np.isfinite(losses))
     if len(bad):

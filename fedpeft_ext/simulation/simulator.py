@@ -166,6 +166,7 @@ class Simulator:
         began = time.perf_counter()
         self._ranks = ranks = Ranks()
         self._device = rank_device(_available_device(config.device))
+        self._on_gpu = self._device.type == "cuda"
         spec = parse_spec(config.embedding.name)
         training = config.training
         self.config = config
@@ -465,7 +466,7 @@ class Simulator:
             self.store.commit(self._ranks, average=self.config.privacy.mode == "none")
         if self._ledger is not None:
             self._ledger.add_round(sampled)
-        if self._device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - began
 
