@@ -654,6 +654,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> local_train_sum_(
     parts.push_back({sum_of(sum_mlp[t], mlp[t], "sum_mlp", "mlp"), 1, mlp[t].numel(), 0});
   LocalSums sums{};
   for (size_t part = 0; part < kParts; ++part) sums.totals[part] = parts[part].total;
+  uint8_t* marks = nullptr;
   if (touched) {
     check_value(table || A, "touched: expected together with table or A, got only touched");
     check_dim(*touched, 1, "touched", "[I]");
@@ -662,7 +663,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> local_train_sum_(
                torch::headeronly::toString(touched->scalar_type()));
     check_same_device(*touched, user, "touched", "user");
     check_value(touched->is_contiguous(), "touched: expected a contiguous tensor");
-    sums.touched = static_cast<uint8_t*>(Tensor(*touched).mutable_data_ptr());
+    marks = static_cast<uint8_t*>(Tensor(*touched).mutable_data_ptr());
   }
   sums.shift = shift_of(grid);
   Tensor new_user = allocate(user, {C, a.user_width});
@@ -673,7 +674,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> local_train_sum_(
 
   // Sums that are rounded have an order, that of the clients, and so one thread.
   const int64_t threads = grid > 0 ? threads_for(C) : std::min<int64_t>(C, 1);
-  sums.alone = threads <= 1;
   std::vector<int64_t> order;
   if (grid > 0) {
     order = largest_first(call.sizes);
@@ -684,31 +684,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> local_train_sum_(
   int64_t draws = 0;
   for (const int64_t n : call.sizes) draws += n * (1 + epochs);
   SharedSums shared(parts, sums, draws, threads);
-  std::vector<std::vector<int64_t>> fresh(
-      static_cast<size_t>(threads));  // rows; as many as `counts` are filled
-  std::vector<int64_t> counts(static_cast<size_t>(threads), 0);
+  // Rows that a thread added to, with bits of its own: threads that marked rows together would wait
+  // for each other's cache lines.
+  struct alignas(64) Seen {
+    std::vector<uint64_t> bits;
+    std::vector<int64_t> rows;  // the first `count` are filled
+    int64_t count = 0;
+  };
+  std::vector<Seen> seen(static_cast<size_t>(threads));
   const auto train = local_train_kernels_for(a).train[int(call.dtype)];
   train_on_cpu(a, call.sizes, order, threads, call.dtype, user,
                [&](int64_t t, int64_t c, const void* drawn, const void* ahead, void* scratch) {
                  LocalSums& mine = shared.of(t);
-                 int64_t& count = counts[size_t(t)];
-                 std::vector<int64_t>& rows = fresh[size_t(t)];
-                 if (mine.touched) {
+                 Seen& by = seen[size_t(t)];
+                 if (marks) {
                    const int64_t most = std::min(num_items, call.sizes[size_t(c)] * (1 + epochs));
-                   if (int64_t(rows.size()) < count + most) rows.resize(size_t(2 * count + most));
-                   mine.fresh = rows.data() + count;
+                   if (int64_t(by.rows.size()) < by.count + most)
+                     by.rows.resize(size_t(2 * by.count + most));
+                   by.bits.resize(size_t(num_items / 64 + 1));
+                   mine.fresh = by.rows.data() + by.count;
+                   mine.seen = by.bits.data();
                  }
                  train(a, c, drawn, ahead, scratch, &mine, weight_of[c]);
-                 if (mine.touched) count = mine.fresh - rows.data();
+                 if (marks) by.count = mine.fresh - by.rows.data();
                });
   const uint32_t any = shared.gather();
   raise_errors(a);
 
   int64_t marked = 0;
-  for (const int64_t count : counts) marked += count;
+  for (Seen& by : seen) {
+    int64_t* fresh = by.rows.data();
+    for (int64_t i = 0; i < by.count; ++i) {
+      uint8_t& mark = marks[by.rows[size_t(i)]];
+      *fresh = by.rows[size_t(i)];
+      fresh += mark == 0;
+      mark = 1;
+    }
+    marked += by.count = fresh - by.rows.data();
+  }
   Tensor rows = allocate(user, {marked}, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(rows.mutable_data_ptr());
-  for (size_t t = 0; t < fresh.size(); ++t) out = std::copy_n(fresh[t].begin(), counts[t], out);
+  for (const Seen& by : seen) out = std::copy_n(by.rows.begin(), by.count, out);
   Tensor bad = allocate(user, {broken_mlp + 1}, ScalarType::Bool);
   for (int part = 0; part <= int(broken_mlp); ++part)
     static_cast<bool*>(bad.mutable_data_ptr())[part] = any >> part & 1;

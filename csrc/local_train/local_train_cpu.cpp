@@ -317,27 +317,19 @@ class Trainer {
 
   void add_up(LocalSums& sums) {
     const Slots<T>& slots = a.table ? table.slots : lora.A.slots;
-    if (sums.touched) {
-      for (int64_t s = 0; s < slots.count; ++s) __builtin_prefetch(sums.touched + slots.rows[s], 1);
-    }
     for_parts([&](auto& part, BrokenPart name) {
       part.add_up();
       sums.broken |= uint32_t(part.total.broken) << name;
     });
     if (a.layers && !a.own_mlp) sums.broken |= uint32_t(mlp.add_up()) << broken_mlp;
-    if (!sums.touched) return;
+    if (!sums.seen) return;
     int64_t* fresh = sums.fresh;
     for (int64_t s = 0; s < slots.count; ++s) {
       const int64_t row = slots.rows[s];
-      uint8_t* const mark = sums.touched + row;
-      if (sums.alone) {
-        *fresh = row;
-        fresh += *mark == 0;
-        *mark = 1;
-      } else if (!__atomic_load_n(mark, __ATOMIC_RELAXED) &&
-                 !__atomic_exchange_n(mark, uint8_t(1), __ATOMIC_RELAXED)) {
-        *fresh++ = row;
-      }
+      const uint64_t word = sums.seen[row / 64], bit = uint64_t{1} << row % 64;
+      *fresh = row;
+      fresh += (word & bit) == 0;
+      sums.seen[row / 64] = word | bit;
     }
     sums.fresh = fresh;
   }

@@ -90,11 +90,10 @@ struct LocalSums {
   double* totals[broken_parts];  // shapes of the parameters
   uint8_t* locks[broken_parts];  // [kTotalLocks], where other threads add to the same rows
   double* const* mlp;            // as LocalTrainArgs::mlp; no other thread adds there
-  double shift;      // 1.5 * 2^52 * grid: x + shift - shift rounds x to the grid; 0 leaves x
-  uint8_t* touched;  // [I]: marks rows of table and A that are added to; null: not asked
-  int64_t* fresh;    // takes the rows that were not marked, and is moved on
-  bool alone;        // no other thread marks rows
-  uint32_t broken;   // bits of BrokenPart
+  double shift;     // 1.5 * 2^52 * grid: x + shift - shift rounds x to the grid; 0 leaves x
+  uint64_t* seen;   // bits [I]: rows of table and A that this thread added to; null: not asked
+  int64_t* fresh;   // takes the rows that it had not, and is moved on
+  uint32_t broken;  // bits of BrokenPart
 };
 
 struct LocalTrainKernels {
