@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fedpeft_ext
 from fedpeft_ext import ops, reference
+from fedpeft_ext.ops._library import is_plain
 
 g = torch.Generator().manual_seed(0)
 
@@ -170,6 +171,17 @@ def test_opcheck(name: str, arguments: tuple[Any, ...], target: Any) -> None:
     op = getattr(torch.ops.fedpeft_ext, name).default
     result = torch.library.opcheck(op, placed, test_utils=checks)
     assert set(result.values()) == {"SUCCESS"}
+
+
+def test_only_torchs_own_tensors_take_the_short_way() -> None:
+    class Other(Tensor):
+        pass
+
+    plain = torch.zeros(2)
+    other = plain.as_subclass(Other)
+    assert is_plain((plain, torch.nn.Parameter(plain), None, 1, 0.5, True, [], [plain, None]))
+    assert not is_plain((plain, other))
+    assert not is_plain((plain, [plain, other]))
 
 
 def test_every_op_is_checked() -> None:
