@@ -293,6 +293,17 @@ def info(debug: _Debug = False) -> None:
         )
 
 
+def _console(stderr: bool = False) -> Console:
+    """For tables and progress."""
+    from rich.console import Console
+
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # for `_reported_errors`; rich would end the process with code 1
+
+    return Output(stderr=stderr)
+
+
 def _print_facts(facts: Mapping[str, object]) -> None:
     width = max(map(len, facts)) + 2
     for fact, value in facts.items():
@@ -328,6 +339,9 @@ def _reported_errors(
     except _Stopped as stopped:
         typer.echo(f"\nfedpeft: {stopped}", err=True)
         raise typer.Exit(SIGNALLED + stopped.signal) from None
+    except BrokenPipeError:  # who read the output has closed it, as head does: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        raise typer.Exit(SIGNALLED + signal.SIGPIPE) from None
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
@@ -470,25 +484,21 @@ def _run_until_signal(simulator: Simulator, folder: Path) -> Summary:
 
 def _report(summary: Summary, folder: Path, as_json: bool) -> None:
     """The result on stdout."""
-    from rich.console import Console
-
     from fedpeft_ext.experiments.tables import summary_table
 
     if as_json:
         typer.echo(json.dumps({**summary.as_dict(), "folder": str(folder)}, allow_nan=False))
         return
-    Console().print(summary_table(summary))
+    _console().print(summary_table(summary))
     typer.echo(f"Files: {folder}/ config.yaml, metrics.jsonl, summary.json, model.safetensors")
 
 
 def _resume(folder: Path, rounds: int | None, *, quiet: bool, as_json: bool) -> None:
-    from rich.console import Console
-
     from fedpeft_ext.simulation import Simulator
 
     simulator = Simulator.resume(folder, rounds=rounds)
     config = simulator.config
-    with _progress(Console(stderr=True), config, quiet=quiet, evaluations=True) as (callbacks_for, notify):
+    with _progress(_console(stderr=True), config, quiet=quiet, evaluations=True) as (callbacks_for, notify):
         notify(f"Going on in {folder} after round {simulator.rounds_done} of {config.training.rounds}")
         simulator.add_callbacks(*callbacks_for(config.embedding.name))
         summary = _run_until_signal(simulator, folder)
@@ -496,13 +506,11 @@ def _resume(folder: Path, rounds: int | None, *, quiet: bool, as_json: bool) -> 
 
 
 def _run(config: Config, folder: Path, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
-    from rich.console import Console
-
     from fedpeft_ext.nn import parse_spec
     from fedpeft_ext.simulation import Simulator
 
     parse_spec(config.embedding.name)  # before loading anything
-    with _progress(Console(stderr=True), config, quiet=quiet, evaluations=True) as (callbacks_for, notify):
+    with _progress(_console(stderr=True), config, quiet=quiet, evaluations=True) as (callbacks_for, notify):
         notify(f"Loading {config.dataset.name}")
         dataset = _load(config)
         notify(f"{_size(dataset)}; preparing {config.embedding.name} on the server")
@@ -515,13 +523,11 @@ def _run(config: Config, folder: Path, *, overwrite: bool, quiet: bool, as_json:
 def _compare(
     config: Config, names: Sequence[str], folder: Path, *, overwrite: bool, quiet: bool, as_json: bool
 ) -> None:
-    from rich.console import Console
-
     from fedpeft_ext.experiments import compare, terminal_table
     from fedpeft_ext.experiments.compare import CSV, CURVES, JSON, MARKDOWN, SCATTER, check_embeddings
 
     check_embeddings(config, names)  # before loading anything
-    with _progress(Console(stderr=True), config, quiet=quiet, evaluations=False) as (callbacks_for, notify):
+    with _progress(_console(stderr=True), config, quiet=quiet, evaluations=False) as (callbacks_for, notify):
         notify(f"Loading {config.dataset.name}")
         dataset = _load(config)
         notify(f"{_size(dataset)}; preparing full embeddings and codes on the server")
@@ -531,7 +537,7 @@ def _compare(
     if as_json:
         typer.echo(json.dumps([result.as_dict() for result in comparison.results], allow_nan=False))
         return
-    Console().print(terminal_table(comparison.results, comparison.k, title=comparison.title))
+    _console().print(terminal_table(comparison.results, comparison.k, title=comparison.title))
     typer.echo(f"Table:    {folder}/ {MARKDOWN}, {CSV}, {JSON}")
     typer.echo(f"Pictures: {folder}/ {SCATTER}, {CURVES}")
 

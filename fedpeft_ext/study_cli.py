@@ -147,13 +147,12 @@ def _study(
     quiet: bool,
 ) -> None:
     import torch
-    from rich.console import Console
 
     from fedpeft_ext.experiments.studies import Context, run_study
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with cli._progress(Console(stderr=True), config, quiet=quiet, evaluations=False) as (
+    with cli._progress(cli._console(stderr=True), config, quiet=quiet, evaluations=False) as (
         callbacks_for,
         notify,
     ):

@@ -337,6 +337,20 @@ def test_json_is_all_of_stdout(tmp_path: Path) -> None:
     assert both.stderr == ""
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_went_away_is_no_error_of_the_folder(stream: str) -> None:
+    """As in `fedpeft run | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writing}
+    command = [sys.executable, "-m", "fedpeft_ext", "run", *SMALL, "-r", "0", "--set=embedding.name=c-hash"]
+    done = subprocess.run([*command, "-o", "run"], **output, env=_environment(), check=False)
+    os.close(writing)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert b"error" not in (done.stdout or b"") + (done.stderr or b"")
+    assert stream == "stderr" or Path("run", "summary.json").is_file()
+
+
 def _environment() -> dict[str, str]:
     """The environment with this checkout importable from any folder, one thread."""
     root = str(Path(__file__).parents[1])

@@ -40,6 +40,7 @@ def prepare_folder(folder: str | Path, overwrite: bool = False) -> Path:
     Raises:
         FileExistsError: not empty and `overwrite` is false.
         NotADirectoryError: there is a file of this name.
+        BlockingIOError: another process is writing to it; nothing is deleted.
         PermissionError, OSError: cannot be written.
     """
     folder = Path(folder)
@@ -56,12 +57,16 @@ def prepare_folder(folder: str | Path, overwrite: bool = False) -> Path:
         raise
     except OSError as error:
         raise type(error)(f"out: cannot write to {folder} ({error.strerror or error})") from error
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
-        remove_part(folder / name)
-    for events in (folder / TENSORBOARD).glob("events.out.tfevents.*"):
-        events.unlink()
-    delete_checkpoints(folder)
+    lock = _locked(folder)
+    try:
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+            remove_part(folder / name)
+        for events in (folder / TENSORBOARD).glob("events.out.tfevents.*"):
+            events.unlink()
+        delete_checkpoints(folder)
+    finally:
+        os.close(lock)
     return folder
 
 

@@ -533,8 +533,12 @@ def test_a_new_run_does_not_touch_an_interrupted_one(interrupted: Path) -> None:
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     class Second(Callback):
         def on_round(self, info: RoundInfo) -> None:
+            before = content(tmp_path / "run")
             with pytest.raises(BlockingIOError, match="another process is writing to"):
                 resumed(tmp_path / "run").run()
+            with pytest.raises(BlockingIOError, match="another process is writing to"):
+                new_run(tmp_path / "run", config(), overwrite=True)
+            assert content(tmp_path / "run") == before
 
     new_run(tmp_path / "run", config(), callbacks=[Second()]).run()
 
