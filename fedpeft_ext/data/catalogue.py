@@ -192,21 +192,28 @@ def check_dataset(name_or_path: str | Path, **options: Any) -> dict[str, Any]:
     }
     notes = []
     if report.get("order") == "file":
-        notes.append("no timestamps: the order of the file is taken for the order in time")
+        others = ", ".join(map(repr, report.get("other_columns", ())))
+        which = f"; if it is in {others}, name the column as timestamp_column" if others else ""
+        notes.append(f"no timestamps: the order of the file is taken for the order in time{which}")
     if report.get("duplicates_dropped"):
-        notes.append(f"{report['duplicates_dropped']} interactions repeat a user and item and were dropped")
+        notes.append(
+            f"interactions that repeat a user and item: {report['duplicates_dropped']}, which were dropped"
+        )
     if without_test:
         notes.append(
-            f"{without_test} users have one interaction: it is trained on, and they are not evaluated"
+            f"users with one interaction: {without_test}; it is trained on, and they are not evaluated"
         )
     if dataset.item_text is None:
-        notes.append("no item text: features for pre-training must be given otherwise")
+        notes.append(
+            "no item text: full, p-X and c-rq need other item features (pretrain.features: a file, or random)"
+        )
     elif without_text:
-        notes.append(f"{without_text} items have no text")
+        notes.append(f"items without text: {without_text}")
     few = int(np.count_nonzero(dataset.num_items - per_user < 100))
     if few:
         notes.append(
-            f"{few} users have fewer than 100 items that they never met: too few for 100 sampled negatives"
+            f"users with fewer than 100 items that they never met: {few}; evaluation.num_negatives can be at "
+            f"most {int((dataset.num_items - per_user).min())}"
         )
     report["notes"] = notes
     return report

@@ -238,7 +238,8 @@ class Dataset:
             user = users[few[0]]
             raise ValueError(
                 f"num_negatives: user {user} ({self.user_ids[user]!r}) has {unmet[few[0]]} items never met, "
-                f"fewer than num_negatives={num_negatives}"
+                f"fewer than num_negatives={num_negatives}; expected at most {unmet.min()}, which every user "
+                "has (in settings evaluation.num_negatives)"
             )
 
     def _unmet(self, users: IntArray) -> IntArray:

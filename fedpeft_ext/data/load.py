@@ -209,15 +209,11 @@ def _time_order(source: Source, users: IntArray, report: dict[str, Any]) -> IntA
     """The rows sorted by user, then time, then place in the file."""
     if source.timestamp is None:
         report["order"] = "file"
+        used = (source.user, source.item, source.rating)
+        report["other_columns"] = [name for name in source.table.columns if name not in used]
         return np.argsort(users, kind="stable")
     report["order"] = "timestamp"
-    times = source.table.numbers(source.timestamp)
-    negative = (times < 0).arg_true()
-    if len(negative):
-        source.table.fail(
-            negative[0], source.timestamp, f"expected a time of at least 0, got {times[negative[0]]}"
-        )
-    return np.lexsort((times.to_numpy(), users))
+    return np.lexsort((source.table.times(source.timestamp).to_numpy(), users))
 
 
 def _without_duplicates(

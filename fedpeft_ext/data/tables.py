@@ -20,6 +20,17 @@ import polars as pl
 _UNIT_SEPARATOR = "\x1f"
 _ROW = "\x1frow"
 
+# ISO 8601: date, and where they are given hours and minutes, seconds, offset from UTC.
+_ISO_TIME = r"^(\d{4}-\d{2}-\d{2})(?:[T ](\d{2}:\d{2})(:\d{2}(?:\.\d{1,9})?)?\s?(Z|[+-]\d{2}:?\d{2})?)?$"
+
+# Files that are often taken for text, by how they begin.
+_NO_TEXT = {
+    b"\x1f\x8b": "compressed with gzip; unpack it first",
+    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as CSV, first",
+    b"PAR1": "a Parquet file; save it as CSV first",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first",
+}
+
 
 @dataclass(frozen=True)
 class Table:
@@ -74,6 +85,37 @@ class Table:
             self.fail(bad[0], column, f"expected a number, got {'nothing' if not got else repr(got)}")
         return values
 
+    def times(self, column: str) -> pl.Series:
+        """The column as numbers that rise with time: `numbers` of at least 0, or, where the first is no
+        number, the microseconds since 1970 of dates and times of ISO 8601, in UTC unless they name an offset.
+        """
+        text = self.frame[column].str.strip_chars()
+        if text.head(1).cast(pl.Float64, strict=False).null_count() == 0:
+            numbers = self.numbers(column)
+            negative = (numbers < 0).arg_true()
+            if len(negative):
+                self.fail(negative[0], column, f"expected a time of at least 0, got {numbers[negative[0]]}")
+            return numbers
+        date, clock, seconds, offset = text.str.extract_groups(_ISO_TIME).struct.unnest().get_columns()
+        complete = (
+            date
+            + "T"
+            + clock.fill_null("00:00")
+            + seconds.fill_null(":00")
+            + offset.fill_null("Z").str.replace("Z", "+00:00", literal=True)
+        )
+        times = complete.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%z", time_unit="us", strict=False)
+        bad = times.is_null().arg_true()
+        if len(bad):
+            got = text[bad[0]]
+            self.fail(
+                bad[0],
+                column,
+                "expected a number, or a time such as 2024-05-31 or 2024-05-31T18:00:00Z, "
+                f"got {'nothing' if not got else repr(got)}",
+            )
+        return times.dt.epoch("us")
+
 
 def read_table(
     path: Path,
@@ -99,6 +141,8 @@ def read_table(
         ValueError: not in the encoding, empty, rows of differing width, two columns of one name.
     """
     text = _decode(path, encodings)
+    if "\n" not in text:  # lines that end as on old Macs, which polars does not know
+        text = text.replace("\r", "\n")
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
     delimiter = separator
@@ -146,6 +190,9 @@ def _decode(path: Path, encodings: Sequence[str]) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    for beginning, what in _NO_TEXT.items():
+        if raw.startswith(beginning):
+            raise ValueError(f"{path}: expected a text file, got {what}")
     first: UnicodeDecodeError | None = None
     for encoding in encodings:
         try:
@@ -155,10 +202,11 @@ def _decode(path: Path, encodings: Sequence[str]) -> str:
         except LookupError as error:
             raise ValueError(f"encoding: {encoding!r} is not known to Python") from error
     assert first is not None
+    wide = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
     line = raw.count(b"\n", 0, first.start) + 1
     raise ValueError(
         f"{path}, line {line}: not {first.encoding} (byte {raw[first.start]:#04x}); give the file's "
-        "encoding, such as encoding='latin-1'"
+        f"encoding, such as encoding={'utf-16' if wide else 'latin-1'!r}"
     ) from first
 
 

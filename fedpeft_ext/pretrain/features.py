@@ -32,8 +32,9 @@ _TOKEN = r"(?u)\w+(?:['’-]\w+)*"
 _MAX_TERMS = 1 << 16
 
 _NO_TEXT = (
-    "the data set has no item text to make features from; give a features file instead (.npy, .safetensors), "
-    "features='random' for a random base, or an embedding that needs no item features (c-lora, c-hash)"
+    "the data set has no item text to make features from; give a features file (.npy, .safetensors) or "
+    "features='random' for a random base (in settings pretrain.features), or an embedding that needs no item "
+    "features (c-lora, c-hash)"
 )
 
 _DAMAGED = (ValueError, EOFError, SyntaxError, TokenError, OverflowError, MemoryError)

@@ -70,7 +70,7 @@ def test_industrial() -> None:
     assert (report["rows"], report["users"], report["items"]) == (19_897, 3058, 3469)
     assert report["interactions"] + report["duplicates_dropped"] == report["rows"]
     assert report["users_without_test_item"] == 2
-    assert any("2 users have one interaction" in note for note in report["notes"])
+    assert any("users with one interaction: 2" in note for note in report["notes"])
     whole = load_dataset(source, items="all")
     assert whole.num_items == 3686
     assert whole.report["items_without_interactions"] == 217
@@ -79,7 +79,7 @@ def test_industrial() -> None:
 def test_synthetic_report() -> None:
     report = check_dataset("synthetic", num_users=20, num_items=90, interactions_per_user=4)
     assert report["users"] == 20
-    assert any("fewer than 100 items that they never met" in note for note in report["notes"])
+    assert any("fewer than 100 items that they never met: 20" in note for note in report["notes"])
     json.dumps(report)
 
 
@@ -96,8 +96,10 @@ def test_names_are_found_in_the_data_folder(folder: Path) -> None:
     assert [info.available for info in infos.values()] == [True, False, False, True, True]
     assert infos["mine"].path == folder / "mine"
     notes = check_dataset("mine")["notes"]
-    assert any("no timestamps" in note for note in notes)
+    assert any("no timestamps" in note and "timestamp_column" not in note for note in notes)
     assert any("no item text" in note for note in notes)
+    (folder / "mine" / "log.csv").write_text("user,item,date\na,x,2024-01-02\na,y,2024-01-01\n")
+    assert any("'date', name the column as timestamp_column" in n for n in check_dataset("mine")["notes"])
 
 
 def test_a_missing_data_set_says_how_to_get_it(folder: Path) -> None:

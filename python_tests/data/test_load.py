@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,20 @@ def test_times_that_floats_cannot_tell_apart(tmp_path: Path) -> None:
     assert split(load_dataset(tmp_path)) == {"u": (["b"], None, "a")}
 
 
+def test_times_of_iso_8601(tmp_path: Path) -> None:
+    times = {
+        "a": "2024-05-31T00:00",
+        "b": "2024-05-31",  # a tie, behind a in the file
+        "c": "1969-12-31 23:59:59.5",
+        "d": "2024-05-31T02:30:00+02:00",
+        "e": "2024-05-30T20:31:00.25-0400",
+        "f": "2024-05-31 00:32:00Z",
+    }
+    rows = "".join(f"u,{item},{time}\n" for item, time in reversed(times.items()) if item not in "ab")
+    write(tmp_path, log__csv=f"user,item,time\n{rows}u,a,{times['a']}\nu,b,{times['b']}\n")
+    assert split(load_dataset(tmp_path)) == {"u": (["c", "a", "b", "d", "e"], None, "f")}
+
+
 def test_ties_keep_the_order_of_the_file(tmp_path: Path) -> None:
     write(tmp_path, log__csv="user,item,time\nu,c,1\nu,a,1\nv,x,1\nu,b,1\nu,z,0\n")
     assert split(load_dataset(tmp_path))["u"] == (["z", "c", "a"], None, "b")
@@ -173,6 +188,8 @@ def test_filters(tmp_path: Path) -> None:
 def test_byte_order_mark_blank_lines_and_line_ends(tmp_path: Path) -> None:
     write(tmp_path, log__csv=b"\xef\xbb\xbfuser,item,time\r\n\r\n u , a ,2\r\nu,b, 1 \r\n\r\n")
     assert split(load_dataset(tmp_path)) == {"u": (["b"], None, "a")}
+    write(tmp_path, log__csv=b"user,item,time\ru,a,2\ru,b,1\r")
+    assert split(load_dataset(tmp_path)) == {"u": (["b"], None, "a")}
 
 
 CSV_ERRORS: list[tuple[str | bytes, str]] = [
@@ -197,7 +214,17 @@ CSV_ERRORS: list[tuple[str | bytes, str]] = [
     ("user,item,time\na,b,1\n,,\n", "line 3: every field is empty"),
     ('user,item,time\n"a\n",b,1\na,c,x\n', "line 4, column 'time': expected a number, got 'x'"),
     ('user,item\na,b\na,"c\n', "line 3: wrong use of quotes"),
+    (
+        "user,item,time\na,b,2024-05-31\na,c,7\n",
+        "line 3, column 'time': expected a number, or a time .* got '7'",
+    ),
+    ("user,item,time\na,b,2024-05-31\na,c,\n", "line 3, column 'time': expected .*, got nothing"),
+    ("user,item,time\na,b,2024-02-30\n", "line 2, column 'time': expected .*, got '2024-02-30'"),
+    ("user,item,time\na,b,31/05/2024\n", "such as 2024-05-31 or 2024-05-31T18:00:00Z, got '31/05/2024'"),
     (b"user,item\na,b\na,\xe9\n", "line 3: not utf-8 .*encoding='latin-1'"),
+    ("user,item\na,b\n".encode("utf-16"), "not utf-8 .*encoding='utf-16'"),
+    (gzip.compress(b"user,item\na,b\n"), "expected a text file, got compressed with gzip; unpack it first"),
+    (b"PK\x03\x04\0", "expected a text file, got a zip archive or a spreadsheet"),
 ]
 
 
@@ -225,7 +252,7 @@ def test_malformed_tables_are_refused_with_their_place(
         ({"a__inter": INTER, "b__inter": INTER}, "several .inter files"),
         ({"a__csv": "user,item\n", "b__tsv": "user\titem\n"}, r"several tables \(a.csv, b.tsv\)"),
         ({"ratings__dat": "1::2::3\n"}, "ratings.dat, line 1: expected 4 fields separated by '::', got 3"),
-        ({"u__data": "1\t2\t3\tx\n"}, "u.data, line 1, column 'timestamp': expected a number, got 'x'"),
+        ({"u__data": "1\t2\t3\tx\n"}, "u.data, line 1, column 'timestamp': expected a number, .*, got 'x'"),
     ],
 )
 def test_malformed_folders_are_refused(tmp_path: Path, files: dict[str, str], message: str) -> None:
