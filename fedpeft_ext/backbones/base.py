@@ -11,6 +11,7 @@ too.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -121,6 +122,11 @@ class Backbone(nn.Module):
 
         in_dims = (0, 0, stacked_dims(rows=False)[1])
         scores: Tensor = torch.func.vmap(one_client, in_dims=in_dims)(dict(state), items, context)
+        if scores.shape != items.shape:
+            raise ValueError(
+                f"{type(self).__name__}.forward: expected scores [P] of items [P], {items.shape[1]} of them, "
+                f"got shape {list(scores.shape[1:])}"
+            )
         return scores
 
 
@@ -135,12 +141,24 @@ _BACKBONES: dict[str, type[Backbone]] = {}
 
 
 def register_backbone(cls: type[Backbone]) -> type[Backbone]:
-    """Class decorator: make a backbone known by its `name` (lower case)."""
-    if cls.name in _BACKBONES:
+    """Class decorator: make a backbone known by its `name`. Defining the same class anew, as a notebook's
+    cell does that runs again, replaces it.
+
+    Raises:
+        TypeError: not a subclass of `Backbone`. ValueError: no name of lower-case letters, digits and '_', or
+            that of another backbone.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Backbone)):
+        raise TypeError(f"expected a subclass of Backbone, got {cls!r}")
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str) or not re.fullmatch("[a-z0-9_]+", name):
         raise ValueError(
-            f"backbone {cls.name!r} is registered already, as {_BACKBONES[cls.name].__qualname__}"
+            f"{cls.__qualname__}.name: expected lower-case letters, digits and '_', got {name!r}"
         )
-    _BACKBONES[cls.name] = cls
+    other = _BACKBONES.get(name, cls)
+    if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"backbone {name!r} is registered already, as {other.__qualname__}")
+    _BACKBONES[name] = cls
     return cls
 
 
@@ -168,7 +186,8 @@ def build_backbone(
         options: settings by name; None leaves the backbone's own default.
 
     Raises:
-        ValueError: an unknown name, or an option (not None) that the backbone does not have.
+        ValueError: an unknown name, an option (not None) that the backbone does not have, or a backbone whose
+            lists of parameters or initial state do not fit its parameters.
     """
     cls = backbone_class(name)
     given = {option: value for option, value in options.items() if value is not None}
@@ -176,7 +195,33 @@ def build_backbone(
         if option not in cls.options:
             has = f"its options are {', '.join(cls.options)}" if cls.options else "it has no such options"
             raise ValueError(f"backbone.{option}: {name} does not take it; {has}")
-    model = cls(item_embedding, dim, **given)
     # Another stream than the item embedding's, which is drawn from `seed` too.
-    model.reset_parameters(torch.Generator().manual_seed(seed ^ 0x6D6C70))
+    stream = seed ^ 0x6D6C70
+    with torch.random.fork_rng(devices=[]):  # layers that a constructor draws depend on the seed alone
+        torch.default_generator.manual_seed(stream)
+        model = cls(item_embedding, dim, **given)
+    model.reset_parameters(torch.Generator().manual_seed(stream))
+    _check_parameters(model)
     return model
+
+
+def _check_parameters(model: Backbone) -> None:
+    """Raise ValueError where a list of names does not fit: a misspelt local parameter would be sent."""
+    kind, parameters = type(model).__name__, dict(model.named_parameters())
+    table, local = model.item_embedding, model.local_parameters
+    for where, names, valid in (
+        (f"{kind}.local_parameters", local, parameters),
+        (f"{kind}.averaged_start", model.averaged_start, local),
+        (f"{kind}.l2_parameters", model.l2_parameters, parameters),
+        (f"{type(table).__name__}._row_parameters", table.row_parameters, dict(table.named_parameters())),
+    ):
+        for name in names:
+            if name not in valid:
+                raise ValueError(f"{where}: expected names out of {', '.join(valid)}, got {name!r}")
+    state = model.initial_state(
+        torch.zeros(1, dtype=torch.int64, device=next(iter(parameters.values())).device), 0, 0.1
+    )
+    expected = {name: [1, *parameters[name].shape] for name in local if name not in model.averaged_start}
+    got = {name: list(value.shape) for name, value in state.items()}
+    if got != expected:
+        raise ValueError(f"{kind}.initial_state: expected of one client the shapes {expected}, got {got}")

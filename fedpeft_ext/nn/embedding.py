@@ -141,9 +141,21 @@ class ItemEmbedding(nn.Module, ABC):
         items = self._masked(items if isinstance(items, Items) else Items(items))
         base = self.base
         if base is None or "base" not in self._parameters:
-            return self._lookup(items, base)
+            return self._vectors(items, base)
         # A trained base is one more table indexed by item: a client holds only the rows it touches.
-        return self._lookup(items, None) + read_rows(base, items)
+        return self._vectors(items, None) + read_rows(base, items)
+
+    def _vectors(self, items: Items, base: Tensor | None) -> Tensor:
+        """`_lookup`, with rows only where they index a parameter of this module; raises ValueError on another
+        shape than that of vectors."""
+        vectors = self._lookup(items if self._row_parameters else Items(items.ids), base)
+        if vectors.shape != (*items.ids.shape, self.embedding_dim):
+            raise ValueError(
+                f"{type(self).__name__}._lookup: expected vectors "
+                f"{[*items.ids.shape, self.embedding_dim]} of items {list(items.ids.shape)}, "
+                f"got shape {list(vectors.shape)}"
+            )
+        return vectors
 
     def _masked(self, items: Items) -> Items:
         for name, index in zip(Items._fields, items, strict=True):

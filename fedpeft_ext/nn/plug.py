@@ -17,6 +17,17 @@ from fedpeft_ext.nn.spec import (
     spec_options,
 )
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
 
 def plug(
     model: nn.Module,
@@ -32,8 +43,8 @@ def plug(
 
     The old weight becomes the frozen base (a copy, as a buffer) and only the compressed part is trained. Make
     the optimizer afterwards: one made before holds the old weight. Device, dtype, training mode and
-    `padding_idx` carry over; the vector at `padding_idx` becomes zero if it was not. A module found under
-    several names is replaced under all.
+    `padding_idx` carry over; the vector at `padding_idx` becomes zero if it was not. Gradients are dense,
+    whatever `sparse` was. A module found under several names is replaced under all.
 
     Args:
         model: any module; changed in place.
@@ -52,7 +63,9 @@ def plug(
 
     Raises:
         ValueError: no such embedding (the message lists those there are, and the nearest), unknown strategy,
-            or a tied weight. TypeError: not an `nn.Embedding`, or an option that the strategy lacks.
+            a tied weight, or an embedding that does more than look up (`max_norm`, `scale_grad_by_freq`,
+            hooks, a `forward` of its own). TypeError: not an `nn.Embedding`, or an option that the strategy
+            lacks.
 
     Example:
         >>> model = nn.ModuleDict({"item_embedding": nn.Embedding(1000, 32), "out": nn.Linear(32, 1)})
@@ -132,6 +145,17 @@ def _require_plain(path: str, module: nn.Module) -> nn.Embedding:
     if module.max_norm is not None:
         raise ValueError(
             f"{path}: expected max_norm=None, since it changes the weight in place, got {module.max_norm}"
+        )
+    if module.scale_grad_by_freq:
+        raise ValueError(
+            f"{path}: expected scale_grad_by_freq=False, since gradients here are not scaled, got True"
+        )
+    own = [name for name in _HOOKS if getattr(module, name, None)]
+    own += ["forward"] if "forward" in vars(module) else []
+    if own:
+        raise ValueError(
+            f"{path}: expected an embedding without hooks and changes, which would be lost, got "
+            f"{', '.join(own)}; remove them first and put them on what plug returns"
         )
     return module
 

@@ -41,21 +41,35 @@ _Class = TypeVar("_Class", bound=type[ItemEmbedding])
 
 def register_strategy(name: str, *options: str) -> Callable[[_Class], _Class]:
     """Class decorator: make an `ItemEmbedding` the strategy `name`, so that `c-name`, `p-name` and sums work.
+    Defining the same class anew, as a notebook's cell does that runs again, replaces it.
 
     Args:
         name: lower-case letters, digits and underscores.
         options: keyword arguments of the constructor that settings may give, out of those in
             `config.EmbeddingConfig`. It must also take those of `ItemEmbedding`, and `generator`.
+
+    Raises:
+        TypeError: not a subclass of `ItemEmbedding`. ValueError: another name, or that of another strategy.
     """
-    if name in STRATEGIES or name == "senet" or not re.fullmatch("[a-z0-9_]+", name):
+    if name == "senet" or not re.fullmatch("[a-z0-9_]+", name):
         raise ValueError(f"name: expected a new name of lower-case letters, digits and '_', got {name!r}")
 
     def register(cls: _Class) -> _Class:
+        if not (isinstance(cls, type) and issubclass(cls, ItemEmbedding)):
+            raise TypeError(f"strategy {name!r}: expected a subclass of ItemEmbedding, got {cls!r}")
+        other = _REGISTERED.get(name)
+        if name in STRATEGIES and (other is None or _place(other) != _place(cls)):
+            raise ValueError(f"name: expected a new name, got {name!r}, which is a strategy already")
         STRATEGIES[name] = options
         _REGISTERED[name] = cls
         return cls
 
     return register
+
+
+def _place(cls: type) -> tuple[str, str]:
+    """Where a class is defined."""
+    return cls.__module__, cls.__qualname__
 
 
 @dataclass(frozen=True)
@@ -251,6 +265,8 @@ def _codes_and_codebooks(
             raise ValueError("codes: expected the codes [I, L] that the given codebooks belong to, got None")
         if vectors is None:
             raise ValueError("codes: expected codes [I, L], or a base [I, D] to fit them to, got neither")
+        if vectors.is_meta:
+            raise ValueError("codes: expected codes [I, L], or a base with values, got one on device 'meta'")
         codes, fitted = residual_kmeans(vectors, 3 if levels is None else levels, codebook_size, seed=seed)
         codebooks = fitted if warm_start else None
     else:

@@ -83,7 +83,7 @@ class SumEmbedding(ItemEmbedding):
         total: Tensor | None = None
         for part in self.parts:
             assert isinstance(part, ItemEmbedding)
-            total = part._lookup(items, base) if total is None else total + part._lookup(items, None)
+            total = part._vectors(items, base) if total is None else total + part._vectors(items, None)
         assert total is not None
         return total
 

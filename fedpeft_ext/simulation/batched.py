@@ -130,7 +130,9 @@ class BatchedEngine:
             context = ClientContext(ids, history, settings.seed, round, step.epoch)
             scores = self._forward(leaves, _interleaved(batch, drawn), context)
             loss = self._loss(scores[:, ::2], scores[:, 1::2], batch.ids)
-            gradients = torch.autograd.grad(loss, list(leaves.values()), torch.ones_like(loss))
+            gradients = torch.autograd.grad(  # zero for a parameter that the scores do not depend on
+                loss, list(leaves.values()), torch.ones_like(loss), materialize_grads=True
+            )
             moved = dict(zip(leaves, gradients, strict=True))
             if settings.prox_mu > 0.0:
                 # Clients that sit the step out stay as they are.

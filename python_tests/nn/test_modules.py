@@ -23,8 +23,11 @@ from fedpeft_ext.nn import (
     LoRAEmbedding,
     RQEmbedding,
     SumEmbedding,
+    register_strategy,
     residual_kmeans,
+    spec,
 )
+from fedpeft_ext.nn.embedding import read_rows
 
 I, D = 20, 8
 CODES = torch.randint(6, (I, 3), generator=torch.Generator().manual_seed(3))
@@ -548,3 +551,44 @@ def test_rows_out_of_range_are_told_from_ids(ids: list[int], rows: list[int], na
     for module in (FullEmbedding(I, D, base=BASE), LoRAEmbedding(I, D, base=BASE)):
         with pytest.raises(IndexError, match=f"^{name}: index 20 at position 1"):
             module(items)
+
+
+class OwnTable(ItemEmbedding):
+    """Reads a table that it does not list in `_row_parameters`, by ids."""
+
+    def __init__(self, width: int = D) -> None:
+        super().__init__(I, D)
+        self.table = nn.Parameter(torch.randn(I, width, generator=torch.Generator().manual_seed(5)))
+
+    def _lookup(self, items: Items, base: Tensor | None) -> Tensor:
+        return read_rows(self.table, items)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        pass
+
+
+def test_rows_index_the_listed_tables_alone() -> None:
+    module = SumEmbedding([OwnTable(), LoRAEmbedding(I, D, generator=torch.Generator().manual_seed(6))])
+    nn.init.normal_(module.get_parameter("parts.1.B"), generator=torch.Generator().manual_seed(7))
+    ids, rows = torch.tensor([7, 3, 11, -1]), torch.tensor([1, 0, 2, -1])
+    touched = {"parts.1.A": module.get_parameter("parts.1.A")[[3, 7, 11]]}
+    assert torch.equal(functional_call(module, touched, (Items(ids, rows),)), module(ids))
+
+
+def test_vectors_of_another_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"OwnTable\._lookup: expected vectors \[2, 8\].*got shape \[2, 4\]"):
+        OwnTable(width=4)(torch.tensor([0, 1]))
+
+
+def test_registering_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spec, "STRATEGIES", dict(spec.STRATEGIES))
+    monkeypatch.setattr(spec, "_REGISTERED", dict(spec._REGISTERED))
+    register_strategy("mine")(OwnTable)
+    again = type("OwnTable", (OwnTable,), {"__module__": OwnTable.__module__})
+    register_strategy("mine", "rank")(again)
+    assert (spec._REGISTERED["mine"], spec.STRATEGIES["mine"]) == (again, ("rank",))
+    for name in ("mine", "lora"):
+        with pytest.raises(ValueError, match=f"expected a new name, got '{name}'"):
+            register_strategy(name)(LoRAEmbedding)
+    with pytest.raises(TypeError, match="expected a subclass of ItemEmbedding"):
+        register_strategy("other")(nn.Embedding)  # type: ignore[type-var]

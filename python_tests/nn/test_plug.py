@@ -164,6 +164,13 @@ class Scaled(nn.Embedding):
         return 2 * super().forward(input)
 
 
+def hooked() -> nn.ModuleDict:
+    embedding = nn.Embedding(I, D)
+    embedding.register_forward_hook(lambda module, args, out: 2 * out)
+    embedding.forward = embedding.forward  # as libraries do that wrap it
+    return nn.ModuleDict({"e": embedding})
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -187,6 +194,17 @@ class Scaled(nn.Embedding):
         ),
         (lambda: plug(nn.ModuleDict({"e": LoRAEmbedding(I, D)}), "e"), TypeError, "LoRAEmbedding.*merge"),
         (lambda: plug(nn.ModuleDict({"e": nn.Embedding(I, D, max_norm=1.0)}), "e"), ValueError, "max_norm"),
+        (
+            lambda: plug(nn.ModuleDict({"e": nn.Embedding(I, D, scale_grad_by_freq=True)}), "e"),
+            ValueError,
+            "e: expected scale_grad_by_freq=False",
+        ),
+        (lambda: plug(hooked(), "e"), ValueError, "without hooks.*got _forward_hooks, forward;"),
+        (
+            lambda: plug(nn.ModuleDict({"e": nn.Embedding(I, D, device="meta")}), "e", "rq"),
+            ValueError,
+            "codes: expected .* on device 'meta'",
+        ),
         (lambda: plug(Recommender(), "item_embedding", "lroa"), ValueError, "got 'lroa'.*nearest is 'lora'"),
         (lambda: plug(Recommender(), "item_embedding", "p-lora"), ValueError, "without prefix"),
         (

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from test_engines import STRATEGIES, assert_equal, config, trained
 
 from fedpeft_ext import reference
+from fedpeft_ext.backbones import FedMF, base
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.data.synthetic import synthetic_dataset
+from fedpeft_ext.nn import ItemEmbedding
 from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation import Simulator
 from fedpeft_ext.simulation import batched as batched_module
@@ -204,3 +206,20 @@ def test_a_backbone_learns_planted_preferences(backbone: str) -> None:
     scores = torch.from_numpy(popularity[data.candidates(users, 60, 0)])
     popular = ranking_metrics(*rank_counts(scores, scores[:, 0]), [10])["HR@10"]
     assert hit_rate > popular + 0.25, (hit_rate, popular)
+
+
+def test_a_parameter_that_scores_do_not_depend_on(
+    dataset: Dataset, pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def initialise(self: FedMF, item_embedding: ItemEmbedding, dim: int) -> None:
+        FedMF.__init__(self, item_embedding, dim)
+        self.unused = torch.nn.Parameter(torch.ones(3))
+
+    members = {"name": "unused", "__init__": initialise, "takes_stacked": False}
+    monkeypatch.setitem(base._BACKBONES, "unused", type("Unused", (FedMF,), members))
+    changes = of("unused", "p-lora", dtype="float64")
+    batched, sequential = (
+        trained(dataset, pretrained, **changes, engine=engine) for engine in ("batched", "sequential")
+    )
+    assert torch.equal(batched[0]["unused"], torch.ones(3, dtype=torch.float64))
+    assert_equal(batched, sequential, 1e-9)
