@@ -587,18 +587,20 @@ def _settings_path(location: tuple[int | str, ...]) -> tuple[str, type[BaseModel
 
 
 def _unknown(name: str, section: type[BaseModel]) -> str:
-    # A name that another section has was probably put at the wrong level.
-    elsewhere = [f"{outer}.{name}" for outer, inner in _sections() if name in inner.model_fields]
     valid = list(section.model_fields)
-    if elsewhere and section is Config:
-        suggestion = elsewhere[0]
-    else:
-        nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-        suggestion = (nearest or elsewhere or [""])[0]
+    places: dict[str, list[str]] = {}  # of the keys that only sections have
+    for outer, inner in _sections():
+        for key in inner.model_fields:
+            places.setdefault(key, []).append(f"{outer}.{key}")
+    # A name that another section has was probably put at the wrong level.
+    everywhere = [*valid, *places] if section is Config else valid
+    nearest = difflib.get_close_matches(name, everywhere, n=1, cutoff=0.5)
+    key = name if name in places and (section is Config or not nearest) else (nearest or [""])[0]
+    suggestions = [key] if key in valid else places.get(key, [])
     return (
-        f"unknown key; did you mean {suggestion!r}?"
-        if suggestion
-        else (f"unknown key; expected one of {', '.join(valid)}")
+        f"unknown key; did you mean {' or '.join(map(repr, suggestions))}?"
+        if suggestions
+        else f"unknown key; expected one of {', '.join(valid)}"
     )
 
 

@@ -8,6 +8,7 @@ for Federated Recommendation", AAAI 2026): the *full* embedding e_i, here `base`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import torch
@@ -245,7 +246,7 @@ def require_table(name: str, table: Tensor, shape: tuple[int, int] | None = None
         raise ValueError(f"{name}: expected shape {expected}, got {list(table.shape)}")
 
 
-def new_parameter(*shape: int, base: Tensor | None, options: BaseOptions) -> nn.Parameter:
+def new_parameter(*shape: int, base: Tensor | None, options: BaseOptions | Mapping[str, Any]) -> nn.Parameter:
     """An uninitialised parameter, on the device and of the dtype of the module's `base`, or as named."""
     if base is not None:
         return nn.Parameter(base.new_empty(shape))
