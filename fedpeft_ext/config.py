@@ -545,6 +545,22 @@ def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
 
+# In words of YAML, by pydantic's type of an error.
+_EXPECTED = {
+    "bool_parsing": "expected true or false",
+    "bool_type": "expected true or false",
+    "dict_type": "expected a mapping",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "int_from_float": "expected an integer",
+    "int_parsing": "expected an integer",
+    "int_type": "expected an integer",
+    "model_type": "expected a section of settings",
+    "string_type": "expected a string",
+    "tuple_type": "expected a list",
+}
+
+
 def _explain(error: ValidationError) -> str:
     lines: dict[str, list[str]] = {}
     for item in error.errors():
@@ -560,7 +576,7 @@ def _explain(error: ValidationError) -> str:
             elif colon and name in path.split("."):  # by a function that has an argument of this name
                 message = rest
         else:
-            message = f"{message}, got {reprlib.repr(item['input'])}"
+            message = f"{_EXPECTED.get(item['type'], message)}, got {reprlib.repr(item['input'])}"
         lines.setdefault(path, []).append(message)
     return "\n".join(
         f"{path}: {' or '.join(dict.fromkeys(messages))}" if path else "\n".join(messages)
