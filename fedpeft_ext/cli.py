@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -430,12 +431,12 @@ def _progress(
         with progress_display(console) as display:
             yield (
                 lambda embedding: [ProgressBar(display, metric)],
-                lambda message: console.print(message, highlight=False),
+                lambda message: console.print(message, highlight=False, markup=False),
             )
     else:
         yield (
             lambda embedding: [ProgressLines(console, metric, evaluations=evaluations)],
-            lambda message: console.print(message, highlight=False, soft_wrap=True),
+            lambda message: console.print(message, highlight=False, markup=False, soft_wrap=True),
         )
 
 
@@ -475,7 +476,11 @@ def _run_until_signal(simulator: Simulator, folder: Path) -> Summary:
         if not received:
             raise
         told = str(reason) or "ended at once"
-        saved = f"; fedpeft resume {folder} goes on" if has_checkpoint(folder) is not None else ""
+        saved = (
+            f"; fedpeft resume {shlex.quote(str(folder))} goes on"
+            if has_checkpoint(folder) is not None
+            else ""
+        )
         raise _Stopped(f"{told}{saved}", received[-1]) from None
     finally:
         for number, handler in previous.items():

@@ -155,6 +155,19 @@ def test_compare_leaves_out_warmup_where_there_is_nothing_to_warm_up(tmp_path: P
     assert warmup == [0, 1]
 
 
+def test_names_with_brackets_and_blanks_are_told_as_they_are(tmp_path: Path) -> None:
+    rows = "".join(f"u{i % 5},i{i * 7 % 130}\n" for i in range(200))
+    Path("[red]mine.csv").write_text(f"user,item\n{rows}")
+    options = ["-d", "[red]mine.csv", "-e", "c-hash", "-r", "1", "--set=evaluation.num_negatives=5"]
+    result = fedpeft("run", *options, "-o", "my run")
+    assert "Loading [red]mine.csv" in result.stderr
+    assert "fedmf with c-hash on [red]mine, 1 rounds" in result.stdout
+    Path("my run", "summary.json").unlink()
+    assert "`fedpeft resume 'my run'` goes on" in refused("run", *options, "-q", "-o", "my run")
+    both = fedpeft("compare", *options[:2], "-e", "c-hash", *options[4:], "-q", "-o", "both")
+    assert "fedmf on [red]mine, 1 rounds" in both.stdout
+
+
 def test_an_existing_folder_is_kept_unless_overwriting(tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()

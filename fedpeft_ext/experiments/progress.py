@@ -125,4 +125,4 @@ class ProgressLines(_Watcher):
             )
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)

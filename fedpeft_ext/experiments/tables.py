@@ -62,10 +62,11 @@ def csv_table(results: Sequence[RunResult], k: int = 10) -> str:
 def terminal_table(results: Sequence[RunResult], k: int = 10, title: str | None = None) -> Table:
     """A rich table; the best HR and NDCG are bold."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(
-        title=title,
+        title=None if title is None else escape(title),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         caption="KB: 1,000 bytes, per client and round",
@@ -86,6 +87,7 @@ def terminal_table(results: Sequence[RunResult], k: int = 10, title: str | None 
 def summary_table(summary: Summary) -> Table:
     """A rich table of one run: metrics among sampled and among all items, bytes, speed."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     traffic = (
@@ -97,7 +99,9 @@ def summary_table(summary: Summary) -> Table:
     if faults:
         privacy += "\nFaults: " + ", ".join(f"{count:,} {name}" for name, count in faults.items())
     table = Table(
-        title=f"{summary.backbone} with {summary.embedding} on {summary.dataset}, {summary.rounds} rounds",
+        title=escape(
+            f"{summary.backbone} with {summary.embedding} on {summary.dataset}, {summary.rounds} rounds"
+        ),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         caption=f"{traffic}; {summary.clients_per_second:,.0f} clients/s; {summary.seconds:.1f} s{privacy}",

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,8 @@ def _why_not_empty(folder: Path) -> str:
     if (folder / SUMMARY).exists():
         return f"expected a new or empty folder, but {folder} holds a finished run"
     return (
-        f"{folder} holds an interrupted run, saved after round {round}, which `fedpeft resume {folder}` goes "
-        "on with"
+        f"{folder} holds an interrupted run, saved after round {round}, which "
+        f"`fedpeft resume {shlex.quote(str(folder))}` goes on with"
     )
 
 
