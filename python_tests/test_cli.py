@@ -357,11 +357,13 @@ def test_a_reader_that_went_away_is_no_error_of_the_folder(stream: str) -> None:
     os.close(reading)
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writing}
     command = [sys.executable, "-m", "fedpeft_ext", "run", *SMALL, "-r", "0", "--set=embedding.name=c-hash"]
-    done = subprocess.run([*command, "-o", "run"], **output, env=_environment(), check=False)
+    out = Path("run").absolute()
+    root = Path(__file__).parents[1]  # whose package the process then finds
+    done = subprocess.run([*command, "-o", out], **output, env=_environment(), cwd=root, check=False)
     os.close(writing)
     assert done.returncode == 128 + signal.SIGPIPE
     assert b"error" not in (done.stdout or b"") + (done.stderr or b"")
-    assert stream == "stderr" or Path("run", "summary.json").is_file()
+    assert stream == "stderr" or (out / "summary.json").is_file()
 
 
 def _environment() -> dict[str, str]:
