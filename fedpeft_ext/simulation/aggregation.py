@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedpeft_ext import ops
 from fedpeft_ext.simulation.distributed import Ranks, exact_grid
+from fedpeft_ext.simulation.memory import host_zeros
 from fedpeft_ext.simulation.state import State, below, copy_into, prefixed
 from fedpeft_ext.simulation.uploads import Uploads, UploadStage
 
@@ -370,4 +371,6 @@ class Aggregator:
 
 def zeros_for(parameter: Tensor) -> Tensor:
     """Float64 zeros of the parameter's shape, where it is."""
+    if parameter.device.type == "cpu":
+        return host_zeros(parameter.shape, torch.float64, huge=True)
     return torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedpeft_ext import ops
 from fedpeft_ext.simulation.distributed import Ranks, exact_grid
+from fedpeft_ext.simulation.memory import host_zeros
 from fedpeft_ext.simulation.state import State, below, copy_into, prefixed
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ class ClientStore:
     ) -> None:
         self.state = dict(state)
         self.starts = {name: value.detach().clone() for name, value in (starts or {}).items()}
-        self.state |= {name: lazy_zeros(value[None], num_clients) for name, value in self.starts.items()}
+        self.state |= {
+            name: lazy_zeros(value[None], num_clients, huge=False) for name, value in self.starts.items()
+        }
         self._written: list[tuple[Tensor, Mapping[str, Tensor]]] = []
         devices = [value.device for value in self.starts.values()]
         self.trained = torch.zeros(num_clients, dtype=torch.bool, device=devices[0]) if devices else None
@@ -193,17 +196,16 @@ def initial_states(
     for clients in torch.split(drawn.to(_device(model)), DRAWN_AT_A_TIME):
         for name, values in model.initial_state(clients, seed, init_std).items():
             if name not in state:
-                state[name] = lazy_zeros(values, num_clients)
+                state[name] = lazy_zeros(values, num_clients, huge=True)
             state[name][clients] = values
     return state
 
 
-def lazy_zeros(like: Tensor, count: int) -> Tensor:
-    """Zeros [count, ...] for rows like those of `like`, which (on the host) take memory when written."""
+def lazy_zeros(like: Tensor, count: int, *, huge: bool) -> Tensor:
+    """Zeros [count, ...] for rows like those of `like`, which (on the host) take memory when written; `huge`:
+    most of them will be, so that huge pages cost nothing."""
     shape = (count, *like.shape[1:])
-    if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
-        return like.new_zeros(shape)
-    return torch.from_numpy(np.zeros(shape, dtype=np.float32 if like.dtype == torch.float32 else np.float64))
+    return host_zeros(shape, like.dtype, huge=huge) if like.device.type == "cpu" else like.new_zeros(shape)
 
 
 def _device(model: Backbone) -> torch.device:

@@ -38,6 +38,7 @@ from fedpeft_ext.simulation.local_training import (
     ParameterRoles,
     first_not_finite,
 )
+from fedpeft_ext.simulation.memory import on_huge_pages
 from fedpeft_ext.simulation.output import (
     CONFIG,
     TENSORBOARD,
@@ -203,6 +204,10 @@ class Simulator:
         self._pretrained = pretrained
         if pretrained is None and needs_pretrained(config.embedding.name):
             self._pretrained = pretrained_everywhere(ranks, lambda: prepare_items(config, dataset))
+        if self._pretrained is not None:
+            self._pretrained = dataclasses.replace(
+                self._pretrained, full=on_huge_pages(self._pretrained.full)
+            )
 
         self.rounds_done = 0
         self._total_bytes = self._trained_clients = 0
@@ -341,6 +346,8 @@ class Simulator:
             codebooks=None if self._pretrained is None else self._pretrained.codebooks,
             warmup=self.phase == "warm-up",
         ).to(self._device)
+        for parameter in model.parameters():
+            parameter.data = on_huge_pages(parameter.data)
         if self._store is None:
             users = self.dataset.num_users
             parameters = dict(model.named_parameters())
