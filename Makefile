@@ -22,7 +22,7 @@ PYTHON ?= python3
 ifdef DRY
 EMULATOR := 1
 endif
-SETTINGS ?= examples/ml-100k.yaml
+SETTINGS ?= ml-100k
 OUT ?= runs/demo
 EMBEDDINGS := full,c-rq,p-lora,p-hash,p-rq
 
@@ -49,7 +49,7 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(BUILT)
-	$(call say,Training and comparing $(subst $(comma),$(space),$(EMBEDDINGS)) as $(SETTINGS) says)
+	$(call say,Training and comparing $(subst $(comma),$(space),$(EMBEDDINGS)) with settings $(SETTINGS))
 	@$(BIN)/fedpeft compare --config $(SETTINGS) --embeddings $(EMBEDDINGS) --out $(OUT) --overwrite
 
 test: $(BUILT)

@@ -39,7 +39,7 @@ def main() -> None:
                 "evaluation.full_ranking": "false",
                 **changes,
             }
-            config = load_config(ROOT / "examples/ml-100k.yaml", [f"{k}={v}" for k, v in values.items()])
+            config = load_config("ml-100k", [f"{k}={v}" for k, v in values.items()])
             evaluations = Simulator(config, dataset).run().evaluations
             curves.append([evaluation["HR@10"] for evaluation in evaluations])
         rounds = [int(evaluation["round"]) for evaluation in evaluations]

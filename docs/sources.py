@@ -1,7 +1,8 @@
 """Hook of mkdocs: README becomes the first page, and files of the repository that pages link to become pages.
 
-A page of docs/ links to `../examples/ml-1m.yaml` as it does in the repository; in the site, which has no such
-file, the link leads to a page with the file's text. Links of README and CONTRIBUTING are turned likewise.
+A page of docs/ links to `../fedpeft_ext/presets/ml-1m.yaml` as it does in the repository; in the site, which
+has no such file, the link leads to a page with the file's text. Links of README and CONTRIBUTING are turned
+likewise.
 """
 
 from __future__ import annotations

@@ -79,8 +79,16 @@ def _one_of_many(args: Sequence[str]) -> NoReturn:
 
 
 # Options that several commands share.
+_PRESETS = ", ".join(sorted(file.stem for file in (Path(__file__).parent / "presets").glob("*.yaml")))
 _ConfigFile = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML file of settings.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="FILE|NAME",
+        help=f"YAML file of settings, or tuned ones: {_PRESETS}.",
+        show_default="the paper's",
+    ),
 ]
 _Set = Annotated[
     list[str] | None,
@@ -166,7 +174,8 @@ def run(
         settings = _settings(config, {**named, "embedding.name": embedding}, set_)
         folder = out or _default_folder(settings, settings.embedding.name)
         started(folder)
-        _run(settings, folder, overwrite=overwrite, quiet=quiet, as_json=json_)
+        tuned = None if config else _tuned(settings)
+        _run(settings, folder, tuned, overwrite=overwrite, quiet=quiet, as_json=json_)
 
 
 @app.command(short_help="Go on with a run that was interrupted, or train it further.")
@@ -221,7 +230,8 @@ def compare(
         folder = out or _default_folder(settings, "compare")
         started(folder)
         names = [name for name in embeddings.split(",") if name.strip()]
-        _compare(settings, names, folder, overwrite=overwrite, quiet=quiet, as_json=json_)
+        tuned = None if config else _tuned(settings)
+        _compare(settings, names, folder, tuned, overwrite=overwrite, quiet=quiet, as_json=json_)
 
 
 @app.command(short_help="List known data sets, or tell what is in one.")
@@ -403,6 +413,17 @@ def _settings(
     return load_config(path, [*given, *(overrides or [])])
 
 
+def _tuned(config: Config) -> str | None:
+    """What tells of tuned settings, where there are such and these train as the defaults do."""
+    from fedpeft_ext.config import TrainingConfig, preset_names
+
+    backbone = config.backbone.name
+    name = config.dataset.name + (f"-{backbone}" if backbone != "fedmf" else "")
+    if name not in preset_names() or config.training != TrainingConfig(rounds=config.training.rounds):
+        return None
+    return f"Training as in the paper, which learns slowly; --config {name} has tuned settings"
+
+
 def _default_folder(config: Config, last: str) -> Path:
     return Path("runs") / f"{Path(config.dataset.name).name}-{config.backbone.name}-{last}"
 
@@ -510,12 +531,16 @@ def _resume(folder: Path, rounds: int | None, *, quiet: bool, as_json: bool) -> 
     _report(summary, folder, as_json)
 
 
-def _run(config: Config, folder: Path, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
+def _run(
+    config: Config, folder: Path, tuned: str | None, *, overwrite: bool, quiet: bool, as_json: bool
+) -> None:
     from fedpeft_ext.nn import parse_spec
     from fedpeft_ext.simulation import Simulator
 
     parse_spec(config.embedding.name)  # before loading anything
     with _progress(_console(stderr=True), config, quiet=quiet, evaluations=True) as (callbacks_for, notify):
+        if tuned is not None:
+            notify(tuned)
         notify(f"Loading {config.dataset.name}")
         dataset = _load(config)
         notify(f"{_size(dataset)}; preparing {config.embedding.name} on the server")
@@ -526,13 +551,22 @@ def _run(config: Config, folder: Path, *, overwrite: bool, quiet: bool, as_json:
 
 
 def _compare(
-    config: Config, names: Sequence[str], folder: Path, *, overwrite: bool, quiet: bool, as_json: bool
+    config: Config,
+    names: Sequence[str],
+    folder: Path,
+    tuned: str | None,
+    *,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     from fedpeft_ext.experiments import compare, terminal_table
     from fedpeft_ext.experiments.compare import CSV, CURVES, JSON, MARKDOWN, SCATTER, check_embeddings
 
     check_embeddings(config, names)  # before loading anything
     with _progress(_console(stderr=True), config, quiet=quiet, evaluations=False) as (callbacks_for, notify):
+        if tuned is not None:
+            notify(tuned)
         notify(f"Loading {config.dataset.name}")
         dataset = _load(config)
         notify(f"{_size(dataset)}; preparing full embeddings and codes on the server")

@@ -23,6 +23,9 @@ _Count = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
+PRESETS = Path(__file__).parent / "presets"
+"""Folder of the settings that come with the package."""
+
 _MAX_VALUES, _SHOWN = 10_000, 500
 """Values that a file of settings may hold, and characters of a parser's message that are shown."""
 
@@ -458,8 +461,29 @@ class Config(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+def preset_names() -> list[str]:
+    """Names of the tuned settings that come with the package, as `load_config` takes them."""
+    return sorted(file.stem for file in PRESETS.glob("*.yaml"))
+
+
+def _settings_file(path: str | Path) -> Path:
+    file, preset = Path(path), PRESETS / f"{path}.yaml"
+    if file.is_file() or (file.name == str(path) and preset.is_file()):
+        return file if file.is_file() else preset
+    names = preset_names()
+    nearest = difflib.get_close_matches(str(path), names, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise FileNotFoundError(
+        f"config: expected a YAML file or one of {', '.join(names)}, found no file {file}{hint}"
+    )
+
+
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
     """Read a configuration: defaults, then the YAML file, then ``section.key=value`` overrides.
+
+    Args:
+        path: a YAML file, or the name of settings that come with the package (`preset_names`).
+        overrides: ``section.key=value``, the value in YAML.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -468,9 +492,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     """
     values: Any = {}
     if path is not None:
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"config: expected a YAML file, found none at {path}")
+        path = _settings_file(path)
         values = _read_yaml(path)
         values = {} if values is None else values
         if not isinstance(values, dict):

@@ -19,8 +19,8 @@ from typer.testing import CliRunner, Result
 
 from fedpeft_ext import __version__
 from fedpeft_ext.backbones import backbone_names
-from fedpeft_ext.cli import app
-from fedpeft_ext.config import load_config
+from fedpeft_ext.cli import _tuned, app
+from fedpeft_ext.config import Config, load_config
 from fedpeft_ext.experiments.studies import STUDIES
 
 SMALL = [
@@ -54,6 +54,17 @@ def refused(*args: str | Path) -> str:
     assert "Traceback" not in result.output
     assert result.stdout == ""
     return result.stderr
+
+
+def test_tuned_settings_are_pointed_out() -> None:
+    for overrides, name in (
+        ([], "ml-100k"),
+        (["training.rounds=7"], "ml-100k"),
+        (["dataset.name=ml-1m", "backbone.name=pfedrec"], "ml-1m-pfedrec"),
+    ):
+        assert f"--config {name} has" in str(_tuned(Config().updated(overrides)))
+    for override in ("training.lr=0.1", "dataset.name=synthetic"):
+        assert _tuned(Config().updated([override])) is None
 
 
 def test_run_writes_a_readable_folder(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft_ext.config import Config, ConfigError, load_config
+from fedpeft_ext.config import PRESETS, Config, ConfigError, load_config, preset_names
 
 
 def test_defaults_are_those_of_the_paper() -> None:
@@ -131,3 +131,24 @@ def test_share_and_count_of_clients_are_told_apart() -> None:
 def test_errors_of_parsers_name_the_setting_once() -> None:
     with pytest.raises(ConfigError, match=r"^embedding\.name: expected strategies .* the nearest is 'rq'$"):
         load_config(None, ["embedding.name=p-rqq"])
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_found_by_name(name: str) -> None:
+    config = load_config(name, ["seed=3"])
+    backbone = config.backbone.name
+    assert name == config.dataset.name + (f"-{backbone}" if backbone != "fedmf" else "")
+    assert config.seed == 3
+    assert config == load_config(PRESETS / f"{name}.yaml", ["seed=3"])
+
+
+def test_a_file_goes_before_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ml-1m").mkdir()  # say, of the data
+    assert load_config("ml-1m").training.rounds == 400
+    (tmp_path / "ml-100k").write_text("training: {rounds: 7}")
+    assert load_config("ml-100k").training.rounds == 7
+    with pytest.raises(FileNotFoundError, match=r"one of ml-100k, .*did you mean 'ml-100k'"):
+        load_config("ml-100")
+    with pytest.raises(FileNotFoundError, match=r"found no file .*none/ml-100k"):
+        load_config(tmp_path / "none" / "ml-100k")
