@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from emulated import _emulator
+from emulated import _emulator, shared_limit
 
 pytestmark = pytest.mark.skipif(_emulator is None, reason="fedpeft_ext._emulator is not built")
 
@@ -61,3 +61,11 @@ def test_fault_is_reported(name: str, backwards: bool) -> None:
 def test_fault_shows_in_the_other_order(name: str) -> None:
     first, second = run(name, planted=True)
     assert first != second
+
+
+def test_static_shared_memory_counts() -> None:
+    with (
+        shared_limit(511),
+        pytest.raises(RuntimeError, match="dynamic and static shared memory take 512 bytes"),
+    ):
+        _emulator.run_fault("write_past_shared", False)  # 64 numbers each

@@ -12,6 +12,8 @@
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <mutex>
 #else
 #include <bit>
 #include <cstring>
@@ -67,14 +69,25 @@ inline Limits limits() {
   return {shared, multiprocessors};
 }
 
+// Lets a kernel be launched with so much dynamic shared memory; without asking it has 48 KiB less
+// its own arrays, which take a few KiB. What was allowed stays so: another thread or a graph may be
+// about to launch with it.
+inline void allow_shared(const void* kernel, int64_t bytes) {
+  if (bytes <= 32 * 1024) return;
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  cudaFuncAttributes now;
+  check(cudaFuncGetAttributes(&now, kernel), "cudaFuncGetAttributes");
+  if (now.maxDynamicSharedSizeBytes >= bytes) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
+        "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
+}
+
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), int64_t grid, unsigned block, int64_t shared, Stream stream,
             Args&&... args) {
   if (grid <= 0) return;
-  if (shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
-          "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
-  }
+  allow_shared(reinterpret_cast<const void*>(kernel), shared);
   kernel<<<grid_for(grid), block, size_t(shared), static_cast<cudaStream_t>(stream.handle)>>>(
       static_cast<Params>(args)...);
   check(cudaGetLastError(), "launch");

@@ -131,6 +131,10 @@ class Processor {
     const size_t begin = arrays_.back().end + kRedZone;
     const size_t end = begin + (bytes + 15) / 16 * 16;
     if (end + kRedZone > static_end_) throw Fault("more than 48 KiB of static shared memory");
+    size_t used = dynamic_bytes_ + (end - begin);
+    for (size_t i = 1; i < arrays_.size(); ++i) used += arrays_[i].end - arrays_[i].begin;
+    if (used > limit)
+      throw Fault("dynamic and static shared memory take " + std::to_string(used) + " bytes");
     arrays_.push_back({key, begin, begin + bytes, end});
     std::memset(shared_.data() + begin, poison_, bytes);
     return shared_.data() + begin;
