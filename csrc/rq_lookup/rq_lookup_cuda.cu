@@ -180,10 +180,58 @@ __global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
   }
 }
 
+// An index on its way from memory, which nothing waits for before it is used: a conversion, or the
+// end of a branch, would.
+struct Late {
+  uint32_t low, high;
+
+  // The integer of 4 or 8 bytes at p, -1 unless `there`.
+  FEDPEFT_DEVICE void load(const char* p, int bytes, bool there) {
+#if defined(__CUDACC__)
+    asm volatile(
+        "{\n\t.reg .pred four, eight;\n\t"
+        "setp.eq.s32 four, %3, 4;\n\tsetp.eq.s32 eight, %3, 8;\n\t"
+        "mov.b32 %0, -1;\n\tmov.b32 %1, -1;\n\t"
+        "@four ld.global.u32 %0, [%2];\n\t@eight ld.global.v2.u32 {%0, %1}, [%2];\n\t}"
+        : "=&r"(low), "=&r"(high)
+        : "l"(__cvta_generic_to_global(p)), "r"(there ? bytes : 0));
+#else
+    const int64_t value = there ? IndexArray{p, bytes}[0] : -1;
+    low = uint32_t(value);
+    high = uint32_t(value >> 32);
+#endif
+  }
+  FEDPEFT_DEVICE int64_t come(int bytes) const {
+    return bytes == 8 ? int64_t(uint64_t(high) << 32 | low) : int64_t(int32_t(low));
+  }
+};
+
+// The word of 2 or 4 bytes at p, 0 unless `there`; as late.
+FEDPEFT_DEVICE uint32_t load_word(const char* p, int bytes, bool there) {
+  uint32_t word = 0;
+#if defined(__CUDACC__)
+  asm volatile(
+      "{\n\t.reg .pred two, four;\n\tsetp.eq.s32 two, %2, 2;\n\tsetp.eq.s32 four, %2, 4;\n\t"
+      "mov.b32 %0, 0;\n\t@two ld.global.u16 %0, [%1];\n\t@four ld.global.u32 %0, [%1];\n\t}"
+      : "=&r"(word)
+      : "l"(__cvta_generic_to_global(p)), "r"(there ? bytes : 0));
+#else
+  if (there) std::memcpy(&word, p, size_t(bytes));  // little-endian
+#endif
+  return word;
+}
+
+// Whether all codes of an item are one word of bytes.
+bool codes_in_words(const RqLookupArgs& a) {
+  return a.codes.bytes == 1 && (a.L == 2 || a.L == 4) &&
+         reinterpret_cast<uintptr_t>(a.codes.data) % uintptr_t(a.L) == 0;
+}
+
 // Shared codebooks, more than L1 holds beside what passes through it: a block a multiprocessor
-// keeps some of the columns in shared memory and takes every so many-th batch of positions, whose
-// items it reads a batch ahead.
-template <typename T, int V>
+// keeps some of the columns in shared memory and takes every so many-th batch of positions. Where
+// an item's codes are a word, those of the next batch are on their way, and the items of the one
+// behind it.
+template <typename T, int V, bool Words>
 __global__ void __launch_bounds__(kSharedThreads, 1)
     forward_shared(RqLookupArgs a, int64_t total, int slice, int slices) {
   constexpr int N = kAtOnce<T, V>;
@@ -200,17 +248,107 @@ __global__ void __launch_bounds__(kSharedThreads, 1)
   }
   const int64_t step = int64_t(gridDim.x) / slices * groups * N;
   int64_t n = int64_t(blockIdx.x) / slices * groups * N + group;
+  if constexpr (!Words) {
+    copies_done();
+    __syncthreads();
+    for (; n < total; n += step) {
+      int64_t item[N];
+      items_from(a, n, groups, total, item);
+      look_up<T, V>(
+          a, [&](int64_t) { return codebooks; }, {first_column, columns, slice}, item, n, groups,
+          total, lane, lanes);
+    }
+    return;
+  }
+  const int L = int(a.L), level_rows = int(a.K), bytes = a.items.bytes;
+  const char* items = static_cast<const char*>(a.items.data) + n * bytes;
+  const char* codes = static_cast<const char*>(a.codes.data);
+  T* out = static_cast<T*>(a.out) + n * a.D + first_column;
+  const int64_t turn_items = step * bytes, turn_out = step * a.D, row_out = groups * a.D;
+  // Of a batch's positions from `at` on, how many are there.
+  const auto left = [&](int64_t at) {
+    const int64_t rest = total - at;
+    return int(rest < 0 ? 0 : rest < groups * N ? rest : groups * N);
+  };
+  Late come[N];
   int64_t item[N], next[N];
-  items_from(a, n, groups, total, item);
+  uint32_t word[N], next_word[N];
+  const auto load_items = [&](int64_t at) {
+    const int there = left(at);
+#pragma unroll
+    for (int u = 0; u < N; ++u) come[u].load(items + u * groups * bytes, bytes, u * groups < there);
+    items += turn_items;
+  };
+  const auto load_words = [&](int64_t at) {
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      next[u] = come[u].come(bytes);
+      if (classify(next[u], a.num_items) == Position::bad)
+        FEDPEFT_BAD_INDEX("items", next[u], at + u * groups, a.num_items);
+    }
+#pragma unroll
+    for (int u = 0; u < N; ++u) next_word[u] = load_word(codes + next[u] * L, L, next[u] >= 0);
+  };
+  load_items(n);
+  load_words(n);
+  load_items(n + step);
   copies_done();
   __syncthreads();
   for (; n < total; n += step) {
-    items_from(a, n + step, groups, total, next);
-    look_up<T, V>(
-        a, [&](int64_t) { return codebooks; }, {first_column, columns, slice}, item, n, groups,
-        total, lane, lanes);
 #pragma unroll
-    for (int u = 0; u < N; ++u) item[u] = next[u];
+    for (int u = 0; u < N; ++u) {
+      item[u] = next[u];
+      word[u] = next_word[u];
+    }
+    load_words(n + step);
+    load_items(n + 2 * step);
+    const int there = left(n);
+    for (int column = lane * V; column < columns; column += lanes * V) {
+      Sum<acc_t<T>, V> sum[N];
+      uint32_t rest[N];
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        sum[u].clear();
+        rest[u] = word[u];
+      }
+      if (a.base) {
+        const T* base = static_cast<const T*>(a.base) + first_column + column;
+#pragma unroll
+        for (int u = 0; u < N; ++u)
+          sum[u].set(load_global_if<V>(base + (item[u] < 0 ? 0 : item[u] * a.D), item[u] >= 0));
+      }
+      const T* level = codebooks + column;
+#pragma unroll 1
+      for (int l = 0; l < L; ++l) {
+        // At padding the first row, whose sum is not stored.
+        int code[N];
+        bool bad = false;
+#pragma unroll
+        for (int u = 0; u < N; ++u) {
+          code[u] = int(rest[u] & 0xff);
+          rest[u] >>= 8;
+          bad |= code[u] >= level_rows;
+        }
+        if (bad) {
+#pragma unroll
+          for (int u = 0; u < N; ++u) {
+            if (code[u] >= level_rows)
+              FEDPEFT_BAD_INDEX("codes", code[u], item[u] * L + l, level_rows);
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < N; ++u) sum[u].add(load_pack<V>(level + code[u] * slice));
+        level += level_rows * slice;
+      }
+      T* to = out + column;
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        if (item[u] < 0) sum[u].clear();
+        if (u * groups < there) sum[u].store_once(to);
+        to += row_out;
+      }
+    }
+    out += turn_out;
   }
 }
 
@@ -269,7 +407,8 @@ void rq_lookup(const RqLookupArgs& a, DType dtype, int64_t clients, Stream strea
           if (const int64_t slices = shared_slices(a, total, sizeof(T), V); slices > 0) {
             const int64_t slice = ((a.D + slices - 1) / slices + V - 1) / V * V;
             const int64_t used = (a.D + slice - 1) / slice, sms = limits().multiprocessors;
-            launch(forward_shared<T, V>, sms / used > 0 ? sms / used * used : used, kSharedThreads,
+            launch(codes_in_words(a) ? forward_shared<T, V, true> : forward_shared<T, V, false>,
+                   sms / used > 0 ? sms / used * used : used, kSharedThreads,
                    a.L * a.K * slice * int64_t(sizeof(T)), stream, a, total, int(slice), int(used));
           } else if (staged) {
             launch(forward_staged<T, V>, clients, kThreads, bytes, stream, a, clients);

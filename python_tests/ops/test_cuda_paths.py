@@ -94,17 +94,31 @@ def test_gradients_of_shared_tables(
         torch.testing.assert_close(found.double(), expected, **close)
 
 
-def test_lookups_in_large_shared_codebooks() -> None:
+# Codes of an item as one word (2 and 4 levels), and not: 3 levels, words that are not aligned.
+@pytest.mark.parametrize(
+    ("levels", "shift", "index"),
+    [(3, 0, torch.int64), (4, 0, torch.int64), (2, 0, torch.int32), (4, 1, torch.int64)],
+)
+def test_lookups_in_large_shared_codebooks(levels: int, shift: int, index: torch.dtype) -> None:
     g = torch.Generator().manual_seed(12)
-    ids = torch.randint(-1, 500, (3000,), generator=g)
-    codes = torch.randint(0, 60, (500, 3), generator=g, dtype=torch.uint8)
+    ids = torch.randint(-1, 500, (3000,), generator=g).to(index)
+    codes = torch.randint(0, 60, (500 * levels + 1,), generator=g, dtype=torch.uint8)
+    codes = codes[shift : shift + 500 * levels].view(500, levels)
     base = torch.randn(500, 72, generator=g)
     cpu, gpu = both("rq_lookup")
     for dtype in (torch.float32, torch.bfloat16):
-        codebooks, under = torch.randn(3, 60, 72, generator=g).to(dtype), base.to(dtype)
+        codebooks, under = torch.randn(levels, 60, 72, generator=g).to(dtype), base.to(dtype)
         for limit in (99 << 10, 32 << 10, 16 << 10):  # from L1; whole; columns in slices, the last narrower
             with limited(limit):
                 assert torch.equal(gpu(ids, codes, codebooks, under), cpu(ids, codes, codebooks, under))
+    with limited(16 << 10):
+        assert torch.equal(gpu(ids, codes, codebooks, None), cpu(ids, codes, codebooks, None))
+        last = int(ids.max())
+        with pytest.raises(IndexError, match=f"items: index {last} at position"):
+            gpu(ids, codes[:last], codebooks, None)
+        codes[last, 1] = 60
+        with pytest.raises(IndexError, match="codes: index 60 at position"):
+            gpu(ids, codes, codebooks, None)
 
 
 @pytest.mark.parametrize("limit", LIMITS)
