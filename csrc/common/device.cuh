@@ -153,6 +153,30 @@ FEDPEFT_DEVICE void store_pack(T* p, const Pack<T, V>& pack) {
   }
 }
 
+// As store_pack, by one instruction, which compilers may cut into one an element: to global memory,
+// or, with `Anywhere`, to that or shared memory.
+template <int V, bool Anywhere = false, typename T>
+FEDPEFT_DEVICE void store_whole_pack(T* p, const Pack<T, V>& pack) {
+#if defined(__CUDACC__)
+  if constexpr (V > 1 && sizeof(pack) == 16) {
+    const uint4 x = *reinterpret_cast<const uint4*>(&pack);
+    if constexpr (Anywhere) {
+      asm volatile("st.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z),
+                   "r"(x.w)
+                   : "memory");
+    } else {
+      __stwb(reinterpret_cast<uint4*>(p), x);
+    }
+    return;
+  }
+  if constexpr (V > 1 && sizeof(pack) == 8 && !Anywhere) {
+    __stwb(reinterpret_cast<uint2*>(p), *reinterpret_cast<const uint2*>(&pack));
+    return;
+  }
+#endif
+  store_pack<V>(p, pack);
+}
+
 // For what the kernel does not read again: leaves tables in the caches.
 template <int V, typename T>
 FEDPEFT_DEVICE void store_pack_once(T* p, const Pack<T, V>& pack) {
@@ -194,6 +218,32 @@ FEDPEFT_DEVICE void gather(const IndexArray& a, const int64_t (&at)[N], int64_t 
       return load(static_cast<const uint8_t*>(a.data));
   }
 }
+
+// An index on its way from memory, which nothing waits for before it is used: a conversion, or the
+// end of a branch, would.
+struct Late {
+  uint32_t low, high;
+
+  // The integer of 4 or 8 bytes at p, -1 unless `there`.
+  FEDPEFT_DEVICE void load(const char* p, int bytes, bool there) {
+#if defined(__CUDACC__)
+    asm volatile(
+        "{\n\t.reg .pred four, eight;\n\t"
+        "setp.eq.s32 four, %3, 4;\n\tsetp.eq.s32 eight, %3, 8;\n\t"
+        "mov.b32 %0, -1;\n\tmov.b32 %1, -1;\n\t"
+        "@four ld.global.u32 %0, [%2];\n\t@eight ld.global.v2.u32 {%0, %1}, [%2];\n\t}"
+        : "=&r"(low), "=&r"(high)
+        : "l"(__cvta_generic_to_global(p)), "r"(there ? bytes : 0));
+#else
+    const int64_t value = there ? IndexArray{p, bytes}[0] : -1;
+    low = uint32_t(value);
+    high = uint32_t(value >> 32);
+#endif
+  }
+  FEDPEFT_DEVICE int64_t come(int bytes) const {
+    return bytes == 8 ? int64_t(uint64_t(high) << 32 | low) : int64_t(int32_t(low));
+  }
+};
 
 // Registers of the accumulator type for V columns.
 template <typename A, int V>
@@ -240,12 +290,13 @@ struct Sum {
 #pragma unroll
     for (int v = 0; v < V; ++v) at[v] *= factor;
   }
-  template <typename T>
+  // To global memory, or, with `Anywhere`, to that or shared memory.
+  template <bool Anywhere = false, typename T>
   FEDPEFT_DEVICE void store(T* p) const {
     Pack<T, V> pack;
 #pragma unroll
     for (int v = 0; v < V; ++v) pack.at[v] = from_acc<T>(at[v]);
-    store_pack<V>(p, pack);
+    store_whole_pack<V, Anywhere>(p, pack);
   }
   template <typename T>
   FEDPEFT_DEVICE void store_once(T* p) const {

@@ -237,8 +237,9 @@ FEDPEFT_DEVICE void start_with(TileSums<A>& sums, const T* bias, int columns,
   }
 }
 
-// Stores the four columns of a thread that are below `columns`, by V where rows allow.
-template <int V, typename T>
+// Stores the four columns of a thread that are below `columns`, by V where rows allow; Anywhere as
+// in Sum::store.
+template <int V, bool Anywhere = false, typename T>
 FEDPEFT_DEVICE void store_columns(T* to, const Sum<acc_t<T>, kTileColumns>& sums, int columns) {
   constexpr int kWidth = V < kTileColumns ? V : kTileColumns;
 #pragma unroll
@@ -247,7 +248,7 @@ FEDPEFT_DEVICE void store_columns(T* to, const Sum<acc_t<T>, kTileColumns>& sums
     Sum<acc_t<T>, kWidth> part;
 #pragma unroll
     for (int w = 0; w < kWidth; ++w) part.at[w] = sums.at[v + w];
-    part.store(to + v);
+    part.template store<Anywhere>(to + v);
   }
 }
 
@@ -260,8 +261,9 @@ struct Dropout {
   uint32_t round, stream;
 };
 
-// ReLU, and dropout of elements [element, element + 4) of a client's output.
-template <typename A>
+// ReLU, and dropout of elements [element, element + 4) of a client's output. Whole: `element` is a
+// multiple of four.
+template <bool Whole, typename A>
 FEDPEFT_DEVICE void activate(const Dropout& d, uint32_t client, int64_t element,
                              Sum<A, kTileColumns>& sums) {
 #pragma unroll
@@ -271,7 +273,7 @@ FEDPEFT_DEVICE void activate(const Dropout& d, uint32_t client, int64_t element,
   const PhiloxBlock first = philox(uint32_t(element / 4), client, d.round, d.stream, d.seed);
 #pragma unroll
   for (int w = 0; w < 4; ++w) word[w] = first.word[w];
-  if (element % 4) {
+  if (!Whole && element % 4) {
     const PhiloxBlock next = philox(uint32_t(element / 4 + 1), client, d.round, d.stream, d.seed);
 #pragma unroll
     for (int w = 0; w < 4; ++w) word[4 + w] = next.word[w];

@@ -322,7 +322,8 @@ FEDPEFT_DEVICE void forward_layer(const MlpWorkspace<T>& w, int l, int rows) {
         const T sum = sums.row[r].at[v];
         sums.row[r].at[v] = column + v >= columns || sum < T(0) ? T(0) : sum * scale;
       }
-      store_columns<V>(layer.out + row * stride + o0 + column, sums.row[r], stride - o0 - column);
+      store_columns<V, true>(layer.out + row * stride + o0 + column, sums.row[r],
+                             stride - o0 - column);
     }
   }
 }
@@ -428,7 +429,7 @@ FEDPEFT_DEVICE void backward_weight(const MlpWorkspace<T>& w, int l, int rows, b
         Pack<T, V> pack;
 #pragma unroll
         for (int k = 0; k < V; ++k) pack.at[k] = i + k < part.width ? place(sums, k) : T(0);
-        store_pack<V>(grad, pack);
+        store_whole_pack<V, true>(grad, pack);
       });
     }
   }
@@ -473,7 +474,7 @@ FEDPEFT_DEVICE void backward_input(const MlpWorkspace<T>& w, int l, int64_t at, 
         if (l > 0 && column + v < columns)
           sums.row[r].at[v] = to[v] > T(0) ? scale * sums.row[r].at[v] : T(0);
       }
-      store_columns<V>(to, sums.row[r], columns - column);
+      store_columns<V, true>(to, sums.row[r], columns - column);
     }
   }
 }

@@ -180,32 +180,6 @@ __global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
   }
 }
 
-// An index on its way from memory, which nothing waits for before it is used: a conversion, or the
-// end of a branch, would.
-struct Late {
-  uint32_t low, high;
-
-  // The integer of 4 or 8 bytes at p, -1 unless `there`.
-  FEDPEFT_DEVICE void load(const char* p, int bytes, bool there) {
-#if defined(__CUDACC__)
-    asm volatile(
-        "{\n\t.reg .pred four, eight;\n\t"
-        "setp.eq.s32 four, %3, 4;\n\tsetp.eq.s32 eight, %3, 8;\n\t"
-        "mov.b32 %0, -1;\n\tmov.b32 %1, -1;\n\t"
-        "@four ld.global.u32 %0, [%2];\n\t@eight ld.global.v2.u32 {%0, %1}, [%2];\n\t}"
-        : "=&r"(low), "=&r"(high)
-        : "l"(__cvta_generic_to_global(p)), "r"(there ? bytes : 0));
-#else
-    const int64_t value = there ? IndexArray{p, bytes}[0] : -1;
-    low = uint32_t(value);
-    high = uint32_t(value >> 32);
-#endif
-  }
-  FEDPEFT_DEVICE int64_t come(int bytes) const {
-    return bytes == 8 ? int64_t(uint64_t(high) << 32 | low) : int64_t(int32_t(low));
-  }
-};
-
 // The word of 2 or 4 bytes at p, 0 unless `there`; as late.
 FEDPEFT_DEVICE uint32_t load_word(const char* p, int bytes, bool there) {
   uint32_t word = 0;
