@@ -9,7 +9,7 @@
 namespace fedpeft::gpu {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;                // of the forward: small blocks use up registers
 constexpr int64_t kStagedBytes = 48 * 1024;  // so that several blocks share a multiprocessor
 
 // The row of A that position n reads, -1 at padding.
@@ -19,9 +19,9 @@ FEDPEFT_DEVICE int64_t row_at(const LoraLookupArgs& a, int64_t n) {
   return row;
 }
 
-// Blocks of one client take `span` positions each.
-template <typename T, int V, bool Staged>
-__global__ void __launch_bounds__(kThreads, Staged ? FEDPEFT_TWO_OR_THREE : 2)
+// Blocks of one client take `span` positions each. VA: columns of a row of A that a load takes.
+template <typename T, int V, int VA, bool Staged>
+__global__ void __launch_bounds__(kThreads, Staged ? FEDPEFT_TWO_OR_THREE + 2 : 4)
     forward(LoraLookupArgs a, int64_t clients, int64_t span) {
   using A = acc_t<T>;
   constexpr int N = kAtOnce<T, V>;
@@ -36,9 +36,16 @@ __global__ void __launch_bounds__(kThreads, Staged ? FEDPEFT_TWO_OR_THREE : 2)
     const T* B = static_cast<const T*>(a.B) + c * a.D * a.rank;
     if constexpr (Staged) {
       __syncthreads();  // the readers of the task before
-      for (int64_t i = threadIdx.x; i < a.D * a.rank; i += kThreads) {
-        const int64_t d = divide(i, a.rank);
-        transposed[(i - d * a.rank) * a.D + d] = to_acc(B[i]);
+      const int size = int(a.D * a.rank), rank = int(a.rank), D = int(a.D);
+      for (int i = int(threadIdx.x); i < size; i += 4 * kThreads) {
+        T x[4];
+#pragma unroll
+        for (int u = 0; u < 4; ++u) x[u] = B[i + u * kThreads < size ? i + u * kThreads : i];
+#pragma unroll
+        for (int u = 0; u < 4; ++u) {
+          const int at = i + u * kThreads, d = at / rank;
+          if (at < size) transposed[(at - d * rank) * D + d] = to_acc(x[u]);
+        }
       }
       __syncthreads();
     }
@@ -60,31 +67,52 @@ __global__ void __launch_bounds__(kThreads, Staged ? FEDPEFT_TWO_OR_THREE : 2)
       }
       const T* factors = static_cast<const T*>(a.A) + c * a.num_rows * a.rank;
       for (int64_t column = lane * V; column < a.D; column += lanes * V) {
-        Sum<A, V> sum[N];
+        // At padding the first item and row, for nothing: loads under a condition wait for each
+        // other.
+        Pack<T, V> under[N];
 #pragma unroll
         for (int u = 0; u < N; ++u) {
-          sum[u].clear();
-          if (a.base && item[u] >= 0)
-            sum[u].set(static_cast<const T*>(a.base) + item[u] * a.D + column);
-        }
-        for (int64_t j = 0; j < a.rank; ++j) {
-          Sum<A, V> b;
-          if constexpr (Staged) {
-            b.set(transposed + j * a.D + column);
-          } else {
-#pragma unroll
-            for (int v = 0; v < V; ++v) b.at[v] = to_acc(B[(column + v) * a.rank + j]);
-          }
-#pragma unroll
-          for (int u = 0; u < N; ++u) {
-            const A factor = row[u] >= 0 ? to_acc(factors[row[u] * a.rank + j]) : A(0);
-#pragma unroll
-            for (int v = 0; v < V; ++v) sum[u].at[v] += factor * b.at[v];
+          under[u] = zero_pack<V, T>();
+          if (a.base && a.num_items > 0) {
+            under[u] = load_pack<V>(static_cast<const T*>(a.base) +
+                                    (item[u] >= 0 ? item[u] : 0) * a.D + column);
           }
         }
+        Sum<A, V> sum[N];
 #pragma unroll
-        for (int u = 0; u < N; ++u)
-          if (at[u] >= 0) sum[u].store_once(static_cast<T*>(a.out) + at[u] * a.D + column);
+        for (int u = 0; u < N; ++u) sum[u].set(under[u]);
+        const int rank = a.num_rows > 0 ? int(a.rank) : 0;
+        const A* b_at = transposed + column;
+        for (int j = 0; j < rank; j += VA) {
+          Pack<T, VA> factor[N];
+#pragma unroll
+          for (int u = 0; u < N; ++u)
+            factor[u] = load_pack<VA>(factors + (row[u] >= 0 ? row[u] : 0) * a.rank + j);
+#pragma unroll
+          for (int i = 0; i < VA; ++i) {
+            Sum<A, V> b;
+            if constexpr (Staged) {
+              b.set(b_at);
+              b_at += a.D;
+            } else {
+#pragma unroll
+              for (int v = 0; v < V; ++v) b.at[v] = to_acc(B[(column + v) * a.rank + j + i]);
+            }
+#pragma unroll
+            for (int u = 0; u < N; ++u) {
+#pragma unroll
+              for (int v = 0; v < V; ++v) sum[u].at[v] += to_acc(factor[u].at[i]) * b.at[v];
+            }
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < N; ++u) {
+          if (row[u] < 0) sum[u].clear();
+          if (p + u * groups < end) {
+            sum[u].store_once(static_cast<T*>(a.out) +
+                              (client * a.positions + p + u * groups) * a.D + column);
+          }
+        }
       }
     }
   }
@@ -373,11 +401,14 @@ void lora_lookup(const LoraLookupArgs& a, DType dtype, int64_t clients, Stream s
           constexpr int V = decltype(width)::value;
           const int64_t span = span_for(total, 4 * (kThreads / lanes_for(a.D / V)));
           const int64_t grid = clients * ((a.positions + span - 1) / span);
-          if (staged) {
-            launch(forward<T, V, true>, grid, kThreads, bytes, stream, a, clients, span);
-          } else {
-            launch(forward<T, V, false>, grid, kThreads, 0, stream, a, clients, span);
-          }
+          with_width<T>(
+              a.rank,
+              [&](auto factors) {
+                constexpr int VA = decltype(factors)::value;
+                launch(staged ? forward<T, V, VA, true> : forward<T, V, VA, false>, grid, kThreads,
+                       staged ? bytes : 0, stream, a, clients, span);
+              },
+              a.A);
         },
         a.base, a.out);
   });
