@@ -114,27 +114,6 @@ FEDPEFT_DEVICE Pack<T, V> zero_pack() {
   return pack;
 }
 
-// The elements at p in global memory where they are `there`, else zeros. Loads of several calls are
-// under way together: with an `if` around load_pack the compiler may wait for each.
-template <int V, typename T>
-FEDPEFT_DEVICE Pack<T, V> load_global_if(const T* p, bool there) {
-#if defined(__CUDACC__)
-  if constexpr (sizeof(Pack<T, V>) == 16) {
-    Pack<T, V> pack;
-    uint4 x;
-    asm volatile(
-        "{\n\t.reg .pred there;\n\tsetp.ne.s32 there, %5, 0;\n\t"
-        "mov.b32 %0, 0;\n\tmov.b32 %1, 0;\n\tmov.b32 %2, 0;\n\tmov.b32 %3, 0;\n\t"
-        "@there ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
-        : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
-        : "l"(__cvta_generic_to_global(p)), "r"(int(there)));
-    *reinterpret_cast<uint4*>(&pack) = x;
-    return pack;
-  }
-#endif
-  return there ? load_pack<V>(p) : zero_pack<V, T>();
-}
-
 template <int V, typename T>
 FEDPEFT_DEVICE void store_pack(T* p, const Pack<T, V>& pack) {
   check_aligned<T, V>(p);

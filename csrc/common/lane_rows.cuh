@@ -11,44 +11,70 @@ namespace fedpeft::gpu {
 template <int V>
 constexpr int kLanePositions = V > 4 ? 2 : 4;
 
+// Of kernels that call sum_lane_rows: a thread has many registers for what is under way, and small
+// blocks leave few of a multiprocessor's unused.
+constexpr int kLaneThreads = 128;
+
+// Whether they can: `slots` rows a position, tables of so many elements.
+template <int V>
+bool suits_lane_rows(int64_t slots, int64_t elements, int lanes) {
+  return slots > 0 && kLanePositions<V> * slots <= lanes && elements > 0 &&
+         elements / V <= INT32_MAX;
+}
+
 // out[n + k] = base[item] + weight * sum of the `slots` rows of position k, for k below
 // kLanePositions and n + k below `total`; zeros where the item is -1. Lane k * slots + s has the
-// item of position k and the place of its s-th row in `tables` (-1 at padding). The lanes of a warp
-// call together.
+// item of position k and the place of its s-th row in `tables`, in packs of V: 0 at padding, a row
+// that is read for nothing, since loads under a condition wait for each other. The lanes of a warp
+// call together. Two slots' rows are under way at a time.
 template <int V, typename T>
 FEDPEFT_DEVICE void sum_lane_rows(const T* tables, const T* base, T* out, int64_t n, int64_t total,
-                                  int64_t width, int slots, acc_t<T> weight, int64_t item,
-                                  int64_t row, int lane, int lanes) {
+                                  int64_t width, int slots, acc_t<T> weight, int64_t item, int row,
+                                  int lane, int lanes) {
   using A = acc_t<T>;
   constexpr int N = kLanePositions<V>;
+  // Bit k * slots: whether position k has an item.
+  const unsigned items = __ballot_sync(kFullMask, item >= 0) >> (int(threadIdx.x) % kWarp - lane);
   for (int64_t column = lane * V; column - lane * V < width; column += lanes * V) {
     const bool mine = column < width;
+    const T* const from = tables + (mine ? column : 0);
+    Pack<T, V> under[N], first[N], second[N];
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const int64_t of = __shfl_sync(kFullMask, item, k * slots, lanes);
+      under[k] = zero_pack<V, T>();
+      if (base) under[k] = load_pack<V>(of >= 0 && mine ? base + of * width + column : tables);
+    }
+    const auto load = [&](int s, Pack<T, V>(&to)[N]) {
+#pragma unroll
+      for (int k = 0; k < N; ++k)
+        to[k] = load_pack<V>(from + int64_t(V) * __shfl_sync(kFullMask, row, k * slots + s, lanes));
+    };
     Sum<A, V> sum[N];
+    const auto add = [&](const Pack<T, V>(&rows)[N]) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      sum[k].clear();
-      if (!base) continue;
-      const int64_t from = __shfl_sync(kFullMask, item, k * slots, lanes);
-      const bool there = mine && from >= 0;
-      sum[k].set(load_global_if<V>(base + (there ? from * width + column : 0), there));
-    }
+      for (int k = 0; k < N; ++k) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) sum[k].at[i] += weight * to_acc(rows[k].at[i]);
+      }
+    };
+#pragma unroll
+    for (int k = 0; k < N; ++k) sum[k].set(under[k]);
+    int s = 0;
 #pragma unroll 1
-    for (int s = 0; s < slots; ++s) {
-      Pack<T, V> pack[N];
-#pragma unroll
-      for (int k = 0; k < N; ++k) {
-        const int64_t from = __shfl_sync(kFullMask, row, k * slots + s, lanes);
-        const bool there = mine && from >= 0;
-        pack[k] = load_global_if<V>(tables + (there ? from + column : 0), there);
-      }
-#pragma unroll
-      for (int k = 0; k < N; ++k) {
-#pragma unroll
-        for (int i = 0; i < V; ++i) sum[k].at[i] += weight * to_acc(pack[k].at[i]);
-      }
+    for (; s + 1 < slots; s += 2) {
+      load(s, first);
+      load(s + 1, second);
+      add(first);
+      add(second);
+    }
+    if (s < slots) {
+      load(s, first);
+      add(first);
     }
 #pragma unroll
     for (int k = 0; k < N; ++k) {
+      if (!(items >> (k * slots) & 1)) sum[k].clear();
       if (mine && n + k < total) sum[k].store_once(out + (n + k) * width + column);
     }
   }

@@ -77,12 +77,13 @@ FEDPEFT_DEVICE void check_item(const HashLookupArgs& a, int64_t item, int64_t n)
   if (classify(item, a.num_items) == Position::bad)
     FEDPEFT_BAD_INDEX("items", item, n, a.num_items);
 }
-// Columns of an item's base vector, if there is one and `item` is not -1.
+// Columns of an item's base vector, if there is one; at padding something else that lies in memory,
+// since loads under a condition wait for each other.
 template <int V, typename T>
 FEDPEFT_DEVICE Pack<T, V> base_at(const HashLookupArgs& a, int64_t item, int64_t column) {
-  const bool there = a.base && item >= 0;
-  const int64_t at = there ? item * a.D + column : 0;
-  return load_global_if<V>(static_cast<const T*>(a.base) + at, there);
+  if (!a.base) return zero_pack<V, T>();
+  return load_pack<V>(item >= 0 ? static_cast<const T*>(a.base) + item * a.D + column
+                                : static_cast<const T*>(a.table));
 }
 // The item at position n, -1 at padding.
 FEDPEFT_DEVICE int64_t item_at(const HashLookupArgs& a, int64_t n) {
@@ -262,15 +263,15 @@ FEDPEFT_DEVICE unsigned char* scratch_of(unsigned char* shared, unsigned char* m
 // Positions of all clients without SENet, tables through L2. A group takes four positions at a time
 // where its lanes hash for them all at once, so that rows of all four are under way together.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 3)
-    forward_plain(HashLookupArgs a, int64_t total, Modulus modulus, int lanes) {
+__global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
+    forward_plain(HashLookupArgs a, int64_t total, Modulus modulus, int lanes, bool together) {
   using A = acc_t<T>;
   constexpr int kBatch = kLanePositions<V>;
-  const int groups = kThreads / lanes;
+  const int groups = kLaneThreads / lanes;
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
   const int64_t table = a.per_client ? a.M * a.D : 0;
   const T* tables = static_cast<const T*>(a.table);
-  if (kBatch * a.H > lanes) {
+  if (!together) {
     for (int64_t first = int64_t(blockIdx.x) * groups; first < total;
          first += int64_t(gridDim.x) * groups) {
       const int64_t n = first + group;
@@ -286,12 +287,13 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (int64_t first = int64_t(blockIdx.x) * groups * kBatch; first < total;
        first += int64_t(gridDim.x) * groups * kBatch) {
     const int64_t n = first + group * kBatch;
-    int64_t item = -1, row = -1;  // of the lane's own position and hash
+    int64_t item = -1;  // of the lane's own position and hash
+    int row = 0;
     if (k_mine < kBatch && n + k_mine < total) {
       item = item_at(a, n + k_mine);
       if (item >= 0) {
         const int64_t client = table == 0 ? 0 : divide(n + k_mine, a.positions);
-        row = client * table + bucket_of(a.hashes, modulus, item, h_mine) * a.D;
+        row = int(uint64_t(client * table + bucket_of(a.hashes, modulus, item, h_mine) * a.D) / V);
       }
     }
     sum_lane_rows<V>(tables, base, static_cast<T*>(a.out), n, total, a.D, H, weight, item, row,
@@ -495,8 +497,8 @@ __global__ void __launch_bounds__(Gated ? 1024 : 320, Gated ? 1 : 3)
             if (at >= count) continue;
             Sum<A, V> sum;
             sum.clear();
-            sum.add(base[u]);
             if (item[u] >= 0) {
+              sum.add(base[u]);
 #pragma unroll 4
               for (int h = 0; h < H; ++h) {
                 const A scale = Gated ? gate[at * H + h] : weight;
@@ -520,19 +522,66 @@ template <int V>
 bool suits_lanes(const HashLookupArgs& a) {
   const int lanes = lanes_for(a.D / V);
   return a.H <= kLaneHashes && lanes >= 2 * kLaneHashes && a.D <= lanes * V &&
-         a.S <= kLaneSlots * lanes;
+         a.S <= kLaneSlots * lanes && a.M * a.D < INT32_MAX;
 }
+
+// The SENet of one client as its lanes read it, in shared memory as accumulators: of each hidden
+// value w1, w2 and b1 side by side, at strides that keep lanes apart; zeros for hashes that there
+// are not.
+template <typename T>
+struct LaneWeights {
+  using A = acc_t<T>;
+  static constexpr int kStride = 2 * kLaneHashes + 4;
+  int H, S;
+  A *rows, *b2;
+
+  static int64_t size(int64_t S) { return S * kStride + kLaneHashes; }
+
+  FEDPEFT_DEVICE LaneWeights(const HashLookupArgs& a, void* to)
+      : H(int(a.H)), S(int(a.S)), rows(static_cast<A*>(to)), b2(rows + S * kStride) {}
+
+  FEDPEFT_DEVICE void load(const HashLookupArgs& a, int64_t client) {
+    const int64_t c = a.per_client ? client : 0;
+    const T* from1 = static_cast<const T*>(a.w1) + c * S * H;
+    const T* from2 = static_cast<const T*>(a.w2) + c * H * S;
+    for (int i = int(threadIdx.x); i < S * kLaneHashes; i += int(blockDim.x)) {
+      const int s = i / kLaneHashes, h = i % kLaneHashes;
+      A* const row = rows + s * kStride;
+      row[h] = h < H ? to_acc(from1[s * H + h]) : A(0);
+      row[kLaneHashes + h] = h < H ? to_acc(from2[h * S + s]) : A(0);
+      if (h == 0) row[2 * kLaneHashes] = to_acc(static_cast<const T*>(a.b1)[c * S + s]);
+    }
+    if (const int h = int(threadIdx.x); h < kLaneHashes)
+      b2[h] = h < H ? to_acc(static_cast<const T*>(a.b2)[c * H + h]) : A(0);
+  }
+
+  FEDPEFT_DEVICE Sum<A, kLaneHashes> w1(int s) const { return four(s * kStride); }
+  FEDPEFT_DEVICE Sum<A, kLaneHashes> w2(int s) const { return four(s * kStride + kLaneHashes); }
+  FEDPEFT_DEVICE A b1(int s) const { return rows[s * kStride + 2 * kLaneHashes]; }
+
+ private:
+  FEDPEFT_DEVICE Sum<A, kLaneHashes> four(int at) const {
+    Sum<A, kLaneHashes> all;
+#pragma unroll
+    for (int h = 0; h < kLaneHashes; h += kWide<A>) {
+      const Pack<A, kWide<A>> pack = load_pack<kWide<A>>(rows + at + h);
+#pragma unroll
+      for (int i = 0; i < kWide<A>; ++i) all.at[h + i] = pack.at[i];
+    }
+    return all;
+  }
+};
 
 // SENet of two positions by a group of at least eight lanes. Of eight values for (position k, hash
 // h) lane i has that of k = i / 4 % 2 and h = i % 4, or each lane has all, at [4 k + h].
 template <typename T>
 struct LaneNet {
   using A = acc_t<T>;
-  const BlockNet<T>& net;
+  const LaneWeights<T>& net;
   int lane, lanes;
   A hidden[kLaneSlots][2];
 
-  FEDPEFT_DEVICE LaneNet(const BlockNet<T>& n, int own, int of) : net(n), lane(own), lanes(of) {}
+  FEDPEFT_DEVICE LaneNet(const LaneWeights<T>& n, int own, int of) : net(n), lane(own), lanes(of) {}
 
   FEDPEFT_DEVICE void spread(A mine, A (&all)[8]) const {
 #pragma unroll
@@ -547,22 +596,20 @@ struct LaneNet {
       const int s = lane + slot * lanes;
       hidden[slot][0] = hidden[slot][1] = A(0);
       if (s >= net.S) continue;
-      A sum[2] = {net.b1[s], net.b1[s]};
+      const Sum<A, kLaneHashes> w1 = net.w1(s), w2 = net.w2(s);
+      const A b1 = net.b1(s);
+      A sum[2] = {b1, b1};
 #pragma unroll
       for (int h = 0; h < kLaneHashes; ++h) {
-        if (h >= net.H) break;
-        const A w = net.w1[s * net.row1 + h];
 #pragma unroll
-        for (int k = 0; k < 2; ++k) sum[k] += w * means[4 * k + h];
+        for (int k = 0; k < 2; ++k) sum[k] += w1.at[h] * means[4 * k + h];
       }
 #pragma unroll
       for (int k = 0; k < 2; ++k) hidden[slot][k] = active[k] && sum[k] > A(0) ? sum[k] : A(0);
 #pragma unroll
       for (int h = 0; h < kLaneHashes; ++h) {
-        if (h >= net.H) break;
-        const A w = net.w2[h * net.row2 + s];
 #pragma unroll
-        for (int k = 0; k < 2; ++k) part[4 * k + h] += w * hidden[slot][k];
+        for (int k = 0; k < 2; ++k) part[4 * k + h] += w2.at[h] * hidden[slot][k];
       }
     }
     const A sum = sums_of_eight(part, lane, lanes);
@@ -589,57 +636,74 @@ __global__ void __launch_bounds__(kThreads, kLaneBlocks<T, V>)
   const bool mine = column < a.D;
   const Hash hash(a.hashes, own_h < H ? own_h : 0);
   const int64_t spans = (a.positions + span - 1) / span, tasks = clients * spans;
-  BlockNet<T> net(a, shared);
+  LaneWeights<T> net(a, shared);
   LaneNet<T> own(net, lane, lanes);
+  const int bytes = a.items.bytes, row_bytes = int(a.D) * int(sizeof(T));
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t client = divide(task, spans), begin = (task - client * spans) * span;
     const int64_t end = begin + span < a.positions ? begin + span : a.positions;
     const T* table = static_cast<const T*>(a.table) + (a.per_client ? client * a.M * a.D : 0);
+    // The item of the lane's own position and hash is on its way two turns ahead; where its row
+    // begins is known one turn ahead, so that the row may come to L2.
+    Late come;
+    const char* from =
+        static_cast<const char*>(a.items.data) + (client * a.positions + own_k) * bytes;
+    const auto load_item = [&](int64_t p) {
+      come.load(from + p * bytes, bytes, own_k < 2 && own_h < H && p + own_k < end);
+    };
+    int64_t item, next_item = -1;
+    int row, next_row = 0;  // at padding one that is read for nothing
+    const auto find_row = [&](int64_t p) {
+      next_item = come.come(bytes);
+      check_item(a, next_item, client * a.positions + p + own_k);
+      next_row = 0;
+      if (next_item < 0) return;
+      next_row = int(modulus(hash_of(hash.a, hash.b, uint64_t(next_item)))) * int(a.D);
+      ask_ahead(table + next_row, row_bytes, 0, 1);
+    };
+    load_item(begin + 2 * group);
     __syncthreads();  // the readers of the task before
     net.load(a, client);
+    find_row(begin + 2 * group);
+    load_item(begin + 2 * group + 2 * groups);
     __syncthreads();
-    // Of the lane's own position and hash.
-    const auto item_of = [&](int64_t p) {
-      const bool there = own_k < 2 && own_h < H && p + own_k < end;
-      return there ? item_at(a, client * a.positions + p + own_k) : int64_t{-1};
-    };
-    int64_t next = item_of(begin + 2 * group);
     // All lanes of a warp take as many turns, since they exchange values.
     for (int64_t turn = begin; turn < end; turn += 2 * groups) {
-      const int64_t p = turn + 2 * group, n = client * a.positions + p, item = next;
-      next = item_of(p + 2 * groups);
-      const int64_t row =
-          item >= 0 ? modulus(hash_of(hash.a, hash.b, uint64_t(item))) * a.D : int64_t{-1};
-      int64_t items[2];
+      const int64_t p = turn + 2 * group, n = client * a.positions + p;
+      item = next_item;
+      row = next_row;
+      Pack<T, V> pack[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        pack[i] = load_pack<V>(table + __shfl_sync(kFullMask, row, i, lanes) + (mine ? column : 0));
+      }
       bool active[2];
-      Sum<A, V> sum[2];
+      Pack<T, V> base[2];
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        items[k] = __shfl_sync(kFullMask, item, k * kLaneHashes, lanes);
-        active[k] = items[k] >= 0;
-        sum[k].clear();
-        if (a.base && active[k] && mine)
-          sum[k].set(static_cast<const T*>(a.base) + items[k] * a.D + column);
+        const int64_t of = __shfl_sync(kFullMask, item, k * kLaneHashes, lanes);
+        active[k] = of >= 0;
+        base[k] = base_at<V, T>(a, mine ? of : -1, column);
       }
-      Pack<T, V> pack[8];
+      find_row(p + 2 * groups);
+      load_item(p + 4 * groups);
       A of[8], all[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int64_t from = __shfl_sync(kFullMask, row, i, lanes);
-        pack[i] = zero_pack<V, T>();
-        if (from >= 0 && mine) pack[i] = load_pack<V>(table + from + column);
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
         of[i] = A(0);
+        if (i % kLaneHashes >= H || !mine) continue;
 #pragma unroll
         for (int v = 0; v < V; ++v) of[i] += to_acc(pack[i].at[v]);
       }
       own.spread(sums_of_eight(of, lane, lanes) / A(a.D), all);
       const A gate = own.gate(all, active);
       own.spread(gate, all);
+      Sum<A, V> sum[2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) sum[k].set(base[k]);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
+        if (i % kLaneHashes >= H) continue;
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[i / 4].at[v] += all[i] * to_acc(pack[i].at[v]);
       }
@@ -1078,7 +1142,7 @@ __global__ void __launch_bounds__(kThreads, kLaneBlocks<T, V>)
   int* head = reinterpret_cast<int*>(shared + plan.head);
   int* next = reinterpret_cast<int*>(shared + plan.next);
   int* bucket = reinterpret_cast<int*>(shared + plan.bucket);
-  BlockNet<T> net(a, shared + plan.net);
+  LaneWeights<T> net(a, shared + plan.net);
   const int H = net.H, S = net.S, M = int(a.M), D = int(a.D), P = int(a.positions);
   const int outputs = 2 * S * H + S + H;
   const int thread = int(threadIdx.x), lanes = plan.lanes, lane = thread % lanes;
@@ -1145,13 +1209,12 @@ __global__ void __launch_bounds__(kThreads, kLaneBlocks<T, V>)
           const int s = lane + slot * lanes;
           if (s >= S) continue;
           A before[2] = {};  // the ReLU
+          const Sum<A, kLaneHashes> w1 = net.w1(s), w2 = net.w2(s);
 #pragma unroll
           for (int h = 0; h < kLaneHashes; ++h) {
-            if (h >= H) break;
-            const A w = net.w2[h * net.row2 + s];
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-              before[k] += slopes[4 * k + h] * w;
+              before[k] += slopes[4 * k + h] * w2.at[h];
               grad_w2[slot][h] += slopes[4 * k + h] * own.hidden[slot][k];
             }
           }
@@ -1162,11 +1225,9 @@ __global__ void __launch_bounds__(kThreads, kLaneBlocks<T, V>)
           }
 #pragma unroll
           for (int h = 0; h < kLaneHashes; ++h) {
-            if (h >= H) break;
-            const A w = net.w1[s * net.row1 + h];
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-              part[4 * k + h] += before[k] * w;
+              part[4 * k + h] += before[k] * w1.at[h];
               grad_w1[slot][h] += before[k] * means[4 * k + h];
             }
           }
@@ -1282,9 +1343,10 @@ void launch_plain(const HashLookupArgs& a, int64_t clients, Stream stream) {
     return;
   }
   const int lanes = lanes_for(a.D / V);
-  const int64_t total = clients * a.positions, groups = kThreads / lanes * kLanePositions<V>;
-  launch(forward_plain<T, V>, (total + groups - 1) / groups, kThreads, 0, stream, a, total,
-         Modulus(a.M), lanes);
+  const int64_t total = clients * a.positions, groups = kLaneThreads / lanes * kLanePositions<V>;
+  launch(forward_plain<T, V>, (total + groups - 1) / groups, kLaneThreads, 0, stream, a, total,
+         Modulus(a.M), lanes,
+         suits_lane_rows<V>(a.H, (a.per_client ? clients : 1) * a.M * a.D, lanes));
 }
 
 template <typename T, int V>
@@ -1293,7 +1355,7 @@ void launch_gated(const HashLookupArgs& a, int64_t clients, void* memory, Stream
     const int64_t turn = 2 * (kThreads / lanes_for(a.D / V));
     const int64_t span = (span_for(clients * a.positions, 4 * turn) + turn - 1) / turn * turn;
     launch(forward_lanes<T, V>, clients * ((a.positions + span - 1) / span), kThreads,
-           BlockNet<T>::size(a.H, a.S) * int64_t(sizeof(acc_t<T>)), stream, a, clients, span,
+           LaneWeights<T>::size(a.S) * int64_t(sizeof(acc_t<T>)), stream, a, clients, span,
            Modulus(a.M));
     return;
   }
@@ -1360,7 +1422,7 @@ bool plan_lanes(const HashLookupArgs& a, WholePlan* plan) {
   plan->lanes = lanes_for(a.D / V);
   Carve carve;
   plan->coefficients = carve.take<A>(2 * entries);
-  plan->net = carve.take<A>(BlockNet<T>::size(a.H, a.S));
+  plan->net = carve.take<A>(LaneWeights<T>::size(a.S));
   plan->partial = carve.take<A>((kThreads - kWarp) / plan->lanes * a.senet_size());
   plan->head = carve.take<int>(a.M);
   plan->next = carve.take<int>(entries);

@@ -131,22 +131,23 @@ __global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
 
 // Where the lanes of a group find the rows of several positions at once.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
     forward_lanes(RqLookupArgs a, int64_t total, int lanes) {
   constexpr int N = kLanePositions<V>;
-  const int groups = kThreads / lanes, L = int(a.L);
+  const int groups = kLaneThreads / lanes, L = int(a.L);
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
   const int own = lane / L, level = lane - own * L;
   const int64_t table = a.per_client ? a.L * a.K * a.D : 0;
   for (int64_t first = int64_t(blockIdx.x) * groups * N; first < total;
        first += int64_t(gridDim.x) * groups * N) {
     const int64_t n = first + group * N;
-    int64_t item = -1, row = -1;  // of the lane's own position and level
+    int64_t item = -1;  // of the lane's own position and level
+    int row = 0;
     if (own < N && n + own < total) {
       item = item_at(a, n + own);
       if (item >= 0) {
         const int64_t client = table == 0 ? 0 : divide(n + own, a.positions);
-        row = client * table + (level * a.K + code_at(a, item, level)) * a.D;
+        row = int(uint64_t(client * table + (level * a.K + code_at(a, item, level)) * a.D) / V);
       }
     }
     sum_lane_rows<V>(static_cast<const T*>(a.codebooks), static_cast<const T*>(a.base),
@@ -289,7 +290,7 @@ __global__ void __launch_bounds__(kSharedThreads, 1)
         const T* base = static_cast<const T*>(a.base) + first_column + column;
 #pragma unroll
         for (int u = 0; u < N; ++u)
-          sum[u].set(load_global_if<V>(base + (item[u] < 0 ? 0 : item[u] * a.D), item[u] >= 0));
+          sum[u].set(load_pack<V>(item[u] < 0 ? from : base + item[u] * a.D));
       }
       const T* level = codebooks + column;
 #pragma unroll 1
@@ -386,11 +387,11 @@ void rq_lookup(const RqLookupArgs& a, DType dtype, int64_t clients, Stream strea
                    a.L * a.K * slice * int64_t(sizeof(T)), stream, a, total, int(slice), int(used));
           } else if (staged) {
             launch(forward_staged<T, V>, clients, kThreads, bytes, stream, a, clients);
-          } else if (const int lanes = lanes_for(a.D / V);
-                     a.L > 0 && kLanePositions<V> * a.L <= lanes) {
-            const int64_t rows = kThreads / lanes * kLanePositions<V>;
-            launch(forward_lanes<T, V>, (total + rows - 1) / rows, kThreads, 0, stream, a, total,
-                   lanes);
+          } else if (const int lanes = lanes_for(a.D / V); suits_lane_rows<V>(
+                         a.L, (a.per_client ? clients : 1) * a.L * a.K * a.D, lanes)) {
+            const int64_t rows = kLaneThreads / lanes * kLanePositions<V>;
+            launch(forward_lanes<T, V>, (total + rows - 1) / rows, kLaneThreads, 0, stream, a,
+                   total, lanes);
           } else {
             launch_row_batches<kAtOnce<T, V>>(forward<T, V>, total, a.D / V, stream, a, total);
           }
