@@ -3,16 +3,17 @@ installed fedpeft_ext: it builds the extension in place, for this GPU and the Py
 newer, with a CUDA build of torch >= 2.11), and then goes through these steps:
 
     build      CMake with FEDPEFT_CUDA=ON, warnings as errors
-    tests      the whole suite, every op on the device (the ops and modules alone where other packages lack)
-    memcheck   compute-sanitizer over every op in both directions, torch's caching allocator off
-    racecheck  the same for races in shared memory
     streams    many streams at a time give what one gives
     graphs     captured CUDA graphs give on new inputs what calls give
     large      tables and outputs past 2^31 elements
+    memcheck   compute-sanitizer over every op in both directions, torch's caching allocator off
+    tests      of ops and modules on the device; of federations where the simulator's packages are installed
     benchmark  time and bytes/s of every op beside a copy, its eager and compiled twins and PyTorch's own op
-    simulator  clients a second that the engines train (where the simulator's packages are installed)
+    simulator  clients a second that the engines train (with those packages too)
+    racecheck  compute-sanitizer again, for races in shared memory
 
-A step that fails does not stop the others. Results go to benchmarks/results/gpu-<name>.json and a Markdown
+The short ones come first. A step or case that fails does not stop the others; cases that no report has yet
+come before the rest. Results go to benchmarks/results/gpu-<name>.json and a Markdown
 table beside it; those of a run with --steps are added to what the same commit gave before.
 
 With --dry-run all that needs no GPU runs, on tiny shapes with the emulated kernels; the commands of the other
@@ -38,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = ["build", "tests", "memcheck", "racecheck", "streams", "graphs", "large", "benchmark", "simulator"]
+STEPS = ["build", "streams", "graphs", "large", "memcheck", "tests", "benchmark", "simulator", "racecheck"]
 NEEDS_GPU = ["build", "memcheck", "racecheck"]
 KERNEL_STEPS = ["streams", "graphs", "large", "benchmark"]  # of benchmarks.gpu_kernels
 # Synthetic data (users, items, interactions of a user), clients of a round, and the backbone.
@@ -66,7 +67,11 @@ SIMULATOR = [
 
 
 class StepFailed(Exception):
-    """One step did not pass; its message is for the report."""
+    """One step did not pass; its message is for the report, beside what it `found` all the same."""
+
+    def __init__(self, message: str, found: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.found = found or {}
 
 
 def find(tool: str) -> str | None:
@@ -154,12 +159,11 @@ def test_command(dry: bool) -> tuple[list[str], str]:
         command += ["-n", str(min(os.cpu_count() or 1, 12)), "--dist", "worksteal"]
     if dry:
         return [*command, "python_tests/test_emulator.py"], ""
+    command += ["-k", "not cpu", "python_tests/ops", "python_tests/nn"]  # targets that are no GPU
     absent = [module for module in SIMULATOR if not installed(module)]
     if absent:
-        return [*command, "python_tests/ops", "python_tests/nn"], (
-            f"ops and modules alone: {', '.join(absent)} not installed"
-        )
-    return command, ""
+        return command, f"ops and modules alone: {', '.join(absent)} not installed"
+    return [*command, "python_tests/simulation/test_on_gpu.py"], ""
 
 
 def kernel_command(step: str, dry: bool, out: Path) -> list[str]:
@@ -243,7 +247,11 @@ def run_step(step: str, dry: bool, folder: Path) -> dict[str, Any]:
     if step == "simulator":
         return simulator(dry, folder)
     out = folder / f"{step}.json"
-    call(kernel_command(step, dry, out))
+    try:
+        call(kernel_command(step, dry, out))
+    except StepFailed as error:
+        found = json.loads(out.read_text()) if out.exists() else {}
+        raise StepFailed(str(error), found.get(step)) from error
     result: dict[str, Any] = json.loads(out.read_text())[step]
     return result
 
@@ -428,7 +436,7 @@ def main() -> int:
             try:
                 found = run_step(step, dry, Path(scratch))
             except StepFailed as error:
-                outcome = {"result": "FAILED", "note": str(error)}
+                outcome, found = {"result": "FAILED", "note": str(error)}, error.found
                 print(f"    FAILED: {error}", file=sys.stderr, flush=True)
             if note := found.pop("note", ""):
                 outcome["note"] = note

@@ -22,6 +22,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,39 @@ def compare(name: str, case: Case) -> None:
                     raise AssertionError(f"{name}: {share:.2%} of {what} {i} equal the twin's")
 
 
+class Failures:
+    """Of a step's cases, of which one that fails does not stop the others, unless the device is lost."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.found: list[str] = []
+        self.lost = False
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        try:
+            yield
+            self.wait()
+        except Exception as error:
+            traceback.print_exc()
+            text = str(error)
+            self.found.append(text if text.startswith(name) else f"{name}: {type(error).__name__}: {text}")
+            try:
+                self.wait()
+            except Exception:  # as after a device-side assertion
+                self.lost = True
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def end(self) -> None:
+        if self.lost:
+            self.found.append("the device is lost: what came behind was not run")
+        if self.found:
+            raise AssertionError("\n".join(self.found))
+
+
 def chosen(names: list[str]) -> dict[str, Callable[[Sizes, Draw], Case]]:
     return {name: CASES[name] for name in names}
 
@@ -88,47 +122,54 @@ def chosen(names: list[str]) -> dict[str, Callable[[Sizes, Draw], Case]]:
 def touch(device: torch.device, names: list[str], emulated: bool) -> dict[str, Any]:
     sizes = CHECKS[:1] if emulated else CHECKS
     dtypes = [torch.float32] if emulated else [torch.float32, torch.float64, torch.float16]
-    count = 0
-    for s in sizes:
-        for dtype in dtypes:
-            for make in chosen(names).values():
-                case = make(s, Draw(device, dtype))
-                run(case, ops)
-                run_backward(case, ops)
-                count += 1
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    count, failures = 0, Failures(device)
+    for name, make in chosen(names).items():
+        for s in sizes:
+            for dtype in dtypes:
+                if failures.lost:
+                    break
+                with failures.of(f"{name}, {dtype}, {s}"):
+                    case = make(s, Draw(device, dtype))
+                    run(case, ops)
+                    run_backward(case, ops)
+                    count += 1
+    failures.end()
     return {"calls": count}
 
 
 def streams(device: torch.device, names: list[str], emulated: bool) -> dict[str, Any]:
     """Every case on a stream of its own, all at once."""
-    sizes = TINY if emulated else SMALL
-    cases = {name: make(sizes, Draw(device)) for name, make in chosen(names).items()}
-    expected = {name: (run(case, ops), run_backward(case, ops)) for name, case in cases.items()}
-    if not emulated:
-        torch.cuda.synchronize()
+    sizes, failures = TINY if emulated else SMALL, Failures(device)
+    cases, expected = {}, {}
+    for name, make in chosen(names).items():
+        with failures.of(name):
+            case = make(sizes, Draw(device))
+            expected[name] = (run(case, ops), run_backward(case, ops))
+            cases[name] = case
     got: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = {}
     for name, case in cases.items():
         with contextlib.nullcontext() if emulated else torch.cuda.stream(torch.cuda.Stream()):
             got[name] = [(run(case, ops), run_backward(case, ops)) for _ in range(1 if emulated else 20)]
-    if not emulated:
-        torch.cuda.synchronize()
+    failures.wait()
     for name, results in got.items():
-        for forward, backward in results:
-            if not (equal(forward, expected[name][0]) and equal(backward, expected[name][1])):
-                raise AssertionError(f"{name}: differs when other streams work too")
+        with failures.of(name):
+            for forward, backward in results:
+                if not (equal(forward, expected[name][0]) and equal(backward, expected[name][1])):
+                    raise AssertionError(f"{name}: differs when other streams work too")
+    failures.end()
     return {"streams": len(cases)}
 
 
 def graphs(device: torch.device, names: list[str], emulated: bool) -> dict[str, Any]:
     """Captures forward and backward of every case, gives its inputs new numbers, replays, and calls."""
     captured, refused = [], {}
+    failures = Failures(device)
     cases = {name: make(TINY if emulated else SMALL, Draw(device)) for name, make in chosen(names).items()}
     # A capture that fails upsets those after it, and the generator for good.
     ordered = sorted(cases.items(), key=lambda item: bool(item[1].capturable))
     numbers = {name: [torch.randn_like(t) for t in case.inputs] for name, case in ordered}
-    for name, case in ordered:
+
+    def check(name: str, case: Case) -> None:
         fresh = numbers[name]
 
         def work(case: Case = case) -> list[Tensor]:
@@ -165,7 +206,7 @@ def graphs(device: torch.device, names: list[str], emulated: bool) -> dict[str, 
                     raise AssertionError(f"{name}: cannot be captured in a CUDA graph: {error}") from error
                 refused[name] = case.capturable
                 torch.cuda.synchronize()
-                continue
+                return
             if case.capturable:
                 raise AssertionError(f"{name}: was captured, but cannot be: {case.capturable}")
             replay = graph.replay  # type: ignore[assignment]
@@ -177,6 +218,13 @@ def graphs(device: torch.device, names: list[str], emulated: bool) -> dict[str, 
         if not equal(got, expected):
             raise AssertionError(f"{name}: a replayed graph differs from a call")
         captured.append(name)
+
+    for name, case in ordered:
+        if failures.lost:
+            break
+        with failures.of(name):
+            check(name, case)
+    failures.end()
     return {"captured": captured, "not_capturable": refused}
 
 
@@ -255,7 +303,9 @@ def seconds(call: Callable[[], Any], device: torch.device, budget: float) -> flo
             call()
         return (time.perf_counter() - begin) / calls
 
-    timed(1)
+    first = timed(1)
+    if first > 20 * budget > 0:  # a twin that loops: its start is a small part
+        return first
     once = timed(1)
     calls = max(1, min(100, int(budget / 5 / max(once, 1e-6))))
     return statistics.median(timed(calls) for _ in range(5 if once < budget else 1))
@@ -344,23 +394,28 @@ def benchmark(
     torch._functorch.config.donated_buffer = False  # compiled gradients are asked for again and again
     copy = copy_bandwidth(device, 1 << 12 if emulated else 1 << 30)
     results: dict[str, Any] = {"copy_bytes_per_s": copy}
+    failures = Failures(device)
     shapes = [("large", TINY), ("small", TINY)] if emulated else [("large", large_sizes()), ("small", SMALL)]
     for label, sizes in shapes:
         results[label] = {}
         for name, make in chosen(names).items():
-            case = make(sizes, Draw(device))
-            compare(f"{name} ({label})", case)
-            budget = 0.0 if emulated else 0.15
-            # Compiling is slow, and says nothing about what launches bind.
-            others = [r for r in against if r != "compiled" or (label == "large" and not emulated)]
-            row = measure(case, device, budget, others, copy)
-            results[label][name] = row
-            print(f"  {label} {name}: {json.dumps(row)}", flush=True)
-            keep(results)
-            del case
-            if device.type == "cuda":
+            if failures.lost:
+                break
+            with failures.of(f"{name} ({label})"):
+                case = make(sizes, Draw(device))
+                compare(f"{name} ({label})", case)
+                budget = 0.0 if emulated else 0.15
+                # Compiling is slow, and says nothing about what launches bind.
+                others = [r for r in against if r != "compiled" or (label == "large" and not emulated)]
+                row = measure(case, device, budget, others, copy)
+                results[label][name] = row
+                print(f"  {label} {name}: {json.dumps(row)}", flush=True)
+                keep(results)
+            case = None
+            if device.type == "cuda" and not failures.lost:
                 torch.compiler.reset()
                 torch.cuda.empty_cache()
+    failures.end()
     return results
 
 
@@ -371,6 +426,14 @@ STEPS: dict[str, Callable[[torch.device, list[str], bool], dict[str, Any]]] = {
     "large": large,
     "benchmark": benchmark,
 }
+
+
+def unmeasured_first() -> list[str]:
+    """All cases; first those that no report beside this script has, of which least is known."""
+    known: set[str] = set()
+    for report in (ROOT / "benchmarks" / "results").glob("gpu-*.json"):
+        known |= json.loads(report.read_text()).get("benchmark", {}).get("large", {}).keys()
+    return sorted(CASES, key=lambda name: name in known)
 
 
 @contextlib.contextmanager
@@ -412,7 +475,7 @@ def main() -> None:
 
     with kernels(options.emulated) as device:
         for step in options.steps:
-            names = options.case or list(CASES)
+            names = options.case or unmeasured_first()
             if step == "benchmark":
                 results[step] = benchmark(device, names, options.emulated, against, keep)
             else:

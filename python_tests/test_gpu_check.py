@@ -79,6 +79,22 @@ def test_a_wrong_kernel_fails_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu_kernels.compare("rq_lookup", case)
 
 
+def test_a_case_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import gpu_kernels
+    from fedpeft_ext import ops
+
+    right, kept = ops.rq_lookup, {}
+    monkeypatch.setattr(ops, "rq_lookup", lambda *a: right(*a) * 1.01)
+    with pytest.raises(
+        AssertionError, match=r"^rq_lookup \(large\): output 0 is .*\nrq_lookup \(small\): .*$"
+    ):
+        gpu_kernels.benchmark(
+            torch.device("cpu"), ["rq_lookup", "client_embedding"], True, (), lambda rows: kept.update(rows)
+        )
+    assert list(kept["large"]) == list(kept["small"]) == ["client_embedding"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_is_missing() -> None:
     done = python("benchmarks.gpu_check")
@@ -90,7 +106,7 @@ def test_without_a_gpu_it_says_what_is_missing() -> None:
 def test_unknown_steps_are_refused() -> None:
     done = python("benchmarks.gpu_check", "--steps", "bild")
     assert done.returncode != 0
-    assert "--steps: expected some of build,tests" in done.stderr
+    assert "--steps: expected some of build,streams" in done.stderr
 
 
 def test_every_op_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
