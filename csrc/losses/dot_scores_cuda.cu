@@ -14,17 +14,24 @@ __global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
   using A = acc_t<T>;
   constexpr int N = kAtOnce<T, V>;
   const int lanes = lanes_for(a.D / V), groups = kThreads / lanes, lane = int(threadIdx.x) % lanes;
-  for (int64_t first = int64_t(blockIdx.x) * groups * N; first < total;
-       first += int64_t(gridDim.x) * groups * N) {
-    const int64_t n = first + threadIdx.x / lanes;
+  const int64_t positions = a.positions, step = int64_t(gridDim.x) * groups * N;
+  for (int64_t first = int64_t(blockIdx.x) * groups * N; first < total; first += step) {
+    // Positions side by side, of which one division finds the clients; behind the last, that again.
+    const int64_t n = first + threadIdx.x / lanes * N;
+    int64_t at = n < total ? n : total - 1, client = divide(at, positions);
+    int64_t left = (client + 1) * positions - at;
     const T *vector[N], *user[N];
     A product[N];
 #pragma unroll
     for (int u = 0; u < N; ++u) {
-      const int64_t at = n + u * groups < total ? n + u * groups : total - 1;
       vector[u] = static_cast<const T*>(a.vectors) + at * a.D;
-      user[u] = static_cast<const T*>(a.user) + divide(at, a.positions) * a.D;
+      user[u] = static_cast<const T*>(a.user) + client * a.D;
       product[u] = 0;
+      if (at + 1 == total) continue;
+      ++at;
+      if (--left > 0) continue;
+      ++client;
+      left = positions;
     }
     for (int64_t column = lane * V; column < a.D; column += lanes * V) {
       Pack<T, V> x[N], y[N];
@@ -38,11 +45,14 @@ __global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
         for (int i = 0; i < V; ++i) product[u] += to_acc(x[u].at[i]) * to_acc(y[u].at[i]);
       }
     }
+    // As group_sum, all at once.
+    for (int bits = lanes / 2; bits > 0; bits /= 2) {
+#pragma unroll
+      for (int u = 0; u < N; ++u) product[u] += __shfl_xor_sync(kFullMask, product[u], bits);
+    }
 #pragma unroll
     for (int u = 0; u < N; ++u) {
-      product[u] = group_sum(product[u], lanes);
-      if (n + u * groups < total && lane == 0)
-        static_cast<T*>(a.out)[n + u * groups] = from_acc<T>(product[u]);
+      if (n + u < total && lane == 0) static_cast<T*>(a.out)[n + u] = from_acc<T>(product[u]);
     }
   }
 }
