@@ -207,6 +207,32 @@ def test_low_rank(limit: int, per_client: bool) -> None:
         assert_close(gpu(grad, items, A, B), cpu(grad, items, A, B))
 
 
+# Kernels read the first row at padding, and for hashes that there are not: what is in it must not come in.
+def test_first_rows_that_are_not_looked_up() -> None:
+    g = torch.Generator().manual_seed(13)
+    items = torch.randint(-1, 40, (2, 30), generator=g)
+    items[items == 0] = 1
+    items[:, ::7] = -1
+    base, table = torch.randn(40, 64, generator=g), torch.randn(2, 25, 64, generator=g)
+    codes = torch.randint(1, 25, (40, 1), generator=g, dtype=torch.uint8)
+    A, B = torch.randn(2, 40, 4, generator=g), torch.randn(2, 64, 4, generator=g)
+    base[0] = table[:, 0] = A[:, 0] = torch.nan
+    hashes = torch.randint(1, 2**61 - 1, (3, 2), generator=g)
+    net = [torch.randn(2, *s, generator=g) for s in ((5, 3), (5,), (3, 5), (3,))]
+    calls: list[tuple[str, tuple[Any, ...]]] = [
+        ("rq_lookup", (items, codes, table.unsqueeze(1), base)),
+        ("hash_lookup", (items, table, hashes, None, None, None, None, True, base)),
+        ("hash_lookup", (items, table, hashes, *net, True, base)),
+        ("lora_lookup", (items, A, B, base, None)),
+    ]
+    for name, arguments in calls:
+        cpu, gpu = both(name)
+        found = gpu(*arguments)
+        assert bool((found[items < 0] == 0).all()), name
+        assert name == "hash_lookup" or not bool(found.isnan().any()), name
+        torch.testing.assert_close(found, cpu(*arguments), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 def test_losses_of_many_positions() -> None:
     g = torch.Generator().manual_seed(5)
     positive, negative = torch.randn(2, 2, 9000, generator=g)
