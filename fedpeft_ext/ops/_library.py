@@ -15,20 +15,20 @@ from functools import reduce
 from typing import Any, cast
 
 import torch
-
-# By their own names, for each lookup in a module is a fraction of a microsecond of every call.
 from torch import Tensor, is_grad_enabled
+
+# By their own names: each lookup in a module takes a fraction of a microsecond of every call.
 from torch._C import (
     _any_requires_grad,
     _are_functorch_transforms_active,
     _get_tracing_state,
-    _increment_version,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
 from torch._C import _AutoDispatchBelowADInplaceOrView as _BelowADInplaceOrView
 from torch._C import _AutoDispatchBelowAutograd as _BelowAutograd
 from torch.autograd import forward_ad as _forward_ad
+from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 NAMESPACE = "fedpeft_ext"
@@ -63,7 +63,7 @@ class EagerOp:
         if is_grad_enabled() and _any_requires_grad(*args):
             return self._op(*args) if self.apply is None else self.apply(*args)
         if self.written:
-            _increment_version(_tensors_at(args, self.written))
+            increment_version(_tensors_at(args, self.written))
             with _BelowADInplaceOrView():
                 return self._op(*args)
         with _BelowAutograd():
