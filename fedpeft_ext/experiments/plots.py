@@ -186,7 +186,7 @@ def plot_lines(
         color = _FULL if name == "full" else _PALETTE[index % len(_PALETTE)]
         style = _STYLES[index // len(_PALETTE) % len(_STYLES)]
         marker = "o" if len(x) <= 30 else None
-        axes.plot(x, y, color=color, linestyle=style, linewidth=2, marker=marker, markersize=4)
+        axes.plot(x, y, color=color, linestyle=style, linewidth=2, marker=marker, markersize=4, clip_on=False)
         if any(spreads):
             below = [place.y - place.spread for place in shown]
             above = [place.y + place.spread for place in shown]
