@@ -223,7 +223,10 @@ CSV_ERRORS: list[tuple[str | bytes, str]] = [
     ("user,item,time\na,b,31/05/2024\n", "such as 2024-05-31 or 2024-05-31T18:00:00Z, got '31/05/2024'"),
     (b"user,item\na,b\na,\xe9\n", "line 3: not utf-8 .*encoding='latin-1'"),
     ("user,item\na,b\n".encode("utf-16"), "not utf-8 .*encoding='utf-16'"),
-    (gzip.compress(b"user,item\na,b\n", mtime=0), "expected a text file, got compressed with gzip; unpack it first"),
+    (
+        gzip.compress(b"user,item\na,b\n", mtime=0),
+        "expected a text file, got compressed with gzip; unpack it first",
+    ),
     (b"PK\x03\x04\0", "expected a text file, got a zip archive or a spreadsheet"),
 ]
 

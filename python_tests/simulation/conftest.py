@@ -6,9 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from small_federation import DIM as DIM
-from small_federation import make_dataset as make_dataset
-from small_federation import small_config as small_config
+from small_federation import DIM, make_dataset
 
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.pretrain import Pretrained

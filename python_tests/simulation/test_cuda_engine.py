@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import small_config
 from emulated import EMULATED, emulated_kernels, kernel_launches
+from small_federation import small_config
 from torch import Tensor
 
 from fedpeft_ext.data import Dataset

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small_config
+from small_federation import small_config
 from torch import Tensor
 
 from fedpeft_ext.config import Config, ConfigError

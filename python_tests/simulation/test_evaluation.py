@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import label_ranking_average_precision_score, ndcg_score
+from small_federation import make_dataset
 
 from fedpeft_ext.backbones import FedMF
 from fedpeft_ext.data import Dataset, synthetic_dataset

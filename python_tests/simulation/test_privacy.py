@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DIM, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.optimize import brentq
+from small_federation import DIM, small_config
 from torch import Tensor
 
 from fedpeft_ext.config import Config, ConfigError

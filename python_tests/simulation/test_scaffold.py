@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DIM, make_dataset
+from small_federation import DIM, make_dataset
 from test_engines import assert_equal, config, trained
 from torch import Tensor
 

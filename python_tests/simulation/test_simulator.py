@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import DIM, make_dataset, small_config
 from safetensors.torch import load_file
+from small_federation import DIM, make_dataset, small_config
 
 from fedpeft_ext.config import Config, load_config
 from fedpeft_ext.data import Dataset
