@@ -110,10 +110,8 @@ std::tuple<Tensor, Tensor, Tensor> client_layer_backward(const Tensor& grad, con
   ClientLayerArgs a = shapes(x, weight, items, p, &count);
   const std::vector<int64_t> shape = shape_of(x, count, a.positions, a.out_width);
   const auto check_output = [&](const Tensor& t, const char* name) {
-    bool ok = t.dim() == x.dim();
-    for (int64_t d = 0; ok && d < t.dim(); ++d) ok = t.size(d) == shape[size_t(d)];
-    check_value(ok, name, ": expected the shape of the output, that of x ", shape_text(x),
-                " with O = ", a.out_width, " in place of I, got ", shape_text(t));
+    check_value(has_shape(t, shape), name, ": expected the shape of the output, that of x ",
+                shape_text(x), " with O = ", a.out_width, " in place of I, got ", shape_text(t));
     check_same_dtype(t, x, name, "x");
     check_same_device(t, x, name, "x");
   };

@@ -284,6 +284,16 @@ FEDPEFT_DEVICE void gather_vectors(const LocalTrainArgs& a, const MlpWorkspace<T
   });
 }
 
+// The left operand of a product: values [rows, width] of a block from column k0 on.
+template <typename T>
+FEDPEFT_DEVICE void fill_left(T* left, const T* from, int width, int k0, int rows, int depth,
+                              int thread) {
+  constexpr int V = kWide<T>;
+  fill<kMlpRows, kDepth<T>, V, kMlpLoads, kThreads>(
+      left, kDepthStride<T>, rows, depth,
+      [&](int row, int k) { return values_at<V>(from + row * width + k0 + k); }, thread);
+}
+
 // What layer l makes of a block of `rows` scores, before dropout.
 template <typename T>
 FEDPEFT_DEVICE void forward_layer(const MlpWorkspace<T>& w, int l, int rows) {
@@ -301,9 +311,7 @@ FEDPEFT_DEVICE void forward_layer(const MlpWorkspace<T>& w, int l, int rows) {
     start_with(sums, bias + o0, columns, thread);
     for (int i0 = 0; i0 < in; i0 += kDepth<T>) {
       const int depth = at_most(in - i0, kDepth<T>);
-      fill<kMlpRows, kDepth<T>, V, kMlpLoads, kThreads>(
-          left, kDepthStride<T>, rows, depth,
-          [&](int row, int k) { return values_at<V>(x + row * in + i0 + k); }, thread);
+      fill_left(left, x, in, i0, rows, depth, thread);
       fill_transposed<kTile, kDepth<T>, V, kMlpLoads, kThreads>(
           right, kTileStride, columns, depth,
           [&](int o, int k) { return values_at<V>(weight + int64_t(o0 + o) * in + i0 + k); },
@@ -453,9 +461,7 @@ FEDPEFT_DEVICE void backward_input(const MlpWorkspace<T>& w, int l, int64_t at, 
     sums.clear();
     for (int o0 = 0; o0 < width; o0 += kDepth<T>) {
       const int depth = at_most(width - o0, kDepth<T>);
-      fill<kMlpRows, kDepth<T>, V, kMlpLoads, kThreads>(
-          left, kDepthStride<T>, rows, depth,
-          [&](int row, int k) { return values_at<V>(above + row * stride + o0 + k); }, thread);
+      fill_left(left, above, stride, o0, rows, depth, thread);
       fill<kDepth<T>, kTile, V, kMlpLoads, kThreads>(
           right, kTileStride, depth, columns,
           [&](int o, int i) { return values_at<V>(weight + int64_t(o0 + o) * in + i0 + i); });
