@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from fedpeft_ext.presets import preset_names
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -79,14 +81,13 @@ def _one_of_many(args: Sequence[str]) -> NoReturn:
 
 
 # Options that several commands share.
-_PRESETS = ", ".join(sorted(file.stem for file in (Path(__file__).parent / "presets").glob("*.yaml")))
 _ConfigFile = Annotated[
     Path | None,
     typer.Option(
         "--config",
         "-c",
         metavar="FILE|NAME",
-        help=f"YAML file of settings, or tuned ones: {_PRESETS}.",
+        help=f"YAML file of settings, or tuned ones: {', '.join(preset_names())}.",
         show_default="the paper's",
     ),
 ]
@@ -415,7 +416,7 @@ def _settings(
 
 def _tuned(config: Config) -> str | None:
     """What tells of tuned settings, where there are such and these train as the defaults do."""
-    from fedpeft_ext.config import TrainingConfig, preset_names
+    from fedpeft_ext.config import TrainingConfig
 
     backbone = config.backbone.name
     name = config.dataset.name + (f"-{backbone}" if backbone != "fedmf" else "")
@@ -531,6 +532,16 @@ def _resume(folder: Path, rounds: int | None, *, quiet: bool, as_json: bool) -> 
     _report(summary, folder, as_json)
 
 
+def _loaded(config: Config, tuned: str | None, what: str, notify: Callable[[str], None]) -> Dataset:
+    """The data set, told of before and after, and that `what` is prepared next."""
+    if tuned is not None:
+        notify(tuned)
+    notify(f"Loading {config.dataset.name}")
+    dataset = _load(config)
+    notify(f"{_size(dataset)}; preparing {what} on the server")
+    return dataset
+
+
 def _run(
     config: Config, folder: Path, tuned: str | None, *, overwrite: bool, quiet: bool, as_json: bool
 ) -> None:
@@ -539,11 +550,7 @@ def _run(
 
     parse_spec(config.embedding.name)  # before loading anything
     with _progress(_console(stderr=True), config, quiet=quiet, evaluations=True) as (callbacks_for, notify):
-        if tuned is not None:
-            notify(tuned)
-        notify(f"Loading {config.dataset.name}")
-        dataset = _load(config)
-        notify(f"{_size(dataset)}; preparing {config.embedding.name} on the server")
+        dataset = _loaded(config, tuned, config.embedding.name, notify)
         callbacks = callbacks_for(config.embedding.name)
         simulator = Simulator(config, dataset, callbacks=callbacks, out=folder, overwrite=overwrite)
         summary = _run_until_signal(simulator, folder)
@@ -565,11 +572,7 @@ def _compare(
 
     check_embeddings(config, names)  # before loading anything
     with _progress(_console(stderr=True), config, quiet=quiet, evaluations=False) as (callbacks_for, notify):
-        if tuned is not None:
-            notify(tuned)
-        notify(f"Loading {config.dataset.name}")
-        dataset = _load(config)
-        notify(f"{_size(dataset)}; preparing full embeddings and codes on the server")
+        dataset = _loaded(config, tuned, "full embeddings and codes", notify)
         comparison = compare(
             config, names, dataset, out=folder, overwrite=overwrite, callbacks_for=callbacks_for
         )

@@ -18,13 +18,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fedpeft_ext.presets import FOLDER, preset_names
+
 # A count is not a yes: without this pydantic would read `rounds: true` as 1.
 _Count = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-PRESETS = Path(__file__).parent / "presets"
-"""Folder of the settings that come with the package."""
 
 _MAX_VALUES, _SHOWN = 10_000, 500
 """Values that a file of settings may hold, and characters of a parser's message that are shown."""
@@ -461,16 +460,12 @@ class Config(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def preset_names() -> list[str]:
-    """Names of the tuned settings that come with the package, as `load_config` takes them."""
-    return sorted(file.stem for file in PRESETS.glob("*.yaml"))
-
-
 def _settings_file(path: str | Path) -> Path:
-    file, preset = Path(path), PRESETS / f"{path}.yaml"
-    if file.is_file() or (file.name == str(path) and preset.is_file()):
-        return file if file.is_file() else preset
-    names = preset_names()
+    file, names = Path(path), preset_names()
+    if file.is_file():
+        return file
+    if str(path) in names:
+        return FOLDER / f"{path}.yaml"
     nearest = difflib.get_close_matches(str(path), names, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     raise FileNotFoundError(
@@ -482,7 +477,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     """Read a configuration: defaults, then the YAML file, then ``section.key=value`` overrides.
 
     Args:
-        path: a YAML file, or the name of settings that come with the package (`preset_names`).
+        path: a YAML file, or the name of settings that come with the package (`presets.preset_names`).
         overrides: ``section.key=value``, the value in YAML.
 
     Raises:

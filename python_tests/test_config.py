@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft_ext.config import PRESETS, Config, ConfigError, load_config, preset_names
+from fedpeft_ext.config import Config, ConfigError, load_config
+from fedpeft_ext.presets import FOLDER, preset_names
 
 
 def test_defaults_are_those_of_the_paper() -> None:
@@ -139,7 +140,7 @@ def test_presets_are_found_by_name(name: str) -> None:
     backbone = config.backbone.name
     assert name == config.dataset.name + (f"-{backbone}" if backbone != "fedmf" else "")
     assert config.seed == 3
-    assert config == load_config(PRESETS / f"{name}.yaml", ["seed=3"])
+    assert config == load_config(FOLDER / f"{name}.yaml", ["seed=3"])
 
 
 def test_a_file_goes_before_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,12 +128,12 @@ def register_autograd(
     op = raw_op(name)
 
     def below(keyset: Any, args: tuple[Any, ...]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with _BelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def forward(*args: Any) -> Any:
         *inputs, keyset = args
-        if torch._C._are_functorch_transforms_active():
+        if _are_functorch_transforms_active():
             # Outer levels of functorch's stack run inside this call and record gradients of their own, which
             # the no_grad of an autograd.Function's forward must not switch off.
             with torch.enable_grad():
@@ -144,7 +144,7 @@ def register_autograd(
         setup_context(ctx, inputs[:-1], output)
 
     def eager_forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with _BelowAutograd():
             output = op(*args)
         setup_context(ctx, args, output)
         return output
@@ -175,9 +175,9 @@ def register_autograd(
     def kernel(keyset: Any, *args: Any) -> Any:
         if _FORWARD_AD._current_level >= 0:
             _refuse_forward_mode(name, args)
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        if not (is_grad_enabled() and _any_requires_grad(*args)):
             return below(keyset, args)
-        if not torch._C._are_functorch_transforms_active():
+        if not _are_functorch_transforms_active():
             return apply_here(*args, keyset)
         from torch._functorch.utils import enable_single_level_autograd_function
 
@@ -192,9 +192,9 @@ def register_not_differentiable(name: str) -> None:
     op = raw_op(name)
 
     def autograd_kernel(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if is_grad_enabled() and _any_requires_grad(*args):
             raise RuntimeError(f"{name} is not differentiable: call it under torch.no_grad()")
-        with torch._C._AutoDispatchBelowAutograd():
+        with _BelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     LIBRARY.impl(name, autograd_kernel, "Autograd", with_keyset=True)
@@ -212,8 +212,8 @@ def register_in_place(name: str, *mutated: int) -> None:
     op = raw_op(name)
 
     def version_kernel(keyset: Any, *args: Any) -> Any:
-        torch.autograd.graph.increment_version(_tensors_at(args, mutated))
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        increment_version(_tensors_at(args, mutated))
+        with _BelowADInplaceOrView():
             return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
     def vmap_rule(size: int, in_dims: Dims, *args: Any) -> Any:

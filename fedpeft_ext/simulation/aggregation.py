@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedpeft_ext import ops
 from fedpeft_ext.simulation.distributed import Ranks, exact_grid
-from fedpeft_ext.simulation.memory import host_zeros
+from fedpeft_ext.simulation.memory import table_zeros
 from fedpeft_ext.simulation.state import State, below, copy_into, prefixed
 from fedpeft_ext.simulation.uploads import Uploads, UploadStage
 
@@ -85,9 +85,8 @@ class Server:
                 parameter.add_((self._lr * first / (second.sqrt() + TAU)).to(parameter.dtype))
                 total.zero_()
             else:
-                values: Tensor = parameter
-                if not values.is_contiguous():  # a backbone of the user's own may hold a transposed one
-                    values = values.contiguous()
+                # Itself, or a copy where a backbone of the user's own holds a transposed parameter.
+                values = parameter.contiguous()
                 if values.dim() == 0:
                     values, total = values.view(1), total.view(1)
                 ops.apply_updates_(values, total, at, scale=self._lr / weight)
@@ -371,6 +370,4 @@ class Aggregator:
 
 def zeros_for(parameter: Tensor) -> Tensor:
     """Float64 zeros of the parameter's shape, where it is."""
-    if parameter.device.type == "cpu":
-        return host_zeros(parameter.shape, torch.float64, huge=True)
-    return torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
+    return table_zeros(parameter.shape, torch.float64, parameter.device, huge=True)

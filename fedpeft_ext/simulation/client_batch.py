@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedpeft_ext import ops
 from fedpeft_ext.simulation.distributed import Ranks, exact_grid
-from fedpeft_ext.simulation.memory import host_zeros
+from fedpeft_ext.simulation.memory import table_zeros
 from fedpeft_ext.simulation.state import State, below, copy_into, prefixed
 
 if TYPE_CHECKING:
@@ -204,8 +204,7 @@ def initial_states(
 def lazy_zeros(like: Tensor, count: int, *, huge: bool) -> Tensor:
     """Zeros [count, ...] for rows like those of `like`, which (on the host) take memory when written; `huge`:
     most of them will be, so that huge pages cost nothing."""
-    shape = (count, *like.shape[1:])
-    return host_zeros(shape, like.dtype, huge=huge) if like.device.type == "cpu" else like.new_zeros(shape)
+    return table_zeros((count, *like.shape[1:]), like.dtype, like.device, huge=huge)
 
 
 def _device(model: Backbone) -> torch.device:

@@ -20,16 +20,16 @@ LARGE = 1 << 22
 """Bytes from which a table is worth memory of its own."""
 
 
-def host_zeros(shape: Sequence[int], dtype: torch.dtype, *, huge: bool) -> Tensor:
-    """Zeros on the host, whose memory the system gives when it is written, page by page.
+def table_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, huge: bool) -> Tensor:
+    """Zeros, whose memory on the host the system gives when it is written, page by page.
 
     Args:
-        shape, dtype: as for `torch.zeros`.
+        shape, dtype, device: as for `torch.zeros`.
         huge: ask for huge pages.
     """
     size = math.prod(shape) * dtype.itemsize
-    if size < LARGE:
-        return torch.zeros(tuple(shape), dtype=dtype)
+    if device.type != "cpu" or size < LARGE:
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
     # Straight from the system: NumPy asks for huge pages always, torch's zeros are written at once.
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if huge and hasattr(mmap, "MADV_HUGEPAGE"):
@@ -42,4 +42,4 @@ def on_huge_pages(table: Tensor) -> Tensor:
     """The same values in huge pages; the tensor itself where it is small or not on the host."""
     if table.device.type != "cpu" or table.numel() * table.element_size() < LARGE:
         return table
-    return host_zeros(table.shape, table.dtype, huge=True).copy_(table.detach())
+    return table_zeros(table.shape, table.dtype, table.device, huge=True).copy_(table.detach())

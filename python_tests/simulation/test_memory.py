@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from fedpeft_ext.simulation.client_batch import lazy_zeros
-from fedpeft_ext.simulation.memory import LARGE, host_zeros, on_huge_pages
+from fedpeft_ext.simulation.memory import LARGE, on_huge_pages, table_zeros
 
 
 @pytest.mark.parametrize("huge", [False, True])
 @pytest.mark.parametrize("shape", [(0, 3), (), (5, 2), (LARGE // 8 - 1, 1), (LARGE // 64 + 1, 8)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_zeros(shape: tuple[int, ...], dtype: torch.dtype, huge: bool) -> None:
-    zeros = host_zeros(shape, dtype, huge=huge)
+    zeros = table_zeros(shape, dtype, torch.device("cpu"), huge=huge)
     assert (zeros.shape, zeros.dtype) == (shape, dtype)
     assert zeros.is_contiguous()
     assert zeros.numel() == 0 or zeros.data_ptr() % 64 == 0  # rows of whole cache lines stay so
