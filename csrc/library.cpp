@@ -96,6 +96,18 @@ STABLE_TORCH_LIBRARY(FEDPEFT_LIBRARY, m) {
       "beta1, "
       "float beta2, float eps, float l2_user, float l2_items, float prox, int seed, int round, "
       "float grid) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // A whole round: the choice of clients, the same, and the server's step.
+  m.def(
+      "train_round_(Tensor clients, int count, bool by_items, float server_lr, Tensor indptr, "
+      "Tensor items, Tensor positives, SymInt num_items, Tensor(a!) user, Tensor? base, "
+      "Tensor(b!)? table, Tensor(c!)? A, Tensor(d!)? B, Tensor? codes, Tensor(e!)? codebooks, "
+      "Tensor(f!)? buckets, Tensor? hashes, Tensor(g!)? w1, Tensor(h!)? b1, Tensor(i!)? w2, "
+      "Tensor(j!)? b2, Tensor(k!)[] mlp, float dropout, Tensor(l!)? sum_table, Tensor(m!)? sum_A, "
+      "Tensor(n!)? sum_B, Tensor(o!)? sum_codebooks, Tensor(p!)? sum_buckets, Tensor(q!)? sum_w1, "
+      "Tensor(r!)? sum_b1, Tensor(s!)? sum_w2, Tensor(t!)? sum_b2, Tensor(u!)[] sum_mlp, "
+      "bool mean, bool graph, int epochs, int batch_size, bool bpr, bool adam, float lr, "
+      "float beta1, float beta2, float eps, float l2_user, float l2_items, float prox, int seed, "
+      "int round, int attempt) -> (Tensor, Tensor, Tensor)");
 
   // Between clients and the server.
   m.def("touched_rows(Tensor items) -> (Tensor, Tensor)");

@@ -25,11 +25,14 @@ from .ops.sampling import client_dropout_reference as client_dropout
 from .ops.sampling import sample_clients_independently_reference as sample_clients_independently
 from .ops.sampling import sample_clients_reference as sample_clients
 from .ops.sampling import sample_negatives_reference as sample_negatives
+from .ops.train_round import RoundResult
+from .ops.train_round import train_round_reference_ as train_round_
 
 __all__ = [
     "ItemParts",
     "ItemSums",
     "LocalUpdates",
+    "RoundResult",
     "SENetWeights",
     "SumResult",
     "accumulate_updates_",
@@ -55,4 +58,5 @@ __all__ = [
     "sample_clients_independently",
     "sample_negatives",
     "touched_rows",
+    "train_round_",
 ]

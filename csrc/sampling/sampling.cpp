@@ -12,6 +12,7 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/parallel.h"
+#include "sampling/sample_clients.h"
 #include "sampling/sampling_cpu.h"
 #include "sampling/sampling_cuda.h"
 
@@ -306,6 +307,13 @@ Tensor sample_clients_independently(const Tensor& clients, double probability, i
 }
 
 }  // namespace
+
+#if !defined(FEDPEFT_EMULATOR)
+Tensor sample_clients_on_cpu(const Tensor& clients, int64_t count, int64_t seed, int64_t round,
+                             int64_t attempt) {
+  return sample_clients(clients, count, seed, round, attempt);
+}
+#endif
 
 FEDPEFT_IMPL(m) {
   m.impl("sample_negatives", TORCH_BOX(&sample_negatives));

@@ -20,11 +20,13 @@ from .optim import client_adam_, client_sgd_
 from .rq_encode import rq_encode
 from .rq_lookup import rq_lookup
 from .sampling import client_dropout, sample_clients, sample_clients_independently, sample_negatives
+from .train_round import RoundResult, train_round_
 
 __all__ = [
     "ItemParts",
     "ItemSums",
     "LocalUpdates",
+    "RoundResult",
     "SENetWeights",
     "SumResult",
     "accumulate_updates_",
@@ -50,4 +52,5 @@ __all__ = [
     "sample_clients_independently",
     "sample_negatives",
     "touched_rows",
+    "train_round_",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -112,6 +114,19 @@ def _check_accumulate(
     check_shape(weights, tuple(updates.shape[:1]), "weights", "C, the clients of updates")
     check_device(updates, total, "updates", "total")
     check_device(weights, total, "weights", "total")
+
+
+LARGEST_MEAN = 16.0
+"""Sums are exact while no mean of updates is larger."""
+
+
+def exact_grid(weight: float) -> float:
+    """The power of two to round weighted updates to, whose weights sum to at most `weight`.
+
+    Sums of its multiples are exact in float64 as long as they stay within LARGEST_MEAN * weight. One
+    client's rounding moves the mean by at most 2^-48.
+    """
+    return 0.0 if weight <= 0.0 else 2.0 ** (math.ceil(math.log2(weight * LARGEST_MEAN)) - 52)
 
 
 def accumulate_updates_(

@@ -534,6 +534,10 @@ class SumTraining:
             user, losses, rows, broken, tuple(t.view(m.shape) for t, m in zip(tensors, mlp, strict=True))
         )
 
+    def round_arguments(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Data, parts and sums, and settings, as `train_round_` takes them."""
+        return (*self._data, self._mlp, self._dropout, *self._totals[:-1]), self._settings
+
     def _in_two_ops(
         self, clients: Tensor, weights: Tensor, round: int, grid: float, mlp: list[Tensor]
     ) -> SumResult:

@@ -4,7 +4,7 @@ Federated averaging (McMahan et al., AISTATS 2017): global += server_lr * sum_c 
 `server_optimizer=adam` the mean is the pseudo-gradient of FedAdam (Reddi et al., "Adaptive Federated
 Optimization", ICLR 2021, algorithm 2: no bias correction). Sums are float64 and in the order of the clients,
 however they come in chunks; with `begin` told the weight of a round, they are exact, and the same bits
-in whatever order and from however many processes uploads come (`distributed.exact_grid`).
+in whatever order and from however many processes uploads come (`ops.aggregate.exact_grid`).
 
 `Aggregator` is what secure aggregation (Bonawitz et al., CCS 2017) would stand in for: it alone sees uploads.
 `Server` is given their weighted sum.
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from fedpeft_ext import ops
-from fedpeft_ext.simulation.distributed import Ranks, exact_grid
+from fedpeft_ext.ops.aggregate import exact_grid
+from fedpeft_ext.simulation.distributed import Ranks
 from fedpeft_ext.simulation.memory import table_zeros
 from fedpeft_ext.simulation.state import State, below, copy_into, prefixed
 from fedpeft_ext.simulation.uploads import Uploads, UploadStage
@@ -61,6 +62,12 @@ class Server:
             if (optimizer == "adam")
             else {}
         )
+
+    @property
+    def plain_lr(self) -> float | None:
+        """The learning rate of a step that is it times the mean; None of others."""
+        whole = all(p.dim() > 0 and p.is_contiguous() for p in self._parameters.values())
+        return self._lr if self._optimizer == "avg" and whole else None
 
     @torch.no_grad()
     def step(
@@ -178,6 +185,13 @@ class Aggregator:
         return self._totals
 
     @property
+    def plain_lr(self) -> float | None:
+        """Server learning rate, where a round is no more than the sum of uploads and a step along their mean;
+        None where anything else looks at them or has a part in the step.
+        """
+        return self.server.plain_lr if self.sums() is not None and self._noise is None else None
+
+    @property
     def marks(self) -> Tensor | None:
         """Bool as uint8 [I]: the rows of row parameters that `added` was told of; None without such."""
         if self._marks is None and self._heights:
@@ -283,12 +297,7 @@ class Aggregator:
 
     def check_finite(self) -> None:
         """Raise FloatingPointError where a sum has NaN or infinite values."""
-        broken = self.first_not_finite()
-        if broken is not None:
-            raise FloatingPointError(
-                f"training diverged in round {self._round}: the sum of updates of {broken} is NaN or "
-                "infinite; a lower training.lr may help, and faults.reject=true leaves such clients out"
-            )
+        raise_diverged(self.first_not_finite(), self._round)
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -366,6 +375,15 @@ class Aggregator:
         rows: Tensor = torch.unique(torch.cat([rows.flatten() for rows in self._rows]))
         touched: Tensor = rows[rows >= 0]
         return touched
+
+
+def raise_diverged(broken: str | None, round: int) -> None:
+    """Raise FloatingPointError where a parameter is named whose sum of updates is NaN or infinite."""
+    if broken is not None:
+        raise FloatingPointError(
+            f"training diverged in round {round}: the sum of updates of {broken} is NaN or "
+            "infinite; a lower training.lr may help, and faults.reject=true leaves such clients out"
+        )
 
 
 def zeros_for(parameter: Tensor) -> Tensor:

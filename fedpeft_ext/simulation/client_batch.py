@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fedpeft_ext import ops
-from fedpeft_ext.simulation.distributed import Ranks, exact_grid
+from fedpeft_ext.ops.aggregate import exact_grid
+from fedpeft_ext.simulation.distributed import Ranks
 from fedpeft_ext.simulation.memory import table_zeros
 from fedpeft_ext.simulation.state import State, below, copy_into, prefixed
 

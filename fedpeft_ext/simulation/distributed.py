@@ -7,7 +7,7 @@ losses, rejected clients, and the ranks of test items. Server parameters live on
 same step along the same sum and draws the same noise.
 
 Weighted updates are rounded to a grid fine enough not to matter, on which float64 sums are exact
-(`exact_grid`). An exact sum has no order, so any number of ranks gives the bits of one process.
+(`ops.aggregate.exact_grid`). An exact sum has no order, so any number of ranks gives the bits of one process.
 
 A rank that fails or dies ends the others: `Ranks.together` shares failures, and a broken connection makes
 every rank that is left report, which names those that did not.
@@ -16,7 +16,6 @@ every rank that is left report, which names those that did not.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,22 +38,11 @@ TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for another: longer than pre-training on the server and any round may take."""
 ROLL_CALL_SECONDS = 5.0
 """How long ranks that are left wait for each other's report."""
-LARGEST_MEAN = 16.0
-"""Sums are exact while no mean of updates is larger."""
 _BUCKET = 1 << 20  # elements; smaller tensors travel together
 
 
 class RankError(RuntimeError):
     """Another process of the run failed, died or does not answer; the message names it."""
-
-
-def exact_grid(weight: float) -> float:
-    """The power of two to round weighted updates to, whose weights sum to at most `weight`.
-
-    Sums of its multiples are exact in float64 as long as they stay within LARGEST_MEAN * weight. One
-    client's rounding moves the mean by at most 2^-48.
-    """
-    return 0.0 if weight <= 0.0 else 2.0 ** (math.ceil(math.log2(weight * LARGEST_MEAN)) - 52)
 
 
 class Ranks:

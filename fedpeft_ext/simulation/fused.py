@@ -7,11 +7,14 @@ two such), so that a client's training fits in a core's cache, and nothing of th
 
 It also trains FedNCF and PFedRec, whose score is an MLP: a client's weights, their gradients and moments stay
 in its core's cache, or in its block's part of a GPU's, from the first step to the last.
+
+Where nothing looks at single uploads they are added up where they are made (`ops.local_train_sum_`), and
+where nothing comes between the parts of a round it is one op, `ops.train_round_`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,13 +31,16 @@ from fedpeft_ext.backbones.pfedrec import PFedRec
 from fedpeft_ext.nn import FullEmbedding, HashEmbedding, LoRAEmbedding, RQEmbedding, SumEmbedding
 from fedpeft_ext.ops import ItemParts, ItemSums, SENetWeights
 from fedpeft_ext.ops.local_train import SumTraining
-from fedpeft_ext.simulation.aggregation import Aggregator
+from fedpeft_ext.ops.train_round import RoundTraining
+from fedpeft_ext.simulation.aggregation import Aggregator, raise_diverged
 from fedpeft_ext.simulation.client_batch import plan_chunks
 from fedpeft_ext.simulation.local_training import (
     ADAM_BETAS,
     ADAM_EPS,
+    ClientError,
     Federation,
     ParameterRoles,
+    first_not_finite,
     train_in_chunks,
 )
 
@@ -163,25 +169,64 @@ class FusedEngine:
         result = self._sum_training[1](
             ids, torch.from_numpy(weights), round=round, grid=aggregator.grid, **self._own(ids)
         )
-        broken = None
-        if True in result.broken.tolist():
-            names = self._names | {"mlp": "mlp"}
-            fields = (*ItemSums._fields[:-1], *_SENET, "mlp")
-            broken = next(names[f] for f, bad in zip(fields, result.broken, strict=True) if bad)
-        aggregator.added(weight, len(clients), result.rows, broken)
+        aggregator.added(weight, len(clients), result.rows, self._first_broken(result.broken))
         self._federation.store.write(ids, self._state(result))
         return result.losses.numpy()
 
-    def _training_into(self, sums: Mapping[str, Tensor], marks: Tensor | None) -> SumTraining:
+    def _first_broken(self, flags: Tensor) -> str | None:
+        """Name of the first parameter whose updates are NaN or infinite."""
+        bad = flags.tolist()
+        if True not in bad:
+            return None
+        names = self._names | {"mlp": "mlp"}
+        return names[(*ItemSums._fields[:-1], *_SENET, "mlp")[bad.index(True)]]
+
+    def _sums(self, sums: Mapping[str, Tensor]) -> dict[str, Any]:
+        """An aggregator's sums as arguments."""
         names = self._names
         parts = {name: sums[names[name]] for name in ItemSums._fields[:-1] if name in names}
         senet = SENetWeights(*(sums[names[name]] for name in _SENET)) if "w1" in names else None
+        mlp = () if self._own_mlp else [sums[name] for name in self._mlp_names]
+        return {"sums": ItemSums(**parts, senet=senet), "mlp_sums": mlp}
+
+    def _training_into(self, sums: Mapping[str, Tensor], marks: Tensor | None) -> SumTraining:
         return SumTraining(
-            **self._arguments() | self._own(torch.empty(0, dtype=torch.int64)),
-            sums=ItemSums(**parts, senet=senet),
+            **self._arguments() | self._own(torch.empty(0, dtype=torch.int64)) | self._sums(sums),
             touched=marks if self._roles.rows else None,
-            mlp_sums=() if self._own_mlp else [sums[name] for name in self._mlp_names],
         )
+
+    def whole_rounds(
+        self, aggregator: Aggregator, eligible: np.ndarray, count: int
+    ) -> Callable[[int], np.ndarray] | None:
+        """A function that does a round of so many of the `eligible` clients, given its number, in one call,
+        and returns their losses (as `train` would, with all that comes before and after it); None where
+        something has to be done between its parts.
+        """
+        lr, sums = aggregator.plain_lr, aggregator.sums()
+        if lr is None or sums is None or self._own_mlp or not _adds_up(self._federation.interactions.device):
+            return None
+        training = RoundTraining(
+            torch.from_numpy(eligible),
+            count,
+            **self._arguments() | self._sums(sums),
+            weighting=self._federation.settings.weighting,
+            server_lr=lr,
+        )
+
+        def run(round: int) -> np.ndarray:
+            try:
+                result = training(round)
+            except Exception as error:
+                raise ClientError(
+                    f"round {round}, one of {count} clients: {error} (engine: sequential names the client "
+                    "and the stage)"
+                ) from error
+            losses: np.ndarray = result.losses.numpy()
+            first_not_finite(losses, result.clients.numpy(), round)
+            raise_diverged(self._first_broken(result.broken), round)
+            return losses
+
+        return run
 
     def _train_chunk(
         self, clients: np.ndarray, weights: np.ndarray, round: int, aggregator: Aggregator

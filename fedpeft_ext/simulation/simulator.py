@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from fedpeft_ext.simulation.compression import encode, make_stage
 from fedpeft_ext.simulation.distributed import Ranks, pretrained_everywhere, rank_device, train_round
 from fedpeft_ext.simulation.evaluation import Evaluator
 from fedpeft_ext.simulation.faults import make_faults
+from fedpeft_ext.simulation.fused import FusedEngine
 from fedpeft_ext.simulation.local_training import (
     Federation,
     LocalSettings,
@@ -380,6 +381,7 @@ class Simulator:
             self._faults,
             variates,
         )
+        self._whole_round = self._rounds_in_one_call()
         self._traffic = traffic(
             model, starts_averaged=config.privacy.mode == "none", control_variates=variates is not None
         )
@@ -388,6 +390,15 @@ class Simulator:
             encoded = encode(message(model), compression.method, share=compression.top_k)
             saved = num_bytes(message(model).values()) - len(encoded)
             self._traffic = dataclasses.replace(self._traffic, up=self._traffic.up - saved)
+
+    def _rounds_in_one_call(self) -> Callable[[int], np.ndarray] | None:
+        """`FusedEngine.whole_rounds`, where nothing of this run asks for the parts of a round."""
+        config = self.config
+        alone = self._ranks.size == 1 and self._faults is None and self._ledger is None
+        fixed = config.training.client_sampling != "poisson" and self._per_round >= config.faults.min_clients
+        if not (alone and fixed and isinstance(self._engine, FusedEngine)) or self.store.starts:
+            return None
+        return self._engine.whole_rounds(self._aggregator, self._eligible, self._per_round)
 
     @property
     def variates(self) -> ControlVariates | None:
@@ -448,8 +459,12 @@ class Simulator:
         chosen = trained = 0
         enough = False
         counts = None if self._faults is None else self._faults.state_dict()
+        whole = self._whole_round
         try:
-            for attempt in range(repeats + 1):
+            if whole is not None:
+                losses = whole(number)
+                chosen = trained = len(losses)
+            for attempt in range(repeats + 1 if whole is None else 0):
                 sampled = self._sample(number, attempt)
                 clients = sampled if self._faults is None else self._faults.present(sampled, number, attempt)
                 weights = self._federation.settings.weights(self._interactions.sizes[clients])

@@ -14,7 +14,7 @@ from fedpeft_ext import reference
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Ops of the simulator on the CPU; on a GPU it does without them.
-CPU_ALONE = ("local_train_sum_",)
+CPU_ALONE = ("local_train_sum_", "train_round_")
 WIDTHS = (1, 3, 7, 8, 32, 33, 64, 100)
 
 

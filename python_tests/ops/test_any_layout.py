@@ -399,6 +399,23 @@ def local_train_sum_(d: Inputs) -> Call:
     return made
 
 
+def train_round_(d: Inputs) -> Call:
+    """Parameters are contiguous, since they are written."""
+    (clients, *data, user, parts), options = federation(d)
+    parts, user = mapped(parts, lambda x: contiguous(d, x)), contiguous(d, user)
+
+    def zeros(t: Any) -> Any:
+        return mapped(t, lambda x: contiguous(d, torch.zeros(x.shape, dtype=torch.float64, device=d._device)))
+
+    sums = ItemSums(*map(zeros, (parts.table, parts.A, parts.B, parts.codebooks, parts.buckets, parts.senet)))
+    options["weighting"] = d.one_of("samples", "uniform")
+    options["optimizer"] = "sgd"  # Adam's full steps along rests of rounding are not of layouts
+    args = (clients, d.size(0, len(clients)), *data, user, parts, sums)
+    made = Call(args, options, terms=training_terms(d))
+    made.written = (6, 7, 8)
+    return made
+
+
 CALLS: dict[str, Callable[[Inputs], Call]] = {
     "rq_lookup": rq_lookup,
     "hash_buckets": hash_buckets,
@@ -422,6 +439,7 @@ CALLS: dict[str, Callable[[Inputs], Call]] = {
     "rq_encode": rq_encode,
     "local_train": local_train,
     "local_train_sum_": local_train_sum_,
+    "train_round_": train_round_,
 }
 
 

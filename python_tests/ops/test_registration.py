@@ -132,6 +132,22 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
             *(None, *NONE4, *NONE4, *NONE4[:2], MLP, 0.5, *NONE4, *NONE4, None, [], None, *SETTINGS, 0.0),
         ),
     ),
+    (
+        "train_round_",
+        (
+            *(CLIENTS[0], 2, True, 1.0, *CLIENTS[1:], torch.ones(2, 5), torch.ones(4, 5), torch.ones(4, 5)),
+            *(*NONE4, *NONE4, *NONE4[:2], *NO_MLP, torch.zeros(4, 5).double(), *NONE4, *NONE4, []),
+            *(*SETTINGS, 3),
+        ),
+    ),
+    (
+        "train_round_",
+        (
+            *(CLIENTS[0], 1, False, 1.0, *CLIENTS[1:], torch.ones(2, 3), torch.ones(4, 5), None, *NONE4),
+            *(*NONE4, *NONE4[:2], [t[0].clone() for t in MLP], 0.5, *NONE4, *NONE4, None),
+            *([t[0].double() * 0 for t in MLP], *SETTINGS, 3),
+        ),
+    ),
     ("touched_rows", (ITEMS,)),
     ("apply_updates_", (torch.ones(4, 5), torch.ones(4, 5).double(), torch.tensor([0, 2]), 0.5)),
     ("sample_clients", (torch.arange(5), 2, 0, 1, 2)),

@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from small_federation import make_dataset, small_config
 from torch import Tensor
 
+from fedpeft_ext.ops.aggregate import exact_grid
 from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation import RankError, Simulator
 from fedpeft_ext.simulation.aggregation import Aggregator
-from fedpeft_ext.simulation.distributed import Ranks, exact_grid
+from fedpeft_ext.simulation.distributed import Ranks
 
 PRIVACY = {
     "training.weighting": "uniform",
@@ -215,7 +216,7 @@ def test_the_grid_is_exact_and_fine(weight: float) -> None:
 @pytest.mark.parametrize("weighting", ["samples", "uniform"])
 def test_the_grid_of_a_round_is_that_of_its_weights(weighting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"training.rounds": 1, "training.weighting": weighting, "pretrain.features": "random"}
-    simulator = Simulator(small_config(**settings), make_dataset())
+    simulator = Simulator(small_config(**settings, engine="batched"), make_dataset())
     begun: list[float] = []
     begin = Aggregator.begin
 

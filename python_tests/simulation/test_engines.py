@@ -4,6 +4,7 @@ chunks and threads.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -250,3 +251,59 @@ def test_auto_takes_the_fused_engine_where_it_applies(dataset: Dataset, pretrain
         ValueError, match="engine: 'fused' cannot train this model, since there are 2 trained tables"
     ):
         Simulator(mixed.updated(["engine=fused"]), dataset, pretrained=pretrained)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"embedding.name": "full", "training.weighting": "uniform"},
+        {"embedding.name": "p-rq+lora", "training.server_lr": 0.5, "training.warmup_rounds": 2},
+        {"embedding.name": "c-hash+senet", "training.clients_per_round": 1.0},
+        {"embedding.name": "p-lora", "backbone.name": "fedpergnn"},
+        {"embedding.name": "p-rq", "backbone.name": "fedncf"},
+    ],
+    ids=str,
+)
+def test_a_round_in_one_call_has_the_bits_of_its_parts(
+    dataset: Dataset, pretrained: Pretrained, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"training.rounds": 4, **changes}
+    whole = Simulator(config(**changes), dataset, pretrained=pretrained)
+    with monkeypatch.context() as patch:
+        patch.setattr(Simulator, "_rounds_in_one_call", lambda self: None)
+        parts = Simulator(config(**changes), dataset, pretrained=pretrained)
+        apart = [parts.round() for _ in range(4)]
+    monkeypatch.setattr(type(whole._engine), "train", None)  # is not called
+    for one, other in zip([whole.round() for _ in range(4)], apart, strict=True):
+        assert (one.loss, one.clients, one.bytes_up) == (other.loss, other.clients, other.bytes_up)
+    mine, theirs = whole.state_dict(), parts.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"engine": "batched"},
+        {"backbone.name": "pfedrec"},
+        {"training.client_sampling": "poisson"},
+        {"training.server_optimizer": "adam"},
+        {"faults.dropout_rate": 0.1},
+        {"faults.reject": True},
+        {"compression.method": "int8"},
+        {
+            "privacy.mode": "cdp",
+            "privacy.clip": 1.0,
+            "privacy.noise_multiplier": 0.1,
+            "training.weighting": "uniform",
+        },
+    ],
+    ids=str,
+)
+def test_a_round_of_which_parts_are_wanted_is_not_one_call(
+    dataset: Dataset, pretrained: Pretrained, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("fedpeft_ext.ops.train_round")
+    monkeypatch.setattr(module.RoundTraining, "__call__", None)
+    simulator = Simulator(config(**changes), dataset, pretrained=pretrained)
+    assert simulator.round().clients > 0

@@ -419,6 +419,7 @@ def test_a_server_that_is_given_weighted_sums_alone_comes_to_the_same_bits(
             "embedding.name": strategy,
             "training.server_optimizer": optimizer,
             "training.weighting": "samples",
+            "engine": "batched",  # not a round in one call
             "privacy.mode": "none",
             "privacy.clip": None,
             "privacy.noise_multiplier": None,
