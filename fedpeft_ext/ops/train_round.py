@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_device, check_not_negative
+from ._checks import check_device, check_draw, check_not_negative, check_range
 from ._library import eager_op, register_fake, register_in_place
 from .aggregate import apply_updates_, apply_updates_reference_, exact_grid
 from .local_train import (
@@ -175,7 +175,8 @@ class RoundTraining:
 
     def __call__(self, round: int, attempt: int = 0) -> RoundResult:
         """See `train_round_`."""
-        _check_clients(self._clients, self._count, self._seed, round, attempt)
+        check_draw(0, round)
+        check_range(attempt, 0, 2**32, "attempt")
         head = self._clients, self._count, self._by_items, self._server_lr
         if self._one_op:
             return RoundResult(*_TRAIN_ROUND(*head, *self._before, *self._after, round, attempt))
