@@ -454,40 +454,18 @@ class Simulator:
         """
         number, phase = self.rounds_done + 1, self.phase
         began = time.perf_counter()
-        faults = self.config.faults
-        repeats = faults.max_repeats if faults.too_few == "repeat" else 0
-        chosen = trained = 0
-        enough = False
         counts = None if self._faults is None else self._faults.state_dict()
-        whole = self._whole_round
         try:
-            if whole is not None:
-                losses = whole(number)
+            if self._whole_round is not None:
+                losses = self._whole_round(number)
                 chosen = trained = len(losses)
-            for attempt in range(repeats + 1 if whole is None else 0):
-                sampled = self._sample(number, attempt)
-                clients = sampled if self._faults is None else self._faults.present(sampled, number, attempt)
-                weights = self._federation.settings.weights(self._interactions.sizes[clients])
-                self._aggregator.begin(number, attempt, float(weights.sum()))
-                losses = self._train(clients, number)
-                chosen, trained = chosen + len(sampled), trained + len(clients)
-                enough = self._aggregator.uploads >= faults.min_clients
-                if enough:
-                    break
-                self._discard()
-                if self._faults is not None:
-                    self._faults.counts["repeated" if attempt < repeats else "skipped"] += 1
+            else:
+                losses, chosen, trained = self._round_in_parts(number)
         except BaseException:
             self._discard()
             if self._faults is not None and counts is not None:
                 self._faults.load_state_dict(counts)
             raise
-        if enough:
-            self._aggregator.apply()
-            # No noise covers the mean of the clients' states, so that with privacy it stays unknown.
-            self.store.commit(self._ranks, average=self.config.privacy.mode == "none")
-        if self._ledger is not None:
-            self._ledger.add_round(sampled)
         if self._on_gpu:
             torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - began
@@ -514,6 +492,30 @@ class Simulator:
         for callback in self._callbacks:
             callback.on_round(info)
         return info
+
+    def _round_in_parts(self, number: int) -> tuple[np.ndarray, int, int]:
+        """Losses of a round's clients, and how many were chosen and trained, again if it was repeated."""
+        faults = self.config.faults
+        repeats = faults.max_repeats if faults.too_few == "repeat" else 0
+        chosen = trained = 0
+        for attempt in range(repeats + 1):
+            sampled = self._sample(number, attempt)
+            clients = sampled if self._faults is None else self._faults.present(sampled, number, attempt)
+            weights = self._federation.settings.weights(self._interactions.sizes[clients])
+            self._aggregator.begin(number, attempt, float(weights.sum()))
+            losses = self._train(clients, number)
+            chosen, trained = chosen + len(sampled), trained + len(clients)
+            if self._aggregator.uploads >= faults.min_clients:
+                self._aggregator.apply()
+                # No noise covers the mean of the clients' states, so that with privacy it stays unknown.
+                self.store.commit(self._ranks, average=self.config.privacy.mode == "none")
+                break
+            self._discard()
+            if self._faults is not None:
+                self._faults.counts["repeated" if attempt < repeats else "skipped"] += 1
+        if self._ledger is not None:
+            self._ledger.add_round(sampled)
+        return losses, chosen, trained
 
     def _train(self, clients: np.ndarray, number: int) -> np.ndarray:
         """Local training of a round: losses of the clients whose updates were accepted."""
