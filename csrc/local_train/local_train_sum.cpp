@@ -160,6 +160,24 @@ struct alignas(64) Seen {
   }
 };
 
+// Leaves a row to the first thread that added to it.
+void keep_distinct(std::vector<Seen>& seen) {
+  std::vector<uint64_t> known;
+  for (Seen& by : seen) {
+    if (known.empty()) {  // a thread's own rows are distinct
+      known = std::move(by.bits);
+      continue;
+    }
+    by.keep([&](int64_t row) {
+      uint64_t& word = known[size_t(row / 64)];
+      const uint64_t bit = uint64_t{1} << row % 64;
+      const bool fresh = (word & bit) == 0;
+      word |= bit;
+      return fresh;
+    });
+  }
+}
+
 struct Added {
   uint32_t broken;         // bits of BrokenPart
   std::vector<Seen> seen;  // of each thread, where rows are asked for
@@ -308,10 +326,11 @@ Tensor choose_clients(const Tensor& clients, int64_t count, int64_t attempt, con
   return chosen;
 }
 
-// A parameter that the round changes.
-void* written(const Tensor& parameter, const char* name) {
-  check_value(parameter.is_contiguous(), name, ": expected a contiguous tensor");
-  return Tensor(parameter).mutable_data_ptr();
+// A parameter that the round changes; null where there is none.
+void* written(const Optional& parameter, const char* name) {
+  if (!parameter) return nullptr;
+  check_value(parameter->is_contiguous(), name, ": expected a contiguous tensor");
+  return Tensor(*parameter).mutable_data_ptr();
 }
 
 // The server's step along rows of a sum, which becomes zero: all rows, or those that were added to
@@ -371,18 +390,15 @@ std::tuple<Tensor, Tensor, Tensor> train_round_(
       parts_of(call, training,
                {sum_table, sum_A, sum_B, sum_codebooks, sum_buckets, sum_w1, sum_b1, sum_w2, sum_b2,
                 sum_mlp});
-  std::vector<void*> parameters;
-  const std::pair<const Optional&, const char*> whole[] = {{table, "table"},
-                                                           {A, "A"},
-                                                           {B, "B"},
-                                                           {codebooks, "codebooks"},
-                                                           {buckets, "buckets"},
-                                                           {w1, "w1"},
-                                                           {b1, "b1"},
-                                                           {w2, "w2"},
-                                                           {b2, "b2"}};
-  for (const auto& [parameter, name] : whole)
-    parameters.push_back(parameter ? written(*parameter, name) : nullptr);
+  std::vector<void*> parameters = {written(table, "table"),
+                                   written(A, "A"),
+                                   written(B, "B"),
+                                   written(codebooks, "codebooks"),
+                                   written(buckets, "buckets"),
+                                   written(w1, "w1"),
+                                   written(b1, "b1"),
+                                   written(w2, "w2"),
+                                   written(b2, "b2")};
   for (const Tensor& t : mlp) parameters.push_back(written(t, "mlp"));
   char* const users = static_cast<char*>(written(user, "user"));
 
@@ -412,20 +428,7 @@ std::tuple<Tensor, Tensor, Tensor> train_round_(
                     });
   if (!good || weight == 0) forget();
   if (good && weight > 0) {
-    std::vector<uint64_t> known;
-    for (Seen& by : added.seen) {
-      if (known.empty()) {  // a thread's own rows are distinct
-        known = std::move(by.bits);
-        continue;
-      }
-      by.keep([&](int64_t row) {
-        uint64_t& word = known[size_t(row / 64)];
-        const uint64_t bit = uint64_t{1} << row % 64;
-        const bool fresh = (word & bit) == 0;
-        word |= bit;
-        return fresh;
-      });
-    }
+    keep_distinct(added.seen);
     for (size_t part = 0; part < parts.size(); ++part) {
       if (!parts[part].total) continue;
       const bool by_row = part == broken_table || part == broken_A;
