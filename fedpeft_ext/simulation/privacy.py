@@ -313,9 +313,9 @@ def epsilon(
             loss = privacy_loss_distribution.from_privacy_parameters(parameters)
             composed = loss.self_compose(releases).get_epsilon_for_delta(delta)
             return min(pure * releases, float(composed))
-    elif share >= 1.0:
+    elif share >= 1.0 and hasattr(dp, "gaussian_mechanism"):  # from 0.6 on; the tight bound below is close
         return float(dp.gaussian_mechanism.get_epsilon_gaussian(ratio / math.sqrt(releases), delta))
-    elif sampling == "fixed":
+    elif sampling == "fixed" and share < 1.0:
         accountant = RdpAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
         size = 2**53  # the accountant uses sample / population alone
         accountant.compose(dp.SampledWithoutReplacementDpEvent(size, share * size, event), releases)
