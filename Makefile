@@ -3,6 +3,7 @@
 #   make demo     build, train five embeddings on ML-100K, print and draw the comparison
 #   make test     the default test suite             make lint     ruff, mypy, clang-format
 #   make build    the extension alone                make format   rewrite the sources in the project's style
+#   make test-lowest  the tests of all but the ops with the oldest dependencies that pyproject.toml allows, in .venv-lowest
 #   make test-flower  the Flower app's tests and a federation on the loopback, in .venv-flower
 #   make asan     the ops' tests under AddressSanitizer and UndefinedBehaviorSanitizer, CUDA kernels emulated (ISA=baseline|v3|v4)
 #   make tsan     the ops' tests under ThreadSanitizer
@@ -28,6 +29,7 @@ EMBEDDINGS := full,c-rq,p-lora,p-hash,p-rq
 
 VENV := .venv
 FLOWER := .venv-flower
+LOWEST := .venv-lowest
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 BIN := $(VENV)/bin
 # Tests of a file stay in one process.
@@ -43,7 +45,7 @@ say = @printf '\033[1m==>\033[0m %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo docs test test-all test-flower lint format build asan tsan bench bench-sim clean cuda-check gpu-check
+.PHONY: help demo docs test test-all test-flower test-lowest lint format build asan tsan bench bench-sim clean cuda-check gpu-check
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -68,6 +70,16 @@ test-flower: $(BUILT)
 	  $(FLOWER)/bin/python -m pip --disable-pip-version-check install -qq "flwr[simulation]==1.42.0"; }
 	@FLWR_TELEMETRY_ENABLED=0 PYTHONPATH=$(CURDIR) $(FLOWER)/bin/python -m pytest -q python_tests/flower
 	@FLWR_TELEMETRY_ENABLED=0 PYTHONPATH=$(CURDIR) $(FLOWER)/bin/python examples/flower_loopback.py
+
+# What is not installed there comes from .venv. CLI tests want a newer CliRunner than the oldest typer's.
+test-lowest: $(BUILT)
+	$(call say,Running the tests with the oldest dependencies in $(LOWEST))
+	@test -x $(LOWEST)/bin/python || { $(BIN)/python -m venv $(LOWEST) && \
+	  echo "import site; site.addsitedir('$$($(BIN)/python -c '$(PURELIB)')')" > \
+	    "$$($(LOWEST)/bin/python -c '$(PURELIB)')/project.pth"; }
+	@$(BIN)/python .ci/lowest | xargs $(LOWEST)/bin/python -m pip --disable-pip-version-check install -qq
+	@$(LOWEST)/bin/python -m pytest -q -n auto --dist loadfile -p no:cacheprovider python_tests/backbones python_tests/data \
+	  python_tests/experiments python_tests/nn python_tests/pretrain python_tests/simulation python_tests/test_config.py
 
 asan tsan: $(READY)
 	$(call say,Compiling with sanitizers in build/ and running the tests of the ops)
