@@ -2,6 +2,9 @@
 // arithmetic.
 #pragma once
 
+#if !defined(__CUDACC__)
+#include "common/half.h"
+#endif
 #include "common/launch.h"
 
 namespace fedpeft::gpu {
@@ -33,7 +36,7 @@ FEDPEFT_DEVICE float to_acc(Half x) {
 #if defined(__CUDACC__)
   return __half2float(__ushort_as_half(x.bits));
 #else
-  return float(std::bit_cast<_Float16>(x.bits));
+  return half_to_float(x.bits);
 #endif
 }
 FEDPEFT_DEVICE float to_acc(BFloat16 x) {
@@ -53,7 +56,7 @@ FEDPEFT_DEVICE Half from_acc<Half>(float x) {
 #if defined(__CUDACC__)
   return {__half_as_ushort(__float2half_rn(x))};
 #else
-  return {std::bit_cast<uint16_t>(_Float16(x))};
+  return {float_to_half(x)};
 #endif
 }
 template <>

@@ -5,10 +5,6 @@
 #include "common/philox.h"
 #include "common/vec.h"
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 namespace fedpeft::FEDPEFT_ISA {
 
 typedef uint64_t Lanes __attribute__((vector_size(FEDPEFT_VEC_BYTES)));
@@ -25,6 +21,8 @@ FEDPEFT_INLINE Lanes multiply_low(Lanes a, Lanes b) {
   return (Lanes)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
   return (Lanes)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+  return (Lanes)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
 #else
   return (a & 0xffffffffu) * (b & 0xffffffffu);
 #endif

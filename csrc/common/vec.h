@@ -8,8 +8,11 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
+#include "common/half.h"
 #include "common/types.h"
 
 // FEDPEFT_WIDE: AVX-512 registers at their full width. Work on rows of a few lines, as training by
@@ -51,29 +54,18 @@ using vec_t = typename VecOf<A>::type;
 template <typename A>
 constexpr int64_t kLanes = FEDPEFT_VEC_BYTES / sizeof(A);
 
-FEDPEFT_INLINE float bits_to_float(uint32_t bits) {
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
-FEDPEFT_INLINE uint32_t float_to_bits(float f) {
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
-  return bits;
-}
-
 FEDPEFT_INLINE float to_acc(float x) { return x; }
 FEDPEFT_INLINE double to_acc(double x) { return x; }
 FEDPEFT_INLINE float to_acc(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
 FEDPEFT_INLINE float to_acc(Half x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
+#elif defined(__aarch64__)
+  __fp16 half;
+  memcpy(&half, &x, sizeof(half));
+  return half;
 #else
-  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
-  const uint32_t magnitude = x.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-  // Scaling by 2^112 also normalises subnormals.
-  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
+  return half_to_float(x.bits);
 #endif
 }
 
@@ -87,22 +79,11 @@ FEDPEFT_INLINE void from_acc(float x, BFloat16* out) {
 FEDPEFT_INLINE void from_acc(float x, Half* out) {
 #if defined(__F16C__)
   out->bits = uint16_t(_cvtss_sh(x, 0));
+#elif defined(__aarch64__)
+  const __fp16 half = __fp16(x);
+  memcpy(out, &half, sizeof(half));
 #else
-  const uint32_t bits = float_to_bits(x);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) {
-    out->bits = uint16_t(sign | 0x7e00u);
-  } else if (magnitude >= 0x477ff000u) {
-    out->bits = uint16_t(sign | 0x7c00u);
-  } else if (magnitude < 0x38800000u) {
-    // Subnormal result: adding 0.5 lets the float adder round to 2^-24 steps.
-    const float shifted = bits_to_float(magnitude) + 0.5f;
-    out->bits = uint16_t(sign | (float_to_bits(shifted) - 0x3f000000u));
-  } else {
-    const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
-    out->bits = uint16_t(sign | ((rounded - 0x38000000u) >> 13));
-  }
+  out->bits = float_to_half(x);
 #endif
 }
 
@@ -176,6 +157,18 @@ template <>
 FEDPEFT_INLINE void store<Half>(Half* p, vec_t<float> v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0));
 }
+#elif defined(__aarch64__)
+template <>
+FEDPEFT_INLINE vec_t<float> load<Half>(const Half* p) {
+  float16x4_t half;
+  memcpy(&half, p, sizeof(half));
+  return (vec_t<float>)vcvt_f32_f16(half);
+}
+template <>
+FEDPEFT_INLINE void store<Half>(Half* p, vec_t<float> v) {
+  const float16x4_t half = vcvt_f16_f32((float32x4_t)v);
+  memcpy(static_cast<void*>(p), &half, sizeof(half));
+}
 #endif
 
 // The first n < kLanes elements; the other lanes are zero.
@@ -210,6 +203,8 @@ FEDPEFT_INLINE vec_t<float> square_root(vec_t<float> v) {
   return (vec_t<float>)_mm256_sqrt_ps((__m256)v);
 #elif defined(__SSE2__)
   return (vec_t<float>)_mm_sqrt_ps((__m128)v);
+#elif defined(__aarch64__)
+  return (vec_t<float>)vsqrtq_f32((float32x4_t)v);
 #else
   for (int64_t i = 0; i < kLanes<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
@@ -222,6 +217,8 @@ FEDPEFT_INLINE vec_t<double> square_root(vec_t<double> v) {
   return (vec_t<double>)_mm256_sqrt_pd((__m256d)v);
 #elif defined(__SSE2__)
   return (vec_t<double>)_mm_sqrt_pd((__m128d)v);
+#elif defined(__aarch64__)
+  return (vec_t<double>)vsqrtq_f64((float64x2_t)v);
 #else
   for (int64_t i = 0; i < kLanes<double>; ++i) v[i] = __builtin_sqrt(v[i]);
   return v;

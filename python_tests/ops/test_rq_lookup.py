@@ -214,3 +214,21 @@ def test_codes_out_of_range(target: Any) -> None:
         run(torch.tensor([0]), codes, codebooks)
         with pytest.raises(IndexError, match="codes: "):
             run(torch.tensor([1]), codes, codebooks)
+
+
+def test_every_float16_is_read_and_rounded_to(target: Any) -> None:
+    def assert_equal(a: torch.Tensor, b: torch.Tensor) -> None:
+        assert torch.equal(a.cpu().nan_to_num(7.0, 8.0, 9.0), b.nan_to_num(7.0, 8.0, 9.0))
+
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).reshape(-1, 32)
+    items = torch.arange(len(every))
+    given = [tensor.to(target.device) for tensor in (items, items[:, None], every[None])]
+    read = target.ops.rq_lookup(*given)
+    assert_equal(read, every)
+    if target.name == "cpu":  # NaNs get quiet and keep what they carry
+        bits = every.view(torch.int16)
+        assert torch.equal(read.view(torch.int16), torch.where(every.isnan(), bits | 0x200, bits))
+    # Sums with something smaller by a factor of about the precision, or in the range of subnormals.
+    smaller = (every.float() * torch.tensor([0.75, 2.0**-12, 2.0**-13, 3.0 * 2.0**-14]).repeat(8)).half()
+    summed = target.ops.rq_lookup(*given, smaller.to(target.device))
+    assert_equal(summed, (every.float() + smaller.float()).half())
