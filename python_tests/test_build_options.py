@@ -164,3 +164,28 @@ def test_sanitizers_are_no_part_of_the_normal_build(tmp_path: Path) -> None:
     commands = (tmp_path / "build" / "compile_commands.json").read_text()
     assert "-fsanitize" not in commands
     assert "/sanitize/" not in commands
+
+
+@pytest.mark.parametrize(
+    ("compiler", "present", "absent"),
+    [("GNU", "-Wno-maybe-uninitialized", "-ffp-contract"), ("Clang", "-ffp-contract=fast", "uninitialized")],
+)
+def test_options_of_each_compiler(tmp_path: Path, compiler: str, present: str, absent: str) -> None:
+    # CMake is told what compiler there is, and what it would else find out of it.
+    features = ("cxx_std_20", "cxx_inheriting_constructors", "cxx_user_literals", "cxx_right_angle_brackets")
+    told = {
+        "COMPILER_ID": compiler,
+        "COMPILER_VERSION": "16",
+        "COMPILER_FORCED": "ON",
+        "STANDARD_COMPUTED_DEFAULT": "17",
+        "COMPILE_FEATURES": ";".join(features),
+        "20_STANDARD_COMPILE_OPTION": "-std=c++20",
+    }
+    said = [f"-DCMAKE_CXX{'' if name[0] == '2' else '_'}{name}={value}" for name, value in told.items()]
+    code, text = configure(tmp_path, "OFF", None, tmp_path / "absent", *said)
+    assert code == 0, text
+    commands = json.loads((tmp_path / "build" / "compile_commands.json").read_text())
+    kernels = [command["command"] for command in commands if "kernels_" in command["output"]]
+    assert any(present in command for command in kernels)
+    assert not any(absent in command for command in kernels)
+    assert all("-ffast-math" not in command and "-Ofast" not in command for command in kernels)

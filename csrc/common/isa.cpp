@@ -1,12 +1,26 @@
 // Chooses the instruction set once per process.
 #include "common/isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 namespace fedpeft {
 namespace {
+
+#if defined(__x86_64__)
+// F16C, MOVBE and LZCNT, which __builtin_cpu_supports of clang 14 does not know.
+bool rest_of_v3() {
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
+  if (!(ecx >> 29 & 1) || !(ecx >> 22 & 1)) return false;
+  return __get_cpuid(0x80000001, &eax, &ebx, &ecx, &edx) && (ecx >> 5 & 1);
+}
+#endif
 
 bool supported(Isa isa) {
 #if defined(__x86_64__)
@@ -18,9 +32,7 @@ bool supported(Isa isa) {
   }
   if (isa == Isa::v3) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt") &&
-           __builtin_cpu_supports("movbe");
+           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && rest_of_v3();
   }
 #endif
   return isa == Isa::baseline;

@@ -13,8 +13,10 @@ namespace fedpeft {
 std::vector<int64_t> largest_first(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> order(sizes.size());
   std::iota(order.begin(), order.end(), int64_t{0});
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t x, int64_t y) { return sizes[size_t(x)] > sizes[size_t(y)]; });
+  std::sort(order.begin(), order.end(), [&](int64_t x, int64_t y) {
+    const int64_t of_x = sizes[size_t(x)], of_y = sizes[size_t(y)];
+    return of_x != of_y ? of_x > of_y : x < y;
+  });
   return order;
 }
 

@@ -8,7 +8,7 @@
 namespace fedpeft {
 namespace {
 
-void raise_errors(const RqLookupArgs& a) {
+[[maybe_unused]] void raise_errors(const RqLookupArgs& a) {
   raise_bad_index(*a.bad_item, a.items, a.num_items, "items");
   raise_bad_code(*a.bad_code, a.codes, a.L, a.K);
 }
