@@ -7,6 +7,7 @@
 #   make test-flower  the Flower app's tests and a federation on the loopback, in .venv-flower
 #   make asan     the ops' tests under AddressSanitizer and UndefinedBehaviorSanitizer, CUDA kernels emulated (ISA=baseline|v3|v4)
 #   make tsan     the ops' tests under ThreadSanitizer
+#   make arm-check    build for aarch64 Linux and run tests of the ops in QEMU (TESTS=...: other tests)
 #   make cuda-check   compile the CUDA kernels and bindings, without a GPU
 #   make gpu-check    on a machine with a GPU, in PYTHON's own environment (a CUDA torch, no network needed):
 #                     build, tests, sanitizers and benchmarks (STEPS=...: some; DRY=1: what needs no GPU, here)
@@ -15,7 +16,8 @@
 #   make bench-sim    the engines against PyTorch by hand, pfl-research and Flower (ARGS=--quick: few rounds)
 #
 # Variables: PYTHON (default python3, 3.11 or newer), WERROR=1 (compiler warnings are errors), EMULATOR=1
-# (build the CUDA kernels for the CPU too, for tests), TESTS (of asan and tsan: pytest's arguments),
+# (build the CUDA kernels for the CPU too, for tests), TESTS (of asan, tsan and arm-check: pytest's
+# arguments),
 # SETTINGS and OUT of the demo.
 # Every step is done once and again only when what it depends on changes.
 
@@ -45,7 +47,7 @@ say = @printf '\033[1m==>\033[0m %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo docs test test-all test-flower test-lowest lint format build asan tsan bench bench-sim clean cuda-check gpu-check
+.PHONY: help demo docs test test-all test-flower test-lowest lint format build asan tsan bench bench-sim clean cuda-check arm-check gpu-check
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -117,6 +119,9 @@ bench-sim: $(BUILT)
 cuda-check: $(READY)
 	$(call say,Compiling the CUDA kernels for every architecture)
 	@$(BIN)/python .ci/check_cuda
+
+arm-check: $(READY)
+	@$(BIN)/python .ci/arm_check $(TESTS)
 
 gpu-check: $(if $(DRY),$(BUILT))
 	@$(if $(DRY),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(if $(DRY),--dry-run) $(if $(STEPS),--steps $(STEPS))

@@ -5,7 +5,7 @@ device that there is: the CPU, the CUDA kernels on the CPU (csrc/emulator), and 
 of the ops joins by becoming a target.
 
 Hypothesis draws the same examples in every run, so that a run repeats; HYPOTHESIS_PROFILE=explore draws new
-ones.
+ones, and HYPOTHESIS_PROFILE=patient is for processors that are emulated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from emulated import EMULATED, emulated_kernels
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from fedpeft_ext import ops
 from fedpeft_ext.backbones import base
@@ -26,6 +26,7 @@ from fedpeft_ext.nn import spec
 
 settings.register_profile("repeat", derandomize=True)
 settings.register_profile("explore", derandomize=False, print_blob=True)
+settings.register_profile("patient", derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 

@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -262,6 +263,7 @@ def test_a_crash_while_training_further_loses_nothing(tmp_path: Path) -> None:
     assert at > 20
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a loss of power asks for: content, then name, then the folder; metrics before the checkpoint."""
     told: list[str] = []
