@@ -7,7 +7,8 @@ a model that scores everything alike gets HR@10 = 10/101 among 100 negatives, ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -87,6 +88,40 @@ def ranking_metrics(greater: Tensor, equal: Tensor, ks: Sequence[int]) -> dict[s
     return metrics
 
 
+@contextmanager
+def evaluation_mode(model: Backbone) -> Iterator[None]:
+    """Without dropout; afterwards the model is in the mode that it was in, on which training relies."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def users_at_once(model: Backbone, width: int) -> int:
+    """Users of a block whose scores of `width` items each take `BLOCK_BYTES`, at least one."""
+    return max(1, BLOCK_BYTES // (width * model.item_dtype.itemsize * model.scoring_width))
+
+
+def scoring_inputs(
+    model: Backbone, store: ClientStore, interactions: Interactions, users: Tensor
+) -> tuple[dict[str, Tensor], ClientContext]:
+    """What `Backbone.catalogue_scores` and `client_scores` take of `users` [C]: their state and context."""
+    history = interactions.padded(users) if model.uses_history else users.new_empty(len(users), 0)
+    return store.read(users), ClientContext(users, Items(history, None), seed=0, round=0, epoch=0)
+
+
+def refuse_nan(scores: Tensor, users: Tensor, when: str) -> None:
+    """Raise FloatingPointError where one of the scores [C, P] of `users` [C] is NaN."""
+    bad = scores.isnan().any(1)
+    if bool(bad.any()):
+        raise FloatingPointError(
+            f"{when}: NaN scores for {int(bad.sum())} users, the first is user "
+            f"{int(users[bad][0])}; training has diverged (a lower training.lr may help)"
+        )
+
+
 class Evaluator:
     """Ranks each user's held-out item among sampled candidates and among all items.
 
@@ -150,18 +185,15 @@ class Evaluator:
         Raises:
             FloatingPointError: a score is NaN.
         """
-        training = model.training
-        model.eval()
-        try:
+        with evaluation_mode(model):
             return self._evaluate(model, store, round)
-        finally:
-            model.train(training)
 
     def _evaluate(self, model: Backbone, store: ClientStore, round: int) -> dict[str, float]:
         catalogue = torch.arange(self._interactions.num_items, device=self._interactions.device)
         vectors = model.item_embedding(catalogue) if self.full_ranking else None
         width = len(catalogue) if self.full_ranking else self._width
-        block = max(1, BLOCK_BYTES // (width * model.item_dtype.itemsize * model.scoring_width))
+        block = users_at_once(model, width)
+        when = f"evaluation after round {round}"
         if self._keeps and self._kept is None:
             self._kept = self._all_ranked()
         # Room for all users' counts: what is made between large blocks and kept would cut up the memory that
@@ -171,18 +203,14 @@ class Evaluator:
             at = slice(start, min(start + block, self.num_users))
             users = self._users[at]
             ranked = self._ranked(at) if self._kept is None else self._kept.part(at)
-            state = store.read(users)
-            history = (
-                self._interactions.padded(users) if model.uses_history else users.new_empty(len(users), 0)
-            )
-            context = ClientContext(users, Items(history, None), seed=0, round=0, epoch=0)
+            state, context = scoring_inputs(model, store, self._interactions, users)
             if vectors is None:
                 scores = model.client_scores(ranked.candidates, state, context)
-                self._refuse_nan(scores, users, round)
+                refuse_nan(scores, users, when)
                 sampled[0, at], sampled[1, at] = rank_counts(scores, scores[:, 0])
                 continue
             scores = model.catalogue_scores(vectors, state, context)
-            self._refuse_nan(scores, users, round)
+            refuse_nan(scores, users, when)
             chosen = scores.gather(1, ranked.candidates)
             target = chosen[:, 0]
             sampled[0, at], sampled[1, at] = rank_counts(chosen, target)
@@ -225,12 +253,3 @@ class Evaluator:
         if self._ranks is not None:
             counts = self._ranks.gather_rows(counts.T).T
         return counts[0], counts[1]
-
-    @staticmethod
-    def _refuse_nan(scores: Tensor, users: Tensor, round: int) -> None:
-        bad = scores.isnan().any(1)
-        if bool(bad.any()):
-            raise FloatingPointError(
-                f"evaluation after round {round}: NaN scores for {int(bad.sum())} users, the first is user "
-                f"{int(users[bad][0])}; training has diverged (a lower training.lr may help)"
-            )
