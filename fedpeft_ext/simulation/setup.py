@@ -25,6 +25,12 @@ def needs_pretrained(embedding: str) -> bool:
     return spec.plug or not {"full", "rq"}.isdisjoint(spec.parts)
 
 
+def warmup_rounds(config: Config) -> int:
+    """First rounds that train the full embedding: none for a `c-X`, which holds no full one to warm up."""
+    spec = parse_spec(config.embedding.name)
+    return config.training.warmup_rounds if spec.plug or "full" in spec.parts else 0
+
+
 def prepare_items(config: Config, dataset: Dataset) -> Pretrained:
     """Full embeddings and, where the embedding of `config` has them, codes; see `pretrain`."""
     coded = "rq" in parse_spec(config.embedding.name).parts

@@ -59,6 +59,7 @@ from fedpeft_ext.simulation.setup import (
     make_engine,
     needs_pretrained,
     prepare_items,
+    warmup_rounds,
 )
 from fedpeft_ext.simulation.state import State, Stateful, below, copy_into, prefixed
 from fedpeft_ext.simulation.tensorboard import TensorBoard
@@ -92,6 +93,7 @@ class Summary:
         faults: `Faults.counts`; None where no fault is simulated or rejected.
         excluded_clients: users that cannot train, and are never chosen: without a training item, or with
             every item.
+        dataset_digest: `Dataset.digest` of the data; "" from a version that did not write it.
     """
 
     dataset: str
@@ -116,6 +118,7 @@ class Summary:
     privacy: Mapping[str, Any] | None = None
     faults: Mapping[str, int] | None = None
     excluded_clients: int = 0
+    dataset_digest: str = ""
 
     @property
     def clients_per_second(self) -> float:
@@ -174,7 +177,7 @@ class Simulator:
         self.config = config
         self.dataset = dataset
         self._spec = spec
-        self._warmup_rounds = training.warmup_rounds if spec.plug or "full" in spec.parts else 0
+        self._warmup_rounds = warmup_rounds(config)
         self._eligible = eligible_clients(dataset)
         self._per_round = clients_per_round(training.clients_per_round, len(self._eligible))
         self._faults = make_faults(config)
@@ -750,6 +753,7 @@ class Simulator:
             privacy=None if self._ledger is None else self._ledger.report().as_dict(),
             faults=None if self._faults is None else dict(self._faults.counts),
             excluded_clients=self.dataset.num_users - len(self._eligible),
+            dataset_digest=self.dataset.digest,
         )
 
 
