@@ -9,21 +9,26 @@ from fedpeft_ext.simulation.distributed import RankError
 from fedpeft_ext.simulation.evaluation import Evaluator, rank_counts, ranking_metrics
 from fedpeft_ext.simulation.local_training import ClientError
 from fedpeft_ext.simulation.privacy import PrivacyReport
+from fedpeft_ext.simulation.serving import ClientModel, RankedItems, TrainedRun, load_run
 from fedpeft_ext.simulation.simulator import Interrupted, Simulator, Summary
 
 __all__ = [
     "Aggregator",
     "Callback",
     "ClientError",
+    "ClientModel",
     "Evaluator",
     "Interrupted",
     "Metrics",
     "PrivacyReport",
     "RankError",
+    "RankedItems",
     "RoundInfo",
     "Simulator",
     "Summary",
     "Traffic",
+    "TrainedRun",
+    "load_run",
     "rank_counts",
     "ranking_metrics",
     "traffic",

@@ -1,0 +1,303 @@
+"""A run in use: its model and clients' state from the folder, each user's best items, and the model of one
+user's device.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fedpeft_ext.backbones import Backbone, ClientContext
+from fedpeft_ext.config import Config, load_config
+from fedpeft_ext.data import Dataset, load_dataset
+from fedpeft_ext.nn import FullEmbedding, Items
+from fedpeft_ext.simulation.checkpoint import has_checkpoint, load_checkpoint
+from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
+from fedpeft_ext.simulation.evaluation import evaluation_mode, refuse_nan, scoring_inputs, users_at_once
+from fedpeft_ext.simulation.output import CONFIG, MODEL, SUMMARY
+from fedpeft_ext.simulation.setup import build_model, warmup_rounds
+from fedpeft_ext.simulation.state import below, copy_into
+
+
+class RankedItems(NamedTuple):
+    """The best items of n users, best first.
+
+    Attributes:
+        items: int64 [n, k], numbers of items; -1 at the end where a user has fewer than k left.
+        scores: [n, k], -inf there.
+    """
+
+    items: Tensor
+    scores: Tensor
+
+
+class ClientModel(nn.Module):
+    """One user's model, as the user's device runs it: `forward(items)` gives scores [P] of `items` int64 [P].
+
+    It holds the item embedding, what the backbone shares, the user's own state and training items, and
+    nothing of other users.
+    """
+
+    def __init__(self, model: Backbone, client: Tensor, history: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.client: Tensor
+        self.register_buffer("client", client)
+        self.history: Tensor
+        self.register_buffer("history", history)
+
+    def forward(self, items: Tensor) -> Tensor:
+        scores: Tensor = self.model(items, ClientContext(self.client, Items(self.history), 0, 0, 0))
+        return scores
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedRun:
+    """A federation to ask for recommendations. `load_run` reads one from a folder; the parts of a `Simulator`
+    make one of a run at hand.
+
+    Attributes:
+        config: the run's settings.
+        dataset: the data that it was trained on.
+        model: the backbone with the trained parameters.
+        store: the clients' own state.
+        round: rounds trained.
+    """
+
+    config: Config
+    dataset: Dataset
+    model: Backbone
+    store: ClientStore
+    round: int
+
+    @cached_property
+    def _interactions(self) -> Interactions:
+        return Interactions(self.dataset, next(self.model.parameters()).device)
+
+    @torch.no_grad()
+    def recommend(
+        self,
+        users: int | str | Iterable[int | str] | np.ndarray | Tensor,
+        k: int = 10,
+        *,
+        exclude_met: bool = True,
+    ) -> RankedItems:
+        """The best k items of the whole catalogue for each of n users.
+
+        Scores are those of the evaluator's full ranking. Of equal scores the item of the lower number comes
+        first, where the evaluator takes the mean over all orders. A user who was never trained is scored with
+        the state that such a client starts from.
+
+        Args:
+            users: numbers (int) or external ids (str), or one of them.
+            k: items for each user.
+            exclude_met: leave out the user's training and validation items. Test items stay: to the model
+                they are new.
+
+        Raises:
+            ValueError: an id that the data set does not have, or k out of range.
+            IndexError: a number out of range. FloatingPointError: a score is NaN.
+        """
+        if isinstance(k, bool) or not 1 <= operator.index(k) <= self.dataset.num_items:
+            raise ValueError(f"k: expected 1 to {self.dataset.num_items}, the number of items, got {k}")
+        interactions = self._interactions
+        numbers = torch.tensor(self.user_numbers(users), dtype=torch.int64, device=interactions.device)
+        vectors = self.model.item_embedding(torch.arange(self.dataset.num_items, device=numbers.device))
+        items = numbers.new_full((len(numbers), k), -1)
+        best = vectors.new_full((len(numbers), k), -torch.inf)
+        block = users_at_once(self.model, self.dataset.num_items)
+        for start in range(0, len(numbers), block):
+            part = numbers[start : start + block]
+            state, context = scoring_inputs(self.model, self.store, interactions, part)
+            with evaluation_mode(self.model):
+                scores = self.model.catalogue_scores(vectors, state, context)
+            refuse_nan(scores, part, "recommend")
+            if exclude_met:
+                self._leave_out_met(scores, part)
+            at = slice(start, start + len(part))
+            items[at], best[at] = best_columns(scores, k)
+        return RankedItems(items.masked_fill_(best == -torch.inf, -1), best)
+
+    def _leave_out_met(self, scores: Tensor, users: Tensor) -> None:
+        held = torch.from_numpy(self.dataset.valid_items[users.cpu().numpy()]).to(users.device)
+        met = torch.cat([self._interactions.padded(users), held[:, None]], 1)
+        row, place = (met >= 0).nonzero(as_tuple=True)
+        scores[row, met[row, place]] = -torch.inf
+
+    def user_numbers(self, users: int | str | Iterable[int | str] | np.ndarray | Tensor) -> list[int]:
+        """Numbers of users given by number or external id; raises as `recommend` does."""
+        if isinstance(users, int | str):
+            users = [users]
+        given = users.tolist() if isinstance(users, Tensor | np.ndarray) else list(users)
+        wanted = {user for user in given if isinstance(user, str)}
+        ids, count = self.dataset.user_ids, self.dataset.num_users
+        known = {name: number for number, name in enumerate(ids) if name in wanted} if wanted else {}
+        for user in given:
+            if isinstance(user, str) and user not in known:
+                raise ValueError(
+                    f"users: data set {self.dataset.name!r} has no user with the id {user!r}; ids are such "
+                    f"as {', '.join(map(repr, ids[:3]))}"
+                )
+            if not isinstance(user, str) and not 0 <= operator.index(user) < count:
+                raise IndexError(f"users: expected 0 to {count - 1}, or an external id (str), got {user}")
+        return [known[user] if isinstance(user, str) else operator.index(user) for user in given]
+
+    @torch.no_grad()
+    def client_model(self, user: int | str, *, merge: bool = True) -> ClientModel:
+        """What the device of one user holds to score items by itself: copies, on the device of `model`.
+
+        Args:
+            user: number or external id.
+            merge: put one table of the final vectors in place of the item embedding; False keeps its parts.
+
+        Raises ValueError or IndexError for an unknown user.
+        """
+        client = torch.tensor(self.user_numbers(user), device=self._interactions.device)
+        state, context = scoring_inputs(self.model, self.store, self._interactions, client)
+        model = copy.deepcopy(self.model).requires_grad_(False)
+        copy_into(
+            {name: model.get_parameter(name) for name in state},
+            {name: rows[0] for name, rows in state.items()},
+        )
+        if merge:
+            table = self.model.item_embedding.full_embedding()
+            model.item_embedding = FullEmbedding.from_pretrained(table, freeze=False).requires_grad_(False)
+        return ClientModel(model, client[0], context.history.ids[0]).eval()
+
+
+def best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Columns [n, k] of the k highest scores of each row of [n, I], best first, and these scores; of equal
+    ones the lower column first, which `torch.topk` does not promise.
+    """
+    rows = torch.arange(len(scores), device=scores.device)
+    row, column = (scores >= scores.topk(k).values[:, -1:]).nonzero(as_tuple=True)  # by row, then column
+    order = scores[row, column].argsort(descending=True, stable=True)
+    order = order[row[order].argsort(stable=True)]  # by row, then score, then column
+    first = torch.searchsorted(row, rows)
+    columns = column[order[first[:, None] + torch.arange(k, device=scores.device)]]
+    return columns, scores.gather(1, columns)
+
+
+class _Saved(NamedTuple):
+    """What a folder holds of a federation; tensors by their name in the model."""
+
+    config: Config
+    round: int
+    digest: str
+    server: dict[str, Tensor]
+    store: ClientStore
+
+
+def load_run(
+    folder: str | Path, dataset: Dataset | None = None, *, device: torch.device | str = "cpu"
+) -> TrainedRun:
+    """The run in `folder`, to use: as it ended, or while it is unfinished as its newest checkpoint has it.
+
+    Args:
+        folder: of `fedpeft run --out` or `Simulator(out=...)`.
+        dataset: that of the run; None loads `config.dataset`.
+        device: to put the model and the clients' state on.
+
+    Raises:
+        FileNotFoundError: no such folder, or neither a finished run nor a checkpoint in it.
+        ValueError: a file is damaged; the folder has no clients' state, as that of a Flower server; data or
+            settings are not those of the run.
+    """
+    folder = Path(folder)
+    if (folder / SUMMARY).exists():
+        saved = _finished(folder)
+    elif has_checkpoint(folder) is not None:
+        saved = _unfinished(folder)
+    else:
+        raise FileNotFoundError(f"run: expected a finished run, or a checkpoint of one, in {folder}")
+    config = saved.config
+    if dataset is None:
+        dataset = load_dataset(config.dataset.name, **config.dataset.options)
+    if saved.digest not in ("", dataset.digest):
+        raise ValueError(
+            f"dataset: the run in {folder} was trained on other data than {dataset.name!r} "
+            f"({saved.digest[:12]} against {dataset.digest[:12]})"
+        )
+    try:
+        model = _model(saved, dataset.num_items)
+        shapes = {
+            name: (dataset.num_users, *model.get_parameter(name).shape) for name in model.local_parameters
+        }
+        found = {name: tuple(values.shape) for name, values in saved.store.state.items()}
+        if found != shapes:
+            raise ValueError(f"clients' state: expected the shapes {shapes}, got {found}")
+    except ValueError as error:
+        raise ValueError(f"run: the files in {folder} do not fit {CONFIG} and the data: {error}") from error
+    store = ClientStore({name: values.to(device) for name, values in saved.store.state.items()})
+    return TrainedRun(config, dataset, model.to(device), store, saved.round)
+
+
+def _finished(folder: Path) -> _Saved:
+    try:
+        summary = json.loads((folder / SUMMARY).read_text())
+        tensors = load_file(folder / MODEL)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"run: a file in {folder} is damaged ({error})") from error
+    if "dataset" not in summary:
+        raise ValueError(
+            f"run: {folder} has no clients' state: it is that of a Flower server, whose users' vectors and "
+            "networks stay on their devices, and only these can recommend"
+        )
+    server = {name: values for name, values in tensors.items() if not name.startswith("clients.")}
+    store = ClientStore(below("clients", tensors))
+    return _Saved(
+        load_config(folder / CONFIG), summary["rounds"], summary.get("dataset_digest", ""), server, store
+    )
+
+
+def _unfinished(folder: Path) -> _Saved:
+    saved = load_checkpoint(folder)
+    starts = below("clients.starts", saved.state)
+    rows = {n: v for n, v in below("clients.state", saved.state).items() if n not in starts}
+    store = ClientStore(rows, starts, len(saved.state.get("clients.trained", ())))
+    store.load_state_dict(below("clients", saved.state))
+    everyone = range(len(next(iter(store.state.values()), ())))
+    server = below("model", saved.state) | below("model", saved.constants)
+    return _Saved(
+        Config.from_dict(saved.header["config"]),
+        saved.round,
+        saved.header["dataset"],
+        server,
+        ClientStore(store.rows(everyone)),
+    )
+
+
+def _model(saved: _Saved, num_items: int) -> Backbone:
+    """The backbone with the server's tensors."""
+
+    def part(name: str) -> Tensor | None:
+        """A tensor of the item embedding, or of one of its parts."""
+        found = (n for n in saved.server if n.startswith("item_embedding.") and n.endswith(f".{name}"))
+        return next((saved.server[n] for n in found), None)
+
+    base = part("base")
+    model = build_model(
+        saved.config,
+        num_items,
+        base=part("weight") if base is None else base,
+        codes=part("codes"),
+        codebooks=part("codebooks"),
+        warmup=saved.round < warmup_rounds(saved.config),
+    )
+    expected = {n: v for n, v in model.state_dict().items() if n not in model.local_parameters}
+    if strange := saved.server.keys() - expected.keys():
+        raise ValueError(f"expected no tensor {min(strange)!r}")
+    copy_into(expected, saved.server)
+    return model
