@@ -1,4 +1,4 @@
-"""The command line `fedpeft`: `run`, `resume`, `compare`, `data`, `info`; `study_cli` has `study`, `report`.
+"""The command line `fedpeft`; `study_cli` has `study` and `report`.
 
 Settings come from four places, later ones win: defaults, the YAML file of `--config`, named options such as
 `--rounds`, and `--set section.key=value`. Whatever a user can get wrong ends in one sentence on stderr and
@@ -197,6 +197,26 @@ def resume(
     with _reported_errors(debug) as started:
         started(folder)
         _resume(folder, rounds, quiet=quiet, as_json=json_)
+
+
+@app.command(short_help="List the best items for users of a run.")
+def recommend(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of the run to ask.", show_default=False)
+    ],
+    user: Annotated[
+        list[str], typer.Option("--user", "-u", metavar="ID", help="As in the data set; repeatable.")
+    ],
+    k: Annotated[int, typer.Option("-k", help="Items for each user.")] = 10,
+    json_: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """List the best items for users of a run, without those that they met in training.
+
+    A run that is not finished answers as its newest checkpoint has it.
+    """
+    with _reported_errors(debug):
+        _recommend(folder, user, k, as_json=json_)
 
 
 @app.command(short_help="Train several embeddings alike; one table, two pictures.")
@@ -530,6 +550,32 @@ def _resume(folder: Path, rounds: int | None, *, quiet: bool, as_json: bool) -> 
         simulator.add_callbacks(*callbacks_for(config.embedding.name))
         summary = _run_until_signal(simulator, folder)
     _report(summary, folder, as_json)
+
+
+def _recommend(folder: Path, users: Sequence[str], k: int, *, as_json: bool) -> None:
+    from fedpeft_ext.simulation import load_run
+
+    run = load_run(folder)
+    dataset, ranked = run.dataset, run.recommend(users, k)
+    text = dataset.item_text
+    found = [
+        [
+            {"item": dataset.item_ids[i], "text": text[i] if text else None, "score": score}
+            for i, score in zip(items, scores, strict=True)
+            if i >= 0
+        ]
+        for items, scores in zip(ranked.items.tolist(), ranked.scores.tolist(), strict=True)
+    ]
+    if as_json:
+        told = [{"user": user, "items": items} for user, items in zip(users, found, strict=True)]
+        typer.echo(json.dumps(told, allow_nan=False))
+        return
+    width = max((len(item["item"]) for items in found for item in items), default=0)
+    for user, items in zip(users, found, strict=True):
+        typer.echo(f"user {user}")
+        for place, item in enumerate(items, start=1):
+            words = " ".join((item["text"] or "").split())
+            typer.echo(f"{place:>4}  {item['item']:<{width}}  {item['score']:>8.4f}  {words}".rstrip())
 
 
 def _loaded(config: Config, tuned: str | None, what: str, notify: Callable[[str], None]) -> Dataset:

@@ -22,6 +22,7 @@ from fedpeft_ext.backbones import backbone_names
 from fedpeft_ext.cli import _tuned, app
 from fedpeft_ext.config import Config, load_config
 from fedpeft_ext.experiments.studies import STUDIES
+from fedpeft_ext.simulation import load_run
 
 SMALL = [
     "--dataset=synthetic",
@@ -346,6 +347,33 @@ def test_interruption_leaves_a_readable_folder(tmp_path: Path) -> None:
 def test_resume_refuses_what_is_no_run(tmp_path: Path) -> None:
     assert "found none at" in refused("resume", tmp_path / "none")
     assert "expected a checkpoint" in refused("resume", tmp_path)
+
+
+def test_recommend_lists_the_best_items(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert fedpeft("run", *SMALL, "-r", "2", "-q", "-o", out).exit_code == 0
+    result = fedpeft("recommend", out, "--user", "u7", "--user", "u3", "-k", "3", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    run = load_run(out)
+    told = json.loads(result.stdout)
+    assert [each["user"] for each in told] == ["u7", "u3"]
+    ranked = run.recommend([7, 3], 3)
+    for each, items, scores in zip(told, ranked.items.tolist(), ranked.scores.tolist(), strict=True):
+        assert each["items"] == [
+            {"item": f"i{item}", "text": run.dataset.item_text[item], "score": score}
+            for item, score in zip(items, scores, strict=True)
+        ]
+    first, *lines = fedpeft("recommend", out, "-u", "u7", "-k", "3").stdout.splitlines()
+    assert first == "user u7"
+    for place, (line, item) in enumerate(zip(lines, told[0]["items"], strict=True), start=1):
+        expected = [str(place), item["item"], f"{item['score']:.4f}", *item["text"].split()]
+        assert line.split() == expected
+    assert "no user with the id 'u40'" in refused("recommend", out, "--user", "u40")
+    assert "expected 1 to 140" in refused("recommend", out, "--user", "u1", "-k", "141")
+    assert "--user" in refused("recommend", out)
+    assert "expected a finished run" in refused("recommend", tmp_path, "--user", "u1")
+    all_items = json.loads(fedpeft("recommend", out, "-u", "u1", "-k", "140", "--json").stdout)[0]["items"]
+    assert len(all_items) == 140 - (run.dataset.indptr[2] - run.dataset.indptr[1])
 
 
 def test_json_is_all_of_stdout(tmp_path: Path) -> None:
