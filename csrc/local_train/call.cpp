@@ -9,7 +9,6 @@
 
 namespace fedpeft {
 
-// Places of `sizes` from the largest to the smallest, equal ones in order.
 std::vector<int64_t> largest_first(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> order(sizes.size());
   std::iota(order.begin(), order.end(), int64_t{0});
@@ -18,15 +17,6 @@ std::vector<int64_t> largest_first(const std::vector<int64_t>& sizes) {
     return of_x != of_y ? of_x > of_y : x < y;
   });
   return order;
-}
-
-void check_range(const LocalTrainArgs& a, int64_t client, int64_t first, int64_t last) {
-  check_value(0 <= first && first <= last && last <= a.nnz,
-              "indptr: expected ascending offsets of 0 to ", a.nnz, ", got ", first, " and ", last,
-              " for client ", client);
-  check_value(last - first < int64_t{1} << 28,
-              "indptr: expected fewer than 2^28 items a client, got ", last - first, " for client ",
-              client);
 }
 
 namespace {
@@ -52,6 +42,15 @@ const void* data_of(const Optional& t) { return t ? t->const_data_ptr() : nullpt
 int64_t items_of(const LocalTrainArgs& a, int64_t c) {
   const int64_t client = a.clients[c];
   return a.indptr[client + 1] - a.indptr[client];
+}
+
+void check_range(const LocalTrainArgs& a, int64_t client, int64_t first, int64_t last) {
+  check_value(0 <= first && first <= last && last <= a.nnz,
+              "indptr: expected ascending offsets of 0 to ", a.nnz, ", got ", first, " and ", last,
+              " for client ", client);
+  check_value(last - first < int64_t{1} << 28,
+              "indptr: expected fewer than 2^28 items a client, got ", last - first, " for client ",
+              client);
 }
 
 // Items of each client of the call.

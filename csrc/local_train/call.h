@@ -83,9 +83,6 @@ struct Call {
 
 void prepare(Call& call, const Tensor& clients, const Training& training);
 
-// Range of a client's items, checked against the arrays that it is of.
-void check_range(const LocalTrainArgs& a, int64_t client, int64_t first, int64_t last);
-
 // What the kernels reported, as an exception.
 // `read(indices, at)`: an element of an index array, wherever it is.
 template <typename Read>

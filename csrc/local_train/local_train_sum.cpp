@@ -160,24 +160,6 @@ struct alignas(64) Seen {
   }
 };
 
-// Leaves a row to the first thread that added to it.
-void keep_distinct(std::vector<Seen>& seen) {
-  std::vector<uint64_t> known;
-  for (Seen& by : seen) {
-    if (known.empty()) {  // a thread's own rows are distinct
-      known = std::move(by.bits);
-      continue;
-    }
-    by.keep([&](int64_t row) {
-      uint64_t& word = known[size_t(row / 64)];
-      const uint64_t bit = uint64_t{1} << row % 64;
-      const bool fresh = (word & bit) == 0;
-      word |= bit;
-      return fresh;
-    });
-  }
-}
-
 struct Added {
   uint32_t broken;         // bits of BrokenPart
   std::vector<Seen> seen;  // of each thread, where rows are asked for
@@ -334,7 +316,7 @@ void* written(const Optional& parameter, const char* name) {
 }
 
 // The server's step along rows of a sum, which becomes zero: all rows, or those that were added to
-// where they are so few that this is faster.
+// where they are so few that this is faster. A row of several threads is zero after the first.
 void step(const SharedSums::Part& part, void* parameter, double scale, DType dtype,
           const std::vector<Seen>* rows) {
   constexpr int64_t kRowCost = 3;  // of a row that was picked out, in rows of a whole table
@@ -428,7 +410,6 @@ std::tuple<Tensor, Tensor, Tensor> train_round_(
                     });
   if (!good || weight == 0) forget();
   if (good && weight > 0) {
-    keep_distinct(added.seen);
     for (size_t part = 0; part < parts.size(); ++part) {
       if (!parts[part].total) continue;
       const bool by_row = part == broken_table || part == broken_A;

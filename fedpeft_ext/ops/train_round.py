@@ -3,7 +3,7 @@ step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from .aggregate import apply_updates_, apply_updates_reference_, exact_grid
 from .local_train import (
     ItemParts,
     ItemSums,
+    SumResult,
     SumTraining,
     _flat_sums,
     _in_one_op,
@@ -191,15 +192,7 @@ class RoundTraining:
             for _, total in self._written:
                 total.zero_()
             raise
-        good = not bool(result.broken.any()) and bool(result.losses.isfinite().all())
-        for parameter, total in self._written:
-            if good and weight > 0:
-                apply_updates_(parameter, total, scale=self._server_lr / weight)
-            else:
-                total.zero_()
-        if good:
-            self._user.index_copy_(0, ids, result.user)
-        return RoundResult(ids, result.losses, result.broken)
+        return _taken_over(ids, result, self._written, weight, self._server_lr, self._user, apply_updates_)
 
 
 def _check_round(
@@ -244,6 +237,27 @@ def _weighted(clients: Tensor, indptr: Tensor, user: Tensor, by_items: bool) -> 
     order = sizes.argsort(stable=True)
     weights = sizes[order].double() if by_items else torch.ones_like(sizes, dtype=torch.float64)
     return clients[order], weights, float(weights.sum())
+
+
+def _taken_over(
+    clients: Tensor,
+    result: SumResult,
+    written: list[tuple[Tensor, Tensor]],
+    weight: float,
+    server_lr: float,
+    user: Tensor,
+    apply: Callable[..., None],
+) -> RoundResult:
+    """Takes the server's step and the clients' new vectors, unless something is not finite."""
+    good = not bool(result.broken.any()) and bool(result.losses.isfinite().all())
+    for parameter, total in written:
+        if good and weight > 0:
+            apply(parameter, total, scale=server_lr / weight)
+        else:
+            total.zero_()
+    if good:
+        user.index_copy_(0, clients, result.user)
+    return RoundResult(clients, result.losses, result.broken)
 
 
 @register_fake("train_round_")
@@ -295,12 +309,5 @@ def train_round_reference_(
         round=round,
         grid=exact_grid(weight),
     )
-    good = not bool(result.broken.any()) and bool(result.losses.isfinite().all())
-    for parameter, total in _written(parts, sums, mlp, mlp_sums):
-        if good and weight > 0:
-            apply_updates_reference_(parameter, total, scale=server_lr / weight)
-        else:
-            total.zero_()
-    if good:
-        user[ids] = result.user
-    return RoundResult(ids, result.losses, result.broken)
+    written = _written(parts, sums, mlp, mlp_sums)
+    return _taken_over(ids, result, written, weight, server_lr, user, apply_updates_reference_)
