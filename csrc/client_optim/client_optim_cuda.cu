@@ -144,8 +144,13 @@ void launch_optimizer(const ClientOptimArgs& a, DType dtype, int64_t clients, St
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool l2 = a.l2 != 0;
+    // The state of 16-bit parameters is of twice as many bytes.
+    const auto apart = [](const void* p) {
+      return reinterpret_cast<uintptr_t>(p) % sizeof(Pack<acc_t<T>, kWide<T>>) == 0;
+    };
+    const bool whole = apart(a.exp_avg) && apart(a.exp_avg_sq) && apart(a.momentum_buffer);
     with_width<T>(
-        l2 ? a.row : a.size,
+        whole ? (l2 ? a.row : a.size) : 1,
         [&](auto width) {
           constexpr int V = decltype(width)::value;
           const int64_t row = l2 ? a.row : V, rows = row < kItem ? kItem / row : 1;
@@ -158,7 +163,7 @@ void launch_optimizer(const ClientOptimArgs& a, DType dtype, int64_t clients, St
                    rows);
           }
         },
-        a.param, a.grad, a.exp_avg, a.exp_avg_sq, a.momentum_buffer);
+        a.param, a.grad);
   });
 }
 

@@ -112,6 +112,23 @@ def test_strided_parameters_are_updated_in_place(dtype: torch.dtype, target: Any
         assert torch.equal(view, expected)
 
 
+@pytest.mark.parametrize("l2", [0.0, 0.1])
+def test_state_that_is_aligned_to_16_bytes_alone(l2: float, target: Any) -> None:
+    """Of a parameter of 16 bits, of whose state eight numbers are 32 bytes."""
+    param, grad = draw((2, 3, 16), torch.float16, 1, target.device)
+    steps = torch.ones(2, dtype=torch.int64, device=target.device)
+    results = []
+    for offset in (0, 4):
+        parameter, state = param.clone(), torch.zeros(2, param.numel() + offset, device=target.device)
+        state = state[:, offset:]
+        first, second = (t.view(param.shape) for t in state)
+        assert first.data_ptr() % 32 == (4 * offset) % 32
+        target.ops.client_adam_(parameter, grad, first, second, steps, l2=l2)
+        target.ops.client_sgd_(parameter, grad, first, 0.1, 0.9, l2)
+        results.append((parameter, first, second))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_bits_do_not_depend_on_threads(target: Any) -> None:
     results, before = [], torch.get_num_threads()
     try:
