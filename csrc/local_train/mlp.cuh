@@ -240,7 +240,8 @@ template <typename T>
 FEDPEFT_DEVICE void write_mlp(const LocalTrainArgs& a, MlpWorkspace<T>& w) {
   for_parts(w, [&](const MlpPart<T>& part, int tensor, int offset) {
     const T* const source = source_of(a, w, part, tensor, offset);
-    T* const out = static_cast<T*>(a.d_mlp[tensor]) + w.place * part.rows * part.pitch + offset;
+    T* const out =
+        static_cast<T*>(a.d_mlp[tensor]) + int64_t(w.place) * part.rows * part.pitch + offset;
     share(int64_t(part.rows) * part.width, [&](int64_t i) {
       const int64_t row = divide(i, part.width), column = i - row * part.width;
       const int64_t to = row * part.pitch + column;
