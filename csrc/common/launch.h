@@ -50,8 +50,9 @@ inline unsigned grid_for(int64_t work) { return unsigned(work < kMaxGrid ? work 
 #if defined(__CUDACC__)
 
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());  // which the next launch would report again
+  throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
 }
 
 struct Limits {
