@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
@@ -77,6 +79,21 @@ def test_a_wrong_kernel_fails_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "rq_lookup", lambda *a: right(*a) * 1.01)
     with pytest.raises(AssertionError, match=r"rq_lookup: output 0 is .* off its twin"):
         gpu_kernels.compare("rq_lookup", case)
+
+
+def test_only_few_elements_may_be_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import gpu_kernels
+    from benchmarks.gpu_cases import CASES, CHECKS, Draw
+    from fedpeft_ext import ops
+
+    case = dataclasses.replace(CASES["dot_scores"](CHECKS[0], Draw(torch.device("cpu"))), agreement=0.98)
+    right = ops.dot_scores
+    for count, value, good in ((3, 9.0, True), (4, 9.0, False), (1, torch.nan, False)):
+        spoil = torch.zeros(160).index_fill(0, torch.arange(count), value).view(4, 40)
+        monkeypatch.setattr(ops, "dot_scores", lambda *a, spoil=spoil: right(*a) + spoil)
+        with contextlib.nullcontext() if good else pytest.raises(AssertionError, match=r"output 0 is .* off"):
+            gpu_kernels.compare("dot_scores", case)
 
 
 def test_a_case_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
