@@ -1,10 +1,12 @@
-"""Installations that must fail, without torch or with an old compiled part: one sentence says what to do."""
+"""Installations that must fail, without torch or with a compiled part that does not fit, in one sentence that
+says what to do; and what the compiled part asks of the torch that it meets."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import venv
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import fedpeft_ext
-from fedpeft_ext.ops._compiled import require_current
+from fedpeft_ext.ops._compiled import require_current, why_not_loaded
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +30,45 @@ def test_a_checkout_refuses_a_compiled_part_of_other_schemas(tmp_path: Path) -> 
         with pytest.raises(ImportError, match=r"built from another version of .*library\.cpp.*make build"):
             require_current(build_info, library)
     require_current({"library_sha256": hashlib.sha256(library.read_bytes()).hexdigest()}, library)
+
+
+def unloadable(text: str) -> ImportError:
+    return ImportError(text, path="_C.so")
+
+
+@pytest.mark.parametrize(
+    ("error", "torch_version", "torch_cuda", "said"),
+    [
+        (ModuleNotFoundError("No module"), "2.13.0", None, r"no compiled part for Python 3\.\d+\.\d+: build"),
+        (ImportError("FEDPEFT_ISA: expected"), "2.13.0", None, r"^FEDPEFT_ISA: expected$"),
+        (unloadable("undefined symbol: a"), "2.9.1+cpu", None, r"torch >= 2\.11, found 2\.9\.1\+cpu"),
+        (
+            unloadable("libtorch_cuda.so: cannot open"),
+            "2.13.0+cpu",
+            None,
+            r"torch 2\.13\.0\+cpu is without CUDA",
+        ),
+        (unloadable("libcudart.so.13: cannot open"), "2.13.0+cu126", "12.6", r"\+cu126 is of CUDA 12\.6"),
+        (unloadable("`GLIBC_2.34' not found"), "2.13.0", None, r": build it with .*`GLIBC_2\.34' not found"),
+    ],
+)
+def test_a_compiled_part_that_does_not_load(
+    error: ImportError, torch_version: str, torch_cuda: str | None, said: str
+) -> None:
+    assert re.search(said, why_not_loaded(error, torch_version, torch_cuda))
+
+
+STABLE = re.compile(r"aoti_torch_|torch_|_?Py|__[atu]b?san")
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_the_compiled_part_takes_only_the_stable_abi_from_torch() -> None:
+    # torch's libraries export parts of a newer libstdc++, without a version. Bound to those, an extension
+    # needs them of every other torch, and a wheel's tag does not know how new a libstdc++ it needs.
+    listed = subprocess.check_output(["nm", "-D", "--undefined-only", fedpeft_ext._C.__file__], text=True)
+    needed = {name for kind, name in (line.split()[-2:] for line in listed.splitlines()) if kind == "U"}
+    assert any(name.startswith("aoti_torch_") for name in needed)
+    assert not {name for name in needed if "@" not in name and not STABLE.match(name)}
 
 
 @pytest.mark.slow  # needs a package index

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpeft_ext import _C
 from fedpeft_ext.backbones import Backbone
 from fedpeft_ext.config import Config, ConfigError, load_config
 from fedpeft_ext.data import Dataset, load_dataset
@@ -805,4 +806,9 @@ def _available_device(name: str) -> torch.device:
         if (device.index or 0) >= count:
             found = f"torch finds cuda:0 to cuda:{count - 1} only" if count else "torch finds no GPU"
             raise ValueError(f"device: expected one that this machine has, got {name!r} and {found}")
+        if not _C.build_info()["cuda"]:
+            raise ValueError(
+                f"device: got {name!r}, and fedpeft_ext was built without CUDA kernels: build it with `pip "
+                "install --no-build-isolation -C cmake.define.FEDPEFT_CUDA=ON .`, which says what is missing"
+            )
     return device

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from small_federation import DIM, make_dataset, small_config
 
+from fedpeft_ext import _C
 from fedpeft_ext.config import Config, load_config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.pretrain import Pretrained
@@ -256,7 +257,7 @@ def test_a_missing_gpu_is_named(dataset: Dataset, pretrained: Pretrained) -> Non
         Simulator(config(device="cuda"), dataset, pretrained=pretrained)
 
 
-def test_a_gpu_beyond_the_last_is_named(
+def test_a_gpu_that_cannot_be_used_is_named(
     dataset: Dataset, pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -265,6 +266,9 @@ def test_a_gpu_beyond_the_last_is_named(
         ValueError, match=r"device: expected .* got 'cuda:2' and torch finds cuda:0 to cuda:1"
     ):
         Simulator(config(device="cuda:2"), dataset, pretrained=pretrained)
+    monkeypatch.setattr(_C, "build_info", lambda: {"cuda": False})
+    with pytest.raises(ValueError, match=r"device: got 'cuda:1', .* built without CUDA kernels: build it"):
+        Simulator(config(device="cuda:1"), dataset, pretrained=pretrained)
 
 
 def test_users_that_cannot_train_are_left_out(pretrained: Pretrained) -> None:
