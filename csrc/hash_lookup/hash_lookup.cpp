@@ -112,7 +112,7 @@ Tensor hash_lookup(const Tensor& items, const Tensor& table, const Tensor& hashe
   run_on(
       table,
       [&](auto) {
-        const auto kernel = select_wide_hash_lookup_kernels().forward[int(dtype)];
+        const auto kernel = hash_lookup_kernels_for(a).forward[int(dtype)];
         parallel_ranges(in.layout.total(), (a.H + 1) * (a.D + 8) + 2 * a.S * a.H,
                         [&](int64_t begin, int64_t end) {
                           std::vector<double> scratch(size_t(a.scratch_size()));
@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
   run_on(
       table,
       [&](auto) {
-        const HashLookupKernels& kernels = select_wide_hash_lookup_kernels();
+        const HashLookupKernels& kernels = hash_lookup_kernels_for(a);
         grad_table = per_client ? allocate(table, shape, accumulator)
                                 : torch::stable::new_zeros(table, shape, accumulator);
         Tensor grad_senet =

@@ -49,6 +49,12 @@ struct HashLookupKernels {
   void (*finish[kDTypes])(const HashLookupArgs&, int64_t begin, int64_t end);
 };
 
+// SENet's short sums are slower in whole AVX-512 registers.
+FEDPEFT_DECLARE_KERNELS(HashLookupKernels, hash_lookup_kernels)
 FEDPEFT_DECLARE_WIDE_KERNELS(HashLookupKernels, hash_lookup_kernels)
+
+inline const HashLookupKernels& hash_lookup_kernels_for(const HashLookupArgs& a) {
+  return a.w1 ? select_hash_lookup_kernels() : select_wide_hash_lookup_kernels();
+}
 
 }  // namespace fedpeft
