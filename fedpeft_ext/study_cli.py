@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedpeft_ext import cli
+from fedpeft_ext.words import counted
 
 if TYPE_CHECKING:
     from fedpeft_ext.config import Config
@@ -61,7 +62,7 @@ def study(
 ) -> None:
     """Train a grid of runs and answer one of the paper's questions with it.
 
-    The folder (default: runs/study-NAME-DATASET) gets NAME.md, CSV files, pictures,
+    The folder (default: runs/study-NAME-DATASET) gets NAME.md, CSV and LaTeX files, pictures,
     study.json for fedpeft report, and a folder for each run. Start it again after an
     interruption: finished runs are not repeated.
     """
@@ -109,7 +110,7 @@ def report(
 
         started(out or folder / "report.html")
         page, sections = write_report(folder, out, title=title)
-        typer.echo(f"{page}: {sections} sections")
+        typer.echo(f"{page}: {counted(sections, 'section')}")
 
 
 def _names(text: str | None, option: str) -> tuple[str, ...] | None:

@@ -14,15 +14,17 @@ from fedpeft_ext.data import Dataset, load_dataset
 from fedpeft_ext.experiments.plots import plot_accuracy_against_bytes, plot_learning_curves
 from fedpeft_ext.experiments.results import RunResult, headline_k
 from fedpeft_ext.experiments.runner import run_all
-from fedpeft_ext.experiments.tables import csv_table, markdown_table
+from fedpeft_ext.experiments.tables import csv_table, latex_comparison, markdown_table
 from fedpeft_ext.nn import parse_spec
 from fedpeft_ext.simulation import Callback
 from fedpeft_ext.simulation.output import prepare_folder
+from fedpeft_ext.words import counted
 
-JSON, CSV, MARKDOWN, SCATTER, CURVES = (
+JSON, CSV, MARKDOWN, LATEX, SCATTER, CURVES = (
     "compare.json",
     "compare.csv",
     "compare.md",
+    "compare.tex",
     "accuracy_bytes.png",
     "curves.png",
 )
@@ -51,7 +53,7 @@ class Comparison:
     def title(self) -> str:
         """What was compared, in a few words."""
         summary = self.results[0].summary
-        return f"{summary.backbone} on {summary.dataset}, {summary.rounds} rounds"
+        return f"{summary.backbone} on {summary.dataset}, {counted(summary.rounds, 'round')}"
 
 
 def compare(
@@ -72,8 +74,8 @@ def compare(
         config: settings of every run; `embedding.name` is replaced.
         embeddings: names such as 'full', 'c-rq', 'p-lora'; each once.
         dataset: the interactions; None loads `config.dataset`.
-        out: folder for compare.json, compare.csv, compare.md, accuracy_bytes.png, curves.png and a folder for
-            each run; None writes nothing.
+        out: folder for compare.json, compare.csv, compare.md, compare.tex, accuracy_bytes.png, curves.png and
+            a folder for each run; None writes nothing.
         overwrite: whether `out` may hold earlier results, which are replaced.
         callbacks_for: observers of the run of an embedding.
         notify: told in a sentence what is being done between runs.
@@ -129,7 +131,7 @@ def check_embeddings(config: Config, embeddings: Sequence[str]) -> dict[str, Con
 
 def _prepare(folder: Path, overwrite: bool) -> Path:
     prepare_folder(folder, overwrite)
-    for name in (JSON, CSV, MARKDOWN, SCATTER, CURVES):
+    for name in (JSON, CSV, MARKDOWN, LATEX, SCATTER, CURVES):
         (folder / name).unlink(missing_ok=True)
     return folder
 
@@ -141,6 +143,7 @@ def _write_tables(comparison: Comparison, folder: Path) -> None:
     }
     (folder / JSON).write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (folder / CSV).write_text(csv_table(comparison.results, comparison.k), encoding="utf-8")
+    (folder / LATEX).write_text(latex_comparison(comparison.results, comparison.k), encoding="utf-8")
     table = markdown_table(comparison.results, comparison.k)
     (folder / MARKDOWN).write_text(
         f"# {comparison.title}\n\n{table}\nKB: 1,000 bytes, per client and round.\n", encoding="utf-8"

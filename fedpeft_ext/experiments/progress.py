@@ -15,15 +15,26 @@ from rich.progress import (
 )
 
 from fedpeft_ext.simulation import Callback, Metrics, RoundInfo
+from fedpeft_ext.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fedpeft_ext.simulation import Simulator, Summary
 
+_WIDE = 70
+"""Columns of a terminal from which on a bar has all that there is to tell."""
+
 
 def progress_display(console: Console) -> Progress:
-    """The display that `ProgressBar`s draw into; a context manager."""
+    """The display that `ProgressBar`s draw into; a context manager. A narrow terminal gets less."""
+    if console.width < _WIDE:
+        return Progress(
+            TextColumn("[bold]{task.description}"),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[metric]}"),
+            console=console,
+        )
     return Progress(
         TextColumn("[bold]{task.description}"),
         TextColumn("round"),
@@ -120,7 +131,7 @@ class ProgressLines(_Watcher):
         if not self._evaluations:
             value = summary.metrics[self._metric]
             self._print(
-                f"{summary.embedding}: {self._metric} {value:.4f} after {summary.rounds} rounds, "
+                f"{summary.embedding}: {self._metric} {value:.4f} after {counted(summary.rounds, 'round')}, "
                 f"{summary.seconds:.1f} s, {summary.clients_per_second:,.0f} clients/s"
             )
 

@@ -24,6 +24,7 @@ from fedpeft_ext.experiments.studies.output import STUDY
 from fedpeft_ext.experiments.tables import metric_heading
 from fedpeft_ext.simulation.files import replace_text
 from fedpeft_ext.simulation.output import SUMMARY
+from fedpeft_ext.words import counted
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _comparison(file: Path) -> _Section:
     ]
     headings = ["embedding", *map(metric_heading, names), "KB down", "KB up", "saved against Full"]
     first = results[0]
-    title = f"{first['backbone']} on {first['dataset']}, {first['rounds']:,} rounds"
+    title = f"{first['backbone']} on {first['dataset']}, {counted(first['rounds'], 'round')}"
     pictures = [
         _picture(file.parent / name, caption)
         for name, caption in ((SCATTER, "Accuracy against bytes"), (CURVES, "Learning curves"))
@@ -164,9 +165,9 @@ def _run(file: Path) -> _Section | None:
     ]
     title = f"{summary.backbone} with {summary.embedding} on {summary.dataset}, seed {summary.seed}"
     setting = (
-        f"{summary.rounds:,} rounds, engine {summary.engine}; {summary.bytes_down / KB:,.1f} KB down and "
-        f"{summary.bytes_up / KB:,.1f} KB up per client and round; "
-        f"{summary.clients_per_second:,.0f} clients/s."
+        f"{counted(summary.rounds, 'round')}, engine {summary.engine}; "
+        f"{summary.bytes_down / KB:,.1f} KB down and {summary.bytes_up / KB:,.1f} KB up "
+        f"per client and round; {summary.clients_per_second:,.0f} clients/s."
     )
     ks = [int(name.partition("@")[2]) for name in summary.metrics if name.startswith("HR@")]
     metric = f"HR@{headline_k(ks)}"

@@ -1,16 +1,18 @@
-"""A comparison as one table: for the terminal, as Markdown and as CSV.
+"""A comparison as one table: for the terminal, as Markdown, LaTeX and CSV.
 
-All three have the same columns in the same order; bytes are per client and round, in KB of 1,000 bytes.
+All have the same columns in the same order; bytes are per client and round, in KB of 1,000 bytes.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedpeft_ext.experiments.results import KB, RunResult
+from fedpeft_ext.words import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,6 +35,43 @@ def markdown_table(results: Sequence[RunResult], k: int = 10) -> str:
         *(_cells(result, k) for result in results),
     ]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def latex_comparison(results: Sequence[RunResult], k: int = 10) -> str:
+    """`latex_table` of what `markdown_table` shows."""
+    rows = [_cells(result, k) for result in results]
+    return latex_table(_headings(k), rows, [True] + [False] * (len(_HEADINGS) - 1))
+
+
+def latex_table(headings: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[bool]) -> str:
+    """A `tabular` in the style of the package booktabs, ending with a newline.
+
+    Args:
+        headings, rows: cells as Markdown has them; they are escaped.
+        text_columns: which columns are aligned left; the others are numbers, aligned right.
+    """
+    lines = [
+        f"\\begin{{tabular}}{{{''.join('l' if text else 'r' for text in text_columns)}}}",
+        "\\toprule",
+        _latex_row(headings),
+        "\\midrule",
+        *map(_latex_row, rows),
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
+    return "\n".join(["% needs \\usepackage{booktabs}", *lines]) + "\n"
+
+
+_LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"±": r"$\pm$", "×": r"$\times$", "–": "--", "ε": r"$\varepsilon$"}
+)
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    # A hyphen before a number would not be printed as a minus.
+    return " & ".join(re.sub(r"^-(?=\d)", "$-$", cell.translate(_LATEX)) for cell in cells) + r" \\"
 
 
 def csv_table(results: Sequence[RunResult], k: int = 10) -> str:
@@ -97,10 +136,13 @@ def summary_table(summary: Summary) -> Table:
     privacy = "" if summary.privacy is None else f"\nPrivacy: {summary.privacy['guarantee']}"
     faults = {name: count for name, count in (summary.faults or {}).items() if count}
     if faults:
-        privacy += "\nFaults: " + ", ".join(f"{count:,} {name}" for name, count in faults.items())
+        privacy += "\nFaults: " + ", ".join(
+            f"{count:,} {name.replace('_', ' ')}" for name, count in faults.items()
+        )
     table = Table(
         title=escape(
-            f"{summary.backbone} with {summary.embedding} on {summary.dataset}, {summary.rounds} rounds"
+            f"{summary.backbone} with {summary.embedding} on {summary.dataset}, "
+            f"{counted(summary.rounds, 'round')}"
         ),
         title_justify="left",
         box=box.SIMPLE_HEAD,

@@ -9,7 +9,13 @@ from collections.abc import Callable
 from rich.console import Console
 
 from fedpeft_ext.experiments.results import RunResult
-from fedpeft_ext.experiments.tables import csv_table, markdown_table, terminal_table
+from fedpeft_ext.experiments.tables import (
+    csv_table,
+    latex_comparison,
+    latex_table,
+    markdown_table,
+    terminal_table,
+)
 
 Maker = Callable[..., RunResult]
 
@@ -28,6 +34,24 @@ def test_csv_keeps_full_precision(result: Maker) -> None:
     (row,) = csv.DictReader(io.StringIO(csv_table([result("p-lora", hr=1 / 3, bytes_each_way=12_345)])))
     assert float(row["HR@10"]) == 1 / 3
     assert int(row["bytes_down"]) == int(row["bytes_up"]) == 12_345
+
+
+def test_latex_escapes_and_has_what_markdown_has(result: Maker) -> None:
+    results = [result("full", bytes_each_way=100_000), result("p-lora", hr=0.4, bytes_each_way=300_000)]
+    text = latex_comparison(results)
+    assert text.count(" \\\\\n") == 3
+    assert r"p-lora & 0.4000" in text
+    assert "& $-$" in text
+    assert latex_table(["a_b %"], [["8.99 ± 1.33"], ["–"]], [False]).splitlines()[1:] == [
+        r"\begin{tabular}{r}",
+        r"\toprule",
+        r"a\_b \% \\",
+        r"\midrule",
+        r"8.99 $\pm$ 1.33 \\",
+        r"-- \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
 
 
 def test_terminal_table_marks_the_best_and_fits_80_columns(result: Maker) -> None:

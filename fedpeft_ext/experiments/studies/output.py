@@ -11,7 +11,8 @@ import polars as pl
 
 from fedpeft_ext.experiments.results import KB
 from fedpeft_ext.experiments.studies.study import Context, Findings, Study
-from fedpeft_ext.experiments.tables import metric_heading
+from fedpeft_ext.experiments.tables import latex_table, metric_heading
+from fedpeft_ext.words import counted
 
 STUDY, RUNS = "study.json", "runs.csv"
 _METRICS = ("HR@", "NDCG@", "MRR")
@@ -100,14 +101,18 @@ def write(study: Study, context: Context, findings: Findings, folder: Path) -> l
         file.write_text(table.frame.write_csv(), encoding="utf-8")
         written.append(file)
         headings, rows = shown(table.frame)
+        text_columns = [kind == pl.String for kind in _kinds(table.frame, headings)]
+        file = folder / f"{table.name}.tex"
+        file.write_text(latex_table(headings, rows, text_columns), encoding="utf-8")
+        written.append(file)
         tables.append(
             {
                 "title": table.title,
                 "note": table.note,
-                "file": file.name,
+                "file": f"{table.name}.csv",
                 "headings": headings,
                 "rows": rows,
-                "text_columns": [kind == pl.String for kind in _kinds(table.frame, headings)],
+                "text_columns": text_columns,
             }
         )
         page += [
@@ -161,8 +166,9 @@ def _setting(context: Context) -> str:
     clients = f"{share:.0%}" if isinstance(share, float) else f"{share:,}"
     warmup = f", {training.warmup_rounds} of them warm-up" if training.warmup_rounds else ""
     return (
-        f"{dataset.name}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
-        f"{dataset.num_interactions:,} interactions. {training.rounds:,} rounds{warmup}, {clients} of the "
+        f"{dataset.name}: {counted(dataset.num_users, 'user')}, {counted(dataset.num_items, 'item')}, "
+        f"{counted(dataset.num_interactions, 'interaction')}. {counted(training.rounds, 'round')}{warmup}, "
+        f"{clients} of the "
         f"clients a round, {training.optimizer}, {which}. Metrics in percent: HR and NDCG among "
         f"{config.evaluation.num_negatives} sampled items, or all that the user never met; ± one standard "
         "deviation over seeds. KB are 1,000 bytes, per client and round unless said otherwise."

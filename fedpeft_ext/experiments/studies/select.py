@@ -24,6 +24,7 @@ from fedpeft_ext.nn import parse_spec
 from fedpeft_ext.simulation import traffic
 from fedpeft_ext.simulation.setup import build_model
 from fedpeft_ext.simulation.simulator import VALID
+from fedpeft_ext.words import counted
 
 EMBEDDINGS = ("p-lora", "p-hash", "p-rq")
 SIZES: dict[str, tuple[dict[str, int], ...]] = {
@@ -126,7 +127,7 @@ def run(context: Context) -> Findings:
         first, second = last.rows(named=True)
         if second[VALID + metric] is not None:
             answers.append(
-                f"Why: after {first['rounds']} rounds its {metric} of validation items was "
+                f"Why: after {counted(first['rounds'], 'round')} its {metric} of validation items was "
                 f"{100 * first[VALID + metric]:.2f}%, that of the next ({second['embedding']}, "
                 f"{second['size']}) {100 * second[VALID + metric]:.2f}%."
             )

@@ -20,6 +20,7 @@ from fedpeft_ext.experiments.plots import Place
 from fedpeft_ext.experiments.results import RunResult, headline_k
 from fedpeft_ext.experiments.runner import fingerprint, is_done, run_all, run_name
 from fedpeft_ext.simulation import Callback
+from fedpeft_ext.words import counted
 
 Label = str | int | float
 
@@ -254,7 +255,7 @@ class Context:
         ]
         places = [self.runs / run_name(config, self.data) for config in configs]
         done = sum(is_done(place) for place in places)
-        self.notify(f"{len(configs)} runs" + (f", {done} of them finished before" if done else ""))
+        self.notify(counted(len(configs), "run") + (f", {done} of them finished before" if done else ""))
         position = 0
 
         def observers(config: Config) -> Sequence[Callback]:

@@ -7,6 +7,7 @@ import polars as pl
 from fedpeft_ext.experiments.studies.paper import ML_1M
 from fedpeft_ext.experiments.studies.pictures import bytes_picture
 from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table, Variant
+from fedpeft_ext.words import counted
 
 BACKBONES = ("fedmf", "fedncf", "pfedrec", "fedpergnn")
 EMBEDDINGS = (
@@ -32,7 +33,10 @@ def run(context: Context) -> Findings:
     beside = _beside_paper(means, context)
     if beside is not None:
         tables.append(Table("table2-paper", "Beside the paper's figures", beside, "paper: its table 2."))
-    metric, setting = sampled[0], f"on {context.dataset.name}, {context.config.training.rounds} rounds"
+    metric, setting = (
+        sampled[0],
+        f"on {context.dataset.name}, {counted(context.config.training.rounds, 'round')}",
+    )
     pictures = [
         picture
         for backbone in backbones
