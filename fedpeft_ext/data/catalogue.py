@@ -193,27 +193,34 @@ def check_dataset(name_or_path: str | Path, **options: Any) -> dict[str, Any]:
     notes = []
     if report.get("order") == "file":
         others = ", ".join(map(repr, report.get("other_columns", ())))
-        which = f"; if it is in {others}, name the column as timestamp_column" if others else ""
+        which = f"; if a time is in {others}, name the column as timestamp_column" if others else ""
         notes.append(f"no timestamps: the order of the file is taken for the order in time{which}")
+    if report.get("incomplete_dropped"):
+        notes.append(f"rows without a user, an item or a time: {report['incomplete_dropped']:,}, left out")
     if report.get("duplicates_dropped"):
         notes.append(
-            f"interactions that repeat a user and item: {report['duplicates_dropped']}, which were dropped"
+            f"interactions that repeat a user and item: {report['duplicates_dropped']:,}, which were dropped"
         )
     if without_test:
         notes.append(
-            f"users with one interaction: {without_test}; it is trained on, and they are not evaluated"
+            f"users with one interaction: {without_test:,}; it is trained on, and they are not evaluated"
         )
     if dataset.item_text is None:
         notes.append(
             "no item text: full, p-X and c-rq need other item features (pretrain.features: a file, or random)"
         )
     elif without_text:
-        notes.append(f"items without text: {without_text}")
+        notes.append(f"items without text: {without_text:,}; their features are the mean of the others'")
     few = int(np.count_nonzero(dataset.num_items - per_user < 100))
     if few:
+        most = int((dataset.num_items - per_user).min())
         notes.append(
-            f"users with fewer than 100 items that they never met: {few}; evaluation.num_negatives can be at "
-            f"most {int((dataset.num_items - per_user).min())}"
+            f"users with fewer than 100 items that they never met: {few:,}; "
+            + (
+                f"evaluation.num_negatives can be at most {most}"
+                if most > 0
+                else "the test item of those who met all has nothing to be ranked against: leave them out"
+            )
         )
     report["notes"] = notes
     return report

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedpeft_ext.ops import philox
+from fedpeft_ext.words import counted
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -236,10 +237,14 @@ class Dataset:
         few = np.flatnonzero(unmet < num_negatives)
         if len(few):
             user = users[few[0]]
+            advice = (
+                f"expected at most {unmet.min()}, which every user has (in settings evaluation.num_negatives)"
+            )
+            if unmet.min() == 0:
+                advice = "leave out who met every item, or take more items (items='all': the whole item file)"
             raise ValueError(
-                f"num_negatives: user {user} ({self.user_ids[user]!r}) has {unmet[few[0]]} items never met, "
-                f"fewer than num_negatives={num_negatives}; expected at most {unmet.min()}, which every user "
-                "has (in settings evaluation.num_negatives)"
+                f"num_negatives: user {user} ({self.user_ids[user]!r}) has {counted(unmet[few[0]], 'item')} "
+                f"never met, fewer than num_negatives={num_negatives}; {advice}"
             )
 
     def _unmet(self, users: IntArray) -> IntArray:

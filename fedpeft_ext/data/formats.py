@@ -15,7 +15,7 @@ from pathlib import Path
 
 import polars as pl
 
-from .tables import Table, read_table
+from .tables import Table, first_line, read_table, without_gz
 
 # Usual names of each column, in lower case without '_', '-' and blanks, the preferred first.
 _COLUMN_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -57,7 +57,9 @@ _ML100K_GENRES = (
 )
 # Tables that lie beside the interactions in a folder of CSV files and are none.
 _SIDE_TABLES = ("movies", "items", "users", "tags", "links", "genome-scores", "genome-tags")
-_TABLE_SUFFIXES = (".csv", ".tsv")
+_TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+# Between columns, the usual first.
+_SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|"}
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,12 @@ def open_source(path: Path, options: ColumnOptions, *, with_items: bool) -> Sour
     file = _interactions_file(path) if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if file.suffix == ".inter":
+    kind = without_gz(file)
+    if kind.suffix == ".inter":
         return _atomic(file, options, with_items)
-    if file.suffix == ".dat":
+    if kind.suffix == ".dat":
         return _movielens_dat(file, options, with_items)
-    if file.name == "u.data":
+    if kind.name == "u.data":
         return _movielens_100k(file, options, with_items)
     return _delimited(file, options, with_items)
 
@@ -123,21 +126,15 @@ def _interactions_file(folder: Path) -> Path:
         return (named or atomic)[0]
     if atomic:
         raise ValueError(f"{folder}: several .inter files ({_names(atomic)}); give the path of one")
-    for name in (
-        "ratings.dat",
-        "u.data",
-        "ratings.csv",
-        "ratings.tsv",
-        "interactions.csv",
-        "interactions.tsv",
-    ):
+    stems = [f"{stem}{suffix}" for stem in ("ratings", "interactions") for suffix in _TABLE_SUFFIXES]
+    for name in ("ratings.dat", "u.data", *stems):
         if (folder / name).is_file():
             return folder / name
     tables = [
         file
         for suffix in _TABLE_SUFFIXES
         for file in sorted(folder.glob(f"*{suffix}"))
-        if file.stem not in _SIDE_TABLES
+        if without_gz(file).stem not in _SIDE_TABLES
     ]
     if len(tables) == 1:
         return tables[0]
@@ -250,7 +247,7 @@ def _delimited(file: Path, options: ColumnOptions, with_items: bool) -> Source:
         item_file = next((other for other in beside if other.is_file() and other != file), None)
     items = None
     if with_items and item_file is not None:
-        side = _delimited_table(item_file, None, True, options)
+        side = _delimited_table(item_file, _item_separator(item_file, options), True, options)
         item = options.item if isinstance(options.item, str) and options.item in side.columns else None
         key = _find(side, "item", item)
         items = _item_table(
@@ -260,10 +257,19 @@ def _delimited(file: Path, options: ColumnOptions, with_items: bool) -> Source:
 
 
 def _delimited_table(file: Path, separator: str | None, header: bool, options: ColumnOptions) -> Table:
-    separator = separator or ("," if file.suffix == ".csv" else "\t")
+    if separator is None:
+        usual = _SEPARATORS.get(without_gz(file).suffix, _SEPARATORS[".tsv"])
+        line = first_line(file, options.encoding)
+        separator = next((character for character in usual if character in line), usual[0])
     return read_table(
         file, separator, quoted=len(separator) == 1, header=header, encodings=options.encodings("utf-8")
     )
+
+
+def _item_separator(file: Path, options: ColumnOptions) -> str | None:
+    """The separator that was given for the interactions, where the item file has it too."""
+    given = options.separator
+    return given if given is not None and given in first_line(file, options.encoding) else None
 
 
 def _has_words(table: Table, column: str) -> bool:
@@ -285,13 +291,26 @@ def _source(
     items: ItemTable | None,
     users_described: int | None = None,
 ) -> Source:
+    columns = {
+        "user": _find(table, "user", options.user),
+        "item": _find(table, "item", options.item),
+        "rating": _find_optional(table, "rating", options.rating),
+        "timestamp": _find_optional(table, "timestamp", options.timestamp),
+    }
+    roles: dict[str, str] = {}
+    for role, column in columns.items():
+        if column is not None and roles.setdefault(column, role) != role:
+            raise ValueError(
+                f"{role}_column: expected another column of {table.path} than that of the "
+                f"{roles[column]}, got {column!r}"
+            )
     return Source(
         format=form,
         table=table,
         user=_find(table, "user", options.user),
         item=_find(table, "item", options.item),
-        rating=_find_optional(table, "rating", options.rating),
-        timestamp=_find_optional(table, "timestamp", options.timestamp),
+        rating=columns["rating"],
+        timestamp=columns["timestamp"],
         items=items,
         users_described=users_described,
     )

@@ -7,6 +7,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import polars as pl
 
 from .dataset import Dataset, IntArray
 from .formats import ColumnOptions, ItemTable, Source, open_source
+from .tables import without_gz
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -27,6 +29,7 @@ def read_dataset(
     validation: bool = False,
     min_interactions: int = 1,
     duplicates: Literal["first", "last", "error"] = "first",
+    incomplete: Literal["error", "drop"] = "error",
     min_rating: float | None = None,
     user_core: int = 1,
     item_core: int = 1,
@@ -58,6 +61,8 @@ def read_dataset(
         min_interactions: drop users with fewer, once.
         duplicates: which of a user's interactions with one item stays: the "first" or "last" in time; "error"
             refuses them.
+        incomplete: rows without a user, an item, a time, or (with `min_rating`) a rating: an "error", or they
+            are left out ("drop").
         min_rating: keep interactions rated at least this (implicit feedback); None keeps all.
         user_core, item_core: k-core: drop users and items with fewer interactions until all have them.
         items: "met": the catalogue is the items with interactions; "all": and those of the item file without
@@ -66,7 +71,8 @@ def read_dataset(
         user_column, item_column, rating_column, timestamp_column: names or 0-based positions where they are
             not the usual.
         item_file: a table with the items' text, where it is not beside the interactions under its usual name.
-        separator, header, encoding: of CSV/TSV files: by default ',' for .csv and tab otherwise, with header,
+        separator, header, encoding: of CSV/TSV files: by default ',' for .csv and tab otherwise, or where the
+            first line has none the one of ',', ';', tab and '|' that it has; with header,
             UTF-8.
 
     Raises:
@@ -85,11 +91,14 @@ def read_dataset(
     check_count("user_core", user_core, 1)
     check_count("item_core", item_core, 1)
     check_choice("duplicates", duplicates, ("first", "last", "error"))
+    check_choice("incomplete", incomplete, ("error", "drop"))
     check_choice("items", items, ("met", "all"))
     if min_rating is not None:
         check_number("min_rating", min_rating, -math.inf, math.inf)
     if separator is not None and (not isinstance(separator, str) or not separator or not separator.isascii()):
         raise ValueError(f"separator: expected ASCII characters, got {separator!r}")
+    if encoding is not None and not isinstance(encoding, str):
+        raise TypeError(f"encoding: expected a name such as 'latin-1', got {encoding!r}")
     path = Path(path)
     options = ColumnOptions(
         user=_column("user_column", user_column),
@@ -109,7 +118,7 @@ def read_dataset(
     }
     if len(source.table) == 0:
         raise ValueError(f"{source.table.path}: no interactions, the table has no rows")
-
+    source = _complete(source, min_rating is not None, incomplete, report)
     users, user_names = _number(source.table.ids(source.user))
     chosen, item_names = _number(source.table.ids(source.item))
     order = _time_order(source, users, report)
@@ -166,6 +175,7 @@ def _default_name(path: Path) -> str:
     path = path.resolve()
     if path.is_dir():
         return path.name
+    path = without_gz(path)
     return path.parent.name if path.stem in ("u", "ratings", "interactions") else path.stem
 
 
@@ -203,6 +213,35 @@ def _renumber(codes: IntArray) -> tuple[IntArray, IntArray]:
     """Close the gaps in `codes`, keeping their order: (new codes, the old code of each new one)."""
     present = np.bincount(codes) > 0
     return (np.cumsum(present) - 1)[codes], np.flatnonzero(present)
+
+
+def _complete(source: Source, with_rating: bool, incomplete: str, report: dict[str, Any]) -> Source:
+    """The source without the rows that lack something that is read, or ValueError where there are such."""
+    table = source.table
+    needed = {source.user: "an id", source.item: "an id"}
+    if source.timestamp is not None:
+        needed[source.timestamp] = "a time"
+    if with_rating and source.rating is not None:
+        needed[source.rating] = "a number"
+    lacks = table.frame.select(pl.col(*needed).fill_null("").str.strip_chars() == "")
+    bad = lacks.select(pl.any_horizontal(pl.all())).to_series()
+    if incomplete == "error" and bad.any():
+        row = int(bad.arg_true()[0])
+        column = next(name for name in needed if lacks[name][row])
+        which = "rows lack it or another value" if bad.sum() > 1 else "row does"
+        table.fail(
+            row,
+            column,
+            f"expected {needed[column]}, got nothing; {bad.sum():,} {which}, and incomplete='drop' "
+            "leaves them out",
+        )
+    if incomplete == "error":
+        return source
+    kept = table.frame.filter(~bad)
+    report["incomplete_dropped"] = int(bad.sum())
+    if kept.is_empty():
+        raise ValueError(f"{table.path}: no interactions, all rows are incomplete")
+    return replace(source, table=replace(table, frame=kept))
 
 
 def _time_order(source: Source, users: IntArray, report: dict[str, Any]) -> IntArray:

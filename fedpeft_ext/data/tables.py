@@ -7,8 +7,11 @@ and name it. Every column is a string here: whoever uses a column says what it m
 
 from __future__ import annotations
 
+import codecs
 import csv
+import gzip
 import io
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +27,8 @@ _ROW = "\x1frow"
 _ISO_TIME = r"^(\d{4}-\d{2}-\d{2})(?:[T ](\d{2}:\d{2})(:\d{2}(?:\.\d{1,9})?)?\s?(Z|[+-]\d{2}:?\d{2})?)?$"
 
 # Files that are often taken for text, by how they begin.
+_GZIP = b"\x1f\x8b"
 _NO_TEXT = {
-    b"\x1f\x8b": "compressed with gzip; unpack it first",
     b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as CSV, first",
     b"PAR1": "a Parquet file; save it as CSV first",
     b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first",
@@ -189,7 +192,7 @@ def read_table(
 def _decode(path: Path, encodings: Sequence[str]) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    raw = _bytes(path)
     for beginning, what in _NO_TEXT.items():
         if raw.startswith(beginning):
             raise ValueError(f"{path}: expected a text file, got {what}")
@@ -208,6 +211,35 @@ def _decode(path: Path, encodings: Sequence[str]) -> str:
         f"{path}, line {line}: not {first.encoding} (byte {raw[first.start]:#04x}); give the file's "
         f"encoding, such as encoding={'utf-16' if wide else 'latin-1'!r}"
     ) from first
+
+
+def _bytes(path: Path, limit: int = -1) -> bytes:
+    """The first `limit` bytes of a file, unpacked where it is compressed with gzip, without a UTF-8 mark."""
+    try:
+        with path.open("rb") as file:
+            packed = file.read(len(_GZIP)) == _GZIP
+        with gzip.open(path) if packed else path.open("rb") as file:
+            return file.read(limit).removeprefix(codecs.BOM_UTF8)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{path}: expected a file compressed with gzip, got a damaged one ({error})"
+        ) from None
+
+
+def without_gz(path: Path) -> Path:
+    """The path without `.gz`, whose suffix tells the format of what is compressed."""
+    return path.with_suffix("") if path.suffix == ".gz" else path
+
+
+def first_line(path: Path, encoding: str | None = None) -> str:
+    """The first line of a file, or its first 64 KB; "" where there is no such file."""
+    if not path.is_file():
+        return ""
+    try:
+        text = _bytes(path, 1 << 16).decode("utf-8" if encoding is None else encoding, errors="replace")
+    except LookupError:  # `read_table` tells of it
+        return ""
+    return text.splitlines()[0] if text else ""
 
 
 def _records(path: Path, text: str, separator: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:

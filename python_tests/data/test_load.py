@@ -192,6 +192,39 @@ def test_byte_order_mark_blank_lines_and_line_ends(tmp_path: Path) -> None:
     assert split(load_dataset(tmp_path)) == {"u": (["b"], None, "a")}
 
 
+@pytest.mark.parametrize("separator", [";", "|", "\t"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_separators_and_compression_are_found(tmp_path: Path, separator: str, packed: bool) -> None:
+    def file(text: str) -> bytes:
+        raw = text.replace(",", separator).encode("utf-8-sig")
+        return gzip.compress(raw, mtime=0) if packed else raw
+
+    ending = ".csv.gz" if packed else ".csv"
+    (tmp_path / f"log{ending}").write_bytes(file("user,item,time\r\nu,b,2\r\nu,a,1\r\n"))
+    (tmp_path / f"items{ending}").write_bytes(file("item,title\r\na,Motörhead\r\n"))
+    for options in ({}, {"separator": separator}):
+        data = load_dataset(tmp_path, **options)
+        assert split(data) == {"u": (["a"], None, "b")}
+        assert data.item_text == ["", "Motörhead"]
+    assert load_dataset(tmp_path / f"log{ending}").name == "log"
+
+
+def test_an_item_file_may_have_another_separator(tmp_path: Path) -> None:
+    write(tmp_path, log__csv="user;item\nu;a\nu;b\n", items__csv="item,title\na,Heat\n")
+    assert load_dataset(tmp_path, separator=";").item_text == ["Heat", ""]
+
+
+def test_incomplete_rows_are_left_out_where_asked(tmp_path: Path) -> None:
+    write(tmp_path, log__csv="user,item,rating,time\nu,a,1,1\nu,b,5,\n ,a,5,1\nu,c,,3\nu,d,5,4\n")
+    data = load_dataset(tmp_path, incomplete="drop")
+    assert split(data) == {"u": (["a", "c"], None, "d")}
+    assert data.report["incomplete_dropped"] == 2
+    assert load_dataset(tmp_path, incomplete="drop", min_rating=1).report["incomplete_dropped"] == 3
+    write(tmp_path, log__csv="user,item,time\nu,a,\n")
+    with pytest.raises(ValueError, match="no interactions, all rows are incomplete"):
+        load_dataset(tmp_path, incomplete="drop")
+
+
 CSV_ERRORS: list[tuple[str | bytes, str]] = [
     ("", "log.csv: the file is empty"),
     ("\n", "the file is empty"),
@@ -199,7 +232,7 @@ CSV_ERRORS: list[tuple[str | bytes, str]] = [
     ("\nuser,item\na,b\n", "line 1: expected the names of the columns, got a blank line"),
     ("user,thing\na,b\n", r"no item column among 'user', 'thing' .*item_column"),
     ("a,b\nc,d\n", r"no user column .*header=False if the first line is a row"),
-    ("user;item\n1;2\n", r"one column alone: give the character between columns as separator"),
+    ("user/item\n1/2\n", r"one column alone: give the character between columns as separator"),
     ("user,user,item\na,b,c\n", "two columns are named 'user'"),
     ("user,item\na,b\n\n,c\n", "line 4, column 'user': expected an id, got nothing"),
     ("user,item\na,b\na,\n", "line 3, column 'item': expected an id, got nothing"),
@@ -207,7 +240,8 @@ CSV_ERRORS: list[tuple[str | bytes, str]] = [
     ("user,item,time\na,b,1\na,c,soon\n", "line 3, column 'time': expected a number, got 'soon'"),
     ("user,item,time\na,b,1\na,c,nan\n", "line 3, column 'time': expected a number, got 'nan'"),
     ("user,item,time\na,b,1\na,c,inf\n", "line 3, column 'time': expected a number, got 'inf'"),
-    ("user,item,time\na,b,1\na,c,\n", "line 3, column 'time': expected a number, got nothing"),
+    ("user,item,time\na,b,1\na,c,\n", "line 3, column 'time': expected a time, got nothing; 1 row does"),
+    ("user,item,time\na,,1\n,c,\n", "line 2, column 'item': .* 2 rows lack .*incomplete='drop'"),
     ("user,item,time\na,b,1\na,c,-5\n", "line 3, column 'time': expected a time of at least 0, got -5"),
     ("user,item,time\na,b,1\na,c\n", "line 3: expected 3 fields separated by ',', got 2"),
     ("user,item,time\na,b,1\na,c,2,3\n", "line 3: expected 3 fields separated by ',', got 4"),
@@ -223,10 +257,7 @@ CSV_ERRORS: list[tuple[str | bytes, str]] = [
     ("user,item,time\na,b,31/05/2024\n", "such as 2024-05-31 or 2024-05-31T18:00:00Z, got '31/05/2024'"),
     (b"user,item\na,b\na,\xe9\n", "line 3: not utf-8 .*encoding='latin-1'"),
     ("user,item\na,b\n".encode("utf-16"), "not utf-8 .*encoding='utf-16'"),
-    (
-        gzip.compress(b"user,item\na,b\n", mtime=0),
-        "expected a text file, got compressed with gzip; unpack it first",
-    ),
+    (gzip.compress(b"user,item\na,b\n", mtime=0)[:-9], "compressed with gzip, got a damaged one"),
     (b"PK\x03\x04\0", "expected a text file, got a zip archive or a spreadsheet"),
 ]
 
@@ -278,6 +309,10 @@ def test_malformed_folders_are_refused(tmp_path: Path, files: dict[str, str], me
         ({"min_rating": 3}, ValueError, "min_rating: .* has no rating column"),
         ({"user_column": "usr"}, ValueError, "user_column: .* has no column 'usr' .*did you mean 'user'"),
         ({"item_column": 7}, ValueError, "item_column: .* has columns 0 to 1, got 7"),
+        ({"item_column": 0}, ValueError, "item_column: expected another column .* of the user, got 'user'"),
+        ({"timestamp_column": "item"}, ValueError, "timestamp_column: expected another .* the item, got"),
+        ({"encoding": 5}, TypeError, "encoding: expected a name such as 'latin-1', got 5"),
+        ({"incomplete": "keep"}, ValueError, "incomplete: expected 'error' or 'drop', got 'keep'"),
         ({"item_file": "nowhere.csv"}, FileNotFoundError, "nowhere.csv: no such file"),
         ({"encoding": "utf-9"}, ValueError, "encoding: 'utf-9'"),
         ({"separator": ""}, ValueError, "separator: expected ASCII characters, got ''"),
