@@ -11,6 +11,7 @@ import dp_accounting
 import numpy as np
 import pytest
 import torch
+from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -312,6 +313,20 @@ def test_epsilon_moves_the_right_way(mechanism: Any, sampling: Any) -> None:
     assert epsilon(mechanism, 2.0, 20, 1e-6, share, sampling) >= base
     if sampling != "ldp":
         assert epsilon(mechanism, 2.0, 20, 1e-5, 0.2, sampling) > base
+
+
+def test_sampling_never_makes_epsilon_larger() -> None:
+    """The bound of fixed samples exceeds what holds without sampling where there is little noise."""
+    unsampled = epsilon("gaussian", 0.5, 60, 1e-5, 1.0, "fixed")
+    assert epsilon("gaussian", 0.5, 60, 1e-5, 0.1, "fixed") <= unsampled
+
+
+@pytest.mark.parametrize(("multiplier", "releases", "share"), [(20.0, 1000, 0.01), (0.5, 60, 0.1)])
+def test_steps_of_composition_are_fine_enough(multiplier: float, releases: int, share: float) -> None:
+    accountant = PLDAccountant(value_discretization_interval=1e-4)
+    event = dp_accounting.PoissonSampledDpEvent(share, dp_accounting.GaussianDpEvent(multiplier))
+    expected = accountant.compose(event, releases).get_epsilon(1e-5)
+    assert epsilon("gaussian", multiplier, releases, 1e-5, share, "poisson") == pytest.approx(expected, 1e-5)
 
 
 def test_local_privacy_counts_the_busiest_client(dataset: Dataset, pretrained: Pretrained) -> None:
