@@ -72,6 +72,10 @@ def plug(
         >>> plug(model, "item_embedding", "lora", rank=2)
         LoRAEmbedding(1000, 32, rank=2, base=frozen)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected the path of an embedding, got {type(name).__name__}")
     spec = _strategy_spec(strategy, compressed_only)
     check_options(options, spec_options(spec))
     path, found = _find(model, name)
@@ -102,7 +106,12 @@ def _strategy_spec(strategy: str, compressed_only: bool) -> EmbeddingSpec:
             f"strategy: expected a name without prefix, such as 'lora' (compressed_only=True is 'c-'), "
             f"got {strategy!r}"
         )
-    spec = parse_spec(("c-" if compressed_only else "p-") + strategy)
+    name = ("c-" if compressed_only else "p-") + strategy
+    try:
+        spec = parse_spec(name)
+    except ValueError as error:
+        told = str(error).removeprefix("embedding: ").replace(repr(name), repr(strategy))
+        raise ValueError(f"strategy: {told}") from None
     if compressed_only and "full" in spec.parts:
         raise ValueError(
             f"compressed_only: expected False for the uncompressed strategy 'full' in {strategy!r}"
@@ -122,6 +131,11 @@ def _find(model: nn.Module, name: str) -> tuple[str, nn.Module]:
         raise ValueError(
             f"name: expected the whole path of one embedding, got {name!r}, the end of {', '.join(ending)}"
         )
+    if isinstance(model, nn.Embedding):
+        raise ValueError(
+            "model: expected a module that has an embedding inside, got the embedding itself; "
+            "LoRAEmbedding.from_pretrained(embedding.weight) and the like make a new one of it"
+        )
     if not embeddings:
         raise ValueError(
             f"name: expected an nn.Embedding inside {type(model).__name__}, got {name!r}; there is none"
@@ -137,6 +151,11 @@ def _require_plain(path: str, module: nn.Module) -> nn.Embedding:
     if isinstance(module, ItemEmbedding):
         raise TypeError(
             f"{path}: expected an nn.Embedding, got a {type(module).__name__}; put its merge() there first"
+        )
+    if isinstance(module, nn.EmbeddingBag):
+        raise TypeError(
+            f"{path}: expected nn.Embedding, got EmbeddingBag; put an nn.Embedding of its weight there and "
+            "sum or average the vectors of a bag (-1 pads bags of differing size)"
         )
     if type(module) is not nn.Embedding:
         raise TypeError(

@@ -180,7 +180,10 @@ def hooked() -> nn.ModuleDict:
             r"encoder\.item_embedding, encoder\.layers\.1, user_.*nearest is 'encoder\.item_embedding'",
         ),
         (lambda: plug(nn.Linear(2, 2), "x"), ValueError, "inside Linear, got 'x'; there is none"),
-        (lambda: plug(nn.Embedding(I, D), ""), ValueError, "there is none"),
+        (lambda: plug(nn.Embedding(I, D), ""), ValueError, "model: .*the embedding itself.*from_pretrained"),
+        (lambda: plug([], "x"), TypeError, "model: expected an nn.Module, got list"),  # type: ignore[arg-type]
+        (lambda: plug(Recommender(), None), TypeError, "name: expected .* got NoneType"),  # type: ignore[arg-type]
+        (lambda: plug(nn.ModuleDict({"e": nn.EmbeddingBag(I, D)}), "e"), TypeError, "got EmbeddingBag; put"),
         (
             lambda: plug(nn.ModuleDict({"a": Encoder(), "b": Encoder()}), "item_embedding"),
             ValueError,
@@ -205,7 +208,11 @@ def hooked() -> nn.ModuleDict:
             ValueError,
             "codes: expected .* on device 'meta'",
         ),
-        (lambda: plug(Recommender(), "item_embedding", "lroa"), ValueError, "got 'lroa'.*nearest is 'lora'"),
+        (
+            lambda: plug(Recommender(), "item_embedding", "lroa"),
+            ValueError,
+            "^strategy: .*got 'lroa' in 'lroa'.*'lora'",
+        ),
         (lambda: plug(Recommender(), "item_embedding", "p-lora"), ValueError, "without prefix"),
         (
             lambda: plug(Recommender(), "item_embedding", "lora", rnak=2),
