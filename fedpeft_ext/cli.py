@@ -13,17 +13,20 @@ import platform
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
 from fedpeft_ext.presets import preset_names
+from fedpeft_ext.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from fedpeft_ext.config import Config
     from fedpeft_ext.data import Dataset
@@ -53,7 +56,12 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `fedpeft` and of `python -m fedpeft_ext`; ends the process."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _one_of_many(sys.argv[1:] if args is None else args)
-    sys.exit(app(args, prog_name="fedpeft"))
+    try:
+        sys.exit(app(args, prog_name="fedpeft"))
+    finally:
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # the end has come; Python's own cleaning up would complain
 
 
 def _one_of_many(args: Sequence[str]) -> NoReturn:
@@ -242,8 +250,8 @@ def compare(
     """Train several embeddings alike; print and draw accuracy against bytes sent.
 
     The folder (default: runs/DATASET-BACKBONE-compare) gets compare.md,
-    compare.csv, compare.json, accuracy_bytes.png, curves.png and a folder for
-    each run. Full embeddings and codes are prepared once for all runs.
+    compare.tex, compare.csv, compare.json, accuracy_bytes.png, curves.png and a
+    folder for each run. Full embeddings and codes are prepared once for all runs.
     """
     named = _named(dataset, backbone, rounds, seed, engine, device, threads)
     with _reported_errors(debug, can_overwrite=True) as started:
@@ -336,6 +344,19 @@ def _console(stderr: bool = False) -> Console:
     return Output(stderr=stderr)
 
 
+def _print_table(table: Table) -> None:
+    """A table on stdout, where the terminal is too narrow beyond its edge: half a number is none."""
+    from rich.measure import Measurement
+
+    console = _console()
+    anything = console.options.update(width=10_000)
+    for column in table.columns:  # or rich would cut words where the columns' smallest widths would do
+        texts = [column.header, *column.cells]
+        column.min_width = max(Measurement.get(console, anything, text).minimum for text in texts)
+    console.width = max(console.width, Measurement.get(console, anything, table).minimum)
+    console.print(table, crop=False)
+
+
 def _print_facts(facts: Mapping[str, object]) -> None:
     width = max(map(len, facts)) + 2
     for fact, value in facts.items():
@@ -362,8 +383,10 @@ def _reported_errors(
     file's name then name.
     """
     folders: list[Path] = []
+    _import_slowly()
     try:
-        yield folders.append
+        with _warnings_told():
+            yield folders.append
     except KeyboardInterrupt:
         kept = f"; what was finished is in {folders[0]}/" if folders and folders[0].is_dir() else ""
         typer.echo(f"\nfedpeft: interrupted{kept}{goes_on if kept else ''}", err=True)
@@ -387,6 +410,44 @@ def _reported_errors(
             raise
         _complain(str(error) or type(error).__name__)
         raise typer.Exit(TRAINING_FAILED) from None
+
+
+def _import_slowly() -> None:
+    """What takes seconds to import. Ctrl-C then ends the process as it ends programs in C: raised within an
+    import, it would leave modules half-loaded, and become an error of theirs.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        import fedpeft_ext.simulation  # noqa: F401
+    finally:
+        if handler is signal.default_int_handler:
+            signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _warnings_told() -> Iterator[None]:
+    """Warnings of this package as a sentence each; those of others as Python shows them."""
+    package = str(Path(__file__).parent)
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, UserWarning) and filename.startswith(package):
+                typer.echo(f"fedpeft: note: {message}", err=True)
+            else:
+                others(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
 
 
 def _named_file(error: Exception, folders: Sequence[Path]) -> str:
@@ -536,7 +597,7 @@ def _report(summary: Summary, folder: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({**summary.as_dict(), "folder": str(folder)}, allow_nan=False))
         return
-    _console().print(summary_table(summary))
+    _print_table(summary_table(summary))
     typer.echo(f"Files: {folder}/ config.yaml, metrics.jsonl, summary.json, model.safetensors")
 
 
@@ -593,8 +654,12 @@ def _run(
 ) -> None:
     from fedpeft_ext.nn import parse_spec
     from fedpeft_ext.simulation import Simulator
+    from fedpeft_ext.simulation.output import check_folder
+    from fedpeft_ext.simulation.simulator import check_device
 
     parse_spec(config.embedding.name)  # before loading anything
+    check_folder(folder, overwrite)
+    check_device(config.device)
     with _progress(_console(stderr=True), config, quiet=quiet, evaluations=True) as (callbacks_for, notify):
         dataset = _loaded(config, tuned, config.embedding.name, notify)
         callbacks = callbacks_for(config.embedding.name)
@@ -614,9 +679,13 @@ def _compare(
     as_json: bool,
 ) -> None:
     from fedpeft_ext.experiments import compare, terminal_table
-    from fedpeft_ext.experiments.compare import CSV, CURVES, JSON, MARKDOWN, SCATTER, check_embeddings
+    from fedpeft_ext.experiments.compare import CSV, CURVES, JSON, LATEX, MARKDOWN, SCATTER, check_embeddings
+    from fedpeft_ext.simulation.output import check_folder
+    from fedpeft_ext.simulation.simulator import check_device
 
     check_embeddings(config, names)  # before loading anything
+    check_folder(folder, overwrite)
+    check_device(config.device)
     with _progress(_console(stderr=True), config, quiet=quiet, evaluations=False) as (callbacks_for, notify):
         dataset = _loaded(config, tuned, "full embeddings and codes", notify)
         comparison = compare(
@@ -625,15 +694,15 @@ def _compare(
     if as_json:
         typer.echo(json.dumps([result.as_dict() for result in comparison.results], allow_nan=False))
         return
-    _console().print(terminal_table(comparison.results, comparison.k, title=comparison.title))
-    typer.echo(f"Table:    {folder}/ {MARKDOWN}, {CSV}, {JSON}")
+    _print_table(terminal_table(comparison.results, comparison.k, title=comparison.title))
+    typer.echo(f"Table:    {folder}/ {MARKDOWN}, {LATEX}, {CSV}, {JSON}")
     typer.echo(f"Pictures: {folder}/ {SCATTER}, {CURVES}")
 
 
 def _size(dataset: Dataset) -> str:
     return (
-        f"{dataset.name}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
-        f"{dataset.num_interactions:,} interactions"
+        f"{dataset.name}: {counted(dataset.num_users, 'user')}, {counted(dataset.num_items, 'item')}, "
+        f"{counted(dataset.num_interactions, 'interaction')}"
     )
 
 
@@ -653,14 +722,14 @@ def _list_datasets() -> None:
 
 def _dataset_options(options: Sequence[str]) -> dict[str, Any]:
     """KEY=VALUE, values in YAML."""
-    import yaml
+    from fedpeft_ext.config import parse_value
 
     chosen: dict[str, Any] = {}
     for option in options:
         key, equals, text = option.partition("=")
         if not equals:
             raise ValueError(f"--set: expected KEY=VALUE, got {option!r}")
-        chosen[key.strip()] = yaml.safe_load(text)
+        chosen[key.strip()] = parse_value(f"--set {key.strip()}", text)
     return chosen
 
 
@@ -680,6 +749,8 @@ def _describe_dataset(name: str, options: Sequence[str]) -> None:
 def _readable(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_readable(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_readable, value))
     if isinstance(value, float):
         return f"{value:,.0f}" if value == round(value) and abs(value) >= 1 else f"{value:,.4g}"
     if isinstance(value, int) and not isinstance(value, bool):

@@ -9,6 +9,7 @@ valid name.
 from __future__ import annotations
 
 import difflib
+import inspect
 import reprlib
 import typing
 from collections.abc import Iterable, Mapping
@@ -544,10 +545,7 @@ def _apply(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any
         keys = path.strip().split(".")
         if not equals or not all(keys):
             raise ConfigError(f"override: expected section.key=value, got {override!r}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"{path.strip()}: expected a YAML value, got {text!r}") from None
+        value = parse_value(path.strip(), text)
         node = result
         for depth, key in enumerate(keys[:-1], start=1):
             child = node.setdefault(key, {})
@@ -556,6 +554,14 @@ def _apply(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any
             node = child
         node[keys[-1]] = value
     return result
+
+
+def parse_value(name: str, text: str) -> Any:
+    """The value of ``name=text``, which is YAML. Raises `ConfigError` naming `name` where it is not."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that there is not
+        raise ConfigError(f"{name}: expected a YAML value, got {text[:_SHOWN]!r}") from None
 
 
 def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -625,8 +631,13 @@ def _unknown(name: str, section: type[BaseModel]) -> str:
     for outer, inner in _sections():
         for key in inner.model_fields:
             places.setdefault(key, []).append(f"{outer}.{key}")
+    if section in (Config, DatasetConfig):
+        for key in _dataset_options():
+            places.setdefault(key, [f"dataset.options.{key}"])
     # A name that another section has was probably put at the wrong level.
     everywhere = [*valid, *places] if section is Config else valid
+    if section is DatasetConfig:
+        everywhere = [*valid, *_dataset_options()]
     nearest = difflib.get_close_matches(name, everywhere, n=1, cutoff=0.5)
     key = name if name in places and (section is Config or not nearest) else (nearest or [""])[0]
     suggestions = [key] if key in valid else places.get(key, [])
@@ -635,6 +646,14 @@ def _unknown(name: str, section: type[BaseModel]) -> str:
         if suggestions
         else f"unknown key; expected one of {', '.join(valid)}"
     )
+
+
+def _dataset_options() -> list[str]:
+    """Options of `data.read_dataset` and of synthetic data."""
+    from fedpeft_ext.data import read_dataset, synthetic_dataset
+
+    parameters = (inspect.signature(function).parameters for function in (read_dataset, synthetic_dataset))
+    return sorted({name for names in parameters for name in names} - {"path", "name", "seed"})
 
 
 def _sections() -> list[tuple[str, type[BaseModel]]]:

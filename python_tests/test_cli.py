@@ -173,11 +173,11 @@ def test_names_with_brackets_and_blanks_are_told_as_they_are(tmp_path: Path) -> 
     options = ["-d", "[red]mine.csv", "-e", "c-hash", "-r", "1", "--set=evaluation.num_negatives=5"]
     result = fedpeft("run", *options, "-o", "my run")
     assert "Loading [red]mine.csv" in result.stderr
-    assert "fedmf with c-hash on [red]mine, 1 rounds" in result.stdout
+    assert "fedmf with c-hash on [red]mine, 1 round" in result.stdout
     Path("my run", "summary.json").unlink()
     assert "`fedpeft resume 'my run'` goes on" in refused("run", *options, "-q", "-o", "my run")
     both = fedpeft("compare", *options[:2], "-e", "c-hash", *options[4:], "-q", "-o", "both")
-    assert "fedmf on [red]mine, 1 rounds" in both.stdout
+    assert "fedmf on [red]mine, 1 round" in both.stdout
 
 
 def test_an_existing_folder_is_kept_unless_overwriting(tmp_path: Path) -> None:
@@ -195,7 +195,10 @@ def test_an_existing_folder_is_kept_unless_overwriting(tmp_path: Path) -> None:
 def test_a_folder_that_is_a_file_or_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "folder" in refused("run", *SMALL, "-r", "1", "-o", tmp_path / "file")
-    assert "cannot write" in refused("run", *SMALL, "-r", "1", "-o", tmp_path / "file" / "below")
+    assert f"{tmp_path}/file is a file" in refused(
+        "run", *SMALL, "-r", "1", "-o", tmp_path / "file" / "below"
+    )
+    assert "cannot write" in refused("run", *SMALL, "-r", "1", "-o", "/proc/below")
 
 
 @pytest.mark.parametrize(
@@ -213,6 +216,10 @@ def test_a_folder_that_is_a_file_or_cannot_be_made(tmp_path: Path) -> None:
         (["--set", "trainig.rounds=3"], "training"),
         (["--set", "training.lr"], "section.key=value"),
         (["--set", "training.lr=fast"], "training.lr"),
+        (["--set", "training.lr=["], "training.lr: expected a YAML value, got '['"),
+        (["--set", "training.lr=2024-13-45"], "training.lr: expected a YAML value"),
+        (["--set", "user_column=uid"], "did you mean 'dataset.options.user_column'?"),
+        (["--set", "dataset.user_colum=uid"], "did you mean 'dataset.options.user_column'?"),
         (["--set", "training.clients_per_round=50"], "training.clients_per_round"),
         (["--set", "dataset.options.num_userz=3"], "num_users"),
         (["--set", "evaluation.num_negatives=1000"], "num_negatives"),
@@ -228,6 +235,44 @@ def test_user_errors_are_one_sentence(args: list[str], expected: str) -> None:
     errors = [line for line in message.splitlines() if line.startswith("fedpeft: error: ")]
     assert errors == message.splitlines()[-1:]
     assert not Path("runs").exists() or not any(Path("runs").rglob("summary.json"))
+
+
+@pytest.mark.parametrize("columns", [20, 40])
+def test_narrow_terminals_get_whole_numbers(
+    tmp_path: Path, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    one = fedpeft("run", *SMALL, "-ec-lora", "-r1", "-o", tmp_path / "run")
+    more = fedpeft("compare", *SMALL, "-ec-lora", "-r1", "-o", tmp_path / "compare")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for result in (one, more):
+        assert result.exit_code == 0, result.output
+        assert "…" not in result.stdout
+        assert f"{summary['metrics']['HR@10']:.4f}" in result.stdout
+    assert "1 round" in more.stdout
+    assert "1 rounds" not in one.output + more.output
+
+
+def test_warnings_of_the_package_are_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user,item\n" + "".join(f"u{n % 5},i{n}\n" for n in range(40)))
+    texts = (f"i{n},word{n % 3} red\n" for n in range(39))
+    (tmp_path / "items.csv").write_text("item,title\n" + "".join(texts))
+    small = [*SMALL[2:], "--set=evaluation.num_negatives=9", "--set=pretrain.features=tfidf"]
+    small += ["--set=pretrain.epochs=1", "--set=pretrain.cache=false", "--set=training.clients_per_round=2"]
+    result = fedpeft("run", "-d", tmp_path / "log.csv", *small, "-ep-lora", "-r1", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    notes = [line for line in result.stderr.splitlines() if "no usable text" in line]
+    assert [note.partition("note: 1 of 40 items")[0] for note in notes] == ["fedpeft: "]
+    assert "Warning" not in result.stderr
+
+
+def test_the_folder_and_the_device_are_tried_before_the_data(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for option in (f"--out={tmp_path}/file/run", "--device=cuda:99"):
+        message = refused("run", *SMALL, option)
+        assert "Loading" not in message
+        assert ("is a file" if "out" in option else "device: expected one") in message
+    assert not (tmp_path / "runs").exists()
 
 
 def test_compare_refuses_bad_names_before_any_work(tmp_path: Path) -> None:
@@ -288,6 +333,11 @@ def test_data_lists_and_checks(tmp_path: Path) -> None:
     assert "user_column" in refused("data", table, "--set", "user_colum=who")
     assert "KEY=VALUE" in refused("data", table, "--set", "user_column")
     assert "ml-100k" in refused("data", "ml-10k")
+
+
+@pytest.mark.parametrize("command", [["data", "synthetic"], ["convert", "synthetic", "out"]])
+def test_options_that_are_not_yaml_are_refused(command: list[str]) -> None:
+    assert "--set name: expected a YAML value, got '\";'" in refused(*command, "--set", 'name=";')
 
 
 def test_info_states_versions_and_kernels() -> None:
@@ -424,7 +474,7 @@ def test_study_and_report(tmp_path: Path) -> None:
             "study", "hybrid", *SMALL, "-r", "2", "--seeds", "1", "-e", "c-hash,full", "-o", out
         ).stderr
     )
-    assert "1 sections" in fedpeft("report", out).stdout
+    assert "1 section\n" in fedpeft("report", out).stdout
     assert "new-items" in fedpeft("study").stdout
 
 

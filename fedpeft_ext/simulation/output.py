@@ -45,17 +45,12 @@ def prepare_folder(folder: str | Path, overwrite: bool = False) -> Path:
         PermissionError, OSError: cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"out: expected a folder, but {folder} is a file")
+    check_folder(folder, overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not overwrite:
-            raise FileExistsError(f"out: {_why_not_empty(folder)}; choose another, or overwrite")
         probe = folder / ".fedpeft-probe"
         probe.write_text("")
         probe.unlink()
-    except FileExistsError:
-        raise
     except OSError as error:
         raise type(error)(f"out: cannot write to {folder} ({error.strerror or error})") from error
     lock = _locked(folder)
@@ -69,6 +64,20 @@ def prepare_folder(folder: str | Path, overwrite: bool = False) -> Path:
     finally:
         os.close(lock)
     return folder
+
+
+def check_folder(folder: Path, overwrite: bool = False) -> None:
+    """Raise what `prepare_folder` would of what is there, without making or deleting anything."""
+    above = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    if above.exists() and not above.is_dir():
+        raise NotADirectoryError(f"out: expected a folder, but {above} is a file")
+    try:
+        if above == folder and any(folder.iterdir()) and not overwrite:
+            raise FileExistsError(f"out: {_why_not_empty(folder)}; choose another, or overwrite")
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise type(error)(f"out: cannot read {folder} ({error.strerror or error})") from error
 
 
 def _why_not_empty(folder: Path) -> str:

@@ -171,7 +171,7 @@ class Simulator:
     ) -> None:
         began = time.perf_counter()
         self._ranks = ranks = Ranks()
-        self._device = rank_device(_available_device(config.device))
+        self._device = rank_device(check_device(config.device))
         self._on_gpu = self._device.type == "cuda"
         spec = parse_spec(config.embedding.name)
         training = config.training
@@ -799,7 +799,8 @@ def evaluators(
     return result
 
 
-def _available_device(name: str) -> torch.device:
+def check_device(name: str) -> torch.device:
+    """The device of a name. Raises ValueError where it is a GPU that this machine does not have."""
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
