@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 from fedpeft_ext import __version__
 from fedpeft_ext.backbones import backbone_names
-from fedpeft_ext.cli import _tuned, app
+from fedpeft_ext.cli import _import_slowly, _tuned, app
 from fedpeft_ext.config import Config, load_config
 from fedpeft_ext.experiments.studies import STUDIES
 from fedpeft_ext.simulation import load_run
@@ -237,6 +239,47 @@ def test_user_errors_are_one_sentence(args: list[str], expected: str) -> None:
     assert not Path("runs").exists() or not any(Path("runs").rglob("summary.json"))
 
 
+def test_overwriting_deletes_nothing_for_a_run_that_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert fedpeft("compare", *SMALL, "-ec-lora", "-r1", "-q", "-o", out).exit_code == 0
+    files = sorted(out.rglob("*"))
+    wrong = ["--backbone=fedncf", "-ec-hash+senet", "--engine=fused", "--overwrite"]
+    assert "one run, but" in refused("resume", out)
+    assert "holds one in c-lora" in refused("recommend", out, "-u", "u1")
+    assert "engine" in refused("compare", *SMALL, *wrong, "-o", out)
+    assert "engine" in refused("run", *SMALL, *wrong, "-o", out / "c-lora")
+    assert [file for file in sorted(out.rglob("*")) if "c-hash+senet" not in str(file)] == files
+
+
+def test_ctrl_c_within_slow_imports_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised there, KeyboardInterrupt would leave modules half-loaded."""
+    seen, real = [], builtins.__import__
+
+    def spy(name: str, *args: Any, **options: Any) -> Any:
+        if name == "fedpeft_ext.simulation":
+            seen.append(signal.getsignal(signal.SIGINT))
+        return real(name, *args, **options)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(builtins, "__import__", spy)
+        _import_slowly()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.SIG_DFL]
+
+
+def test_a_study_takes_a_converted_data_set(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    sizes = ("--set=num_users=30", "--set=num_items=140", "--set=interactions_per_user=8")
+    assert fedpeft("convert", "synthetic", data, *sizes).exit_code == 0
+    options = [*SMALL[2:], "-ec-lora", "-r1", "--seeds=1"]
+    result = fedpeft("study", "hybrid", "-d", data, *options, "-o", tmp_path / "s")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "s" / "hybrid.tex").read_text().count(" \\\\\n") == 2
+
+
 @pytest.mark.parametrize("columns", [20, 40])
 def test_narrow_terminals_get_whole_numbers(
     tmp_path: Path, columns: int, monkeypatch: pytest.MonkeyPatch
@@ -421,7 +464,7 @@ def test_recommend_lists_the_best_items(tmp_path: Path) -> None:
     assert "no user with the id 'u40'" in refused("recommend", out, "--user", "u40")
     assert "expected 1 to 140" in refused("recommend", out, "--user", "u1", "-k", "141")
     assert "--user" in refused("recommend", out)
-    assert "expected a finished run" in refused("recommend", tmp_path, "--user", "u1")
+    assert "expected a finished run" in refused("recommend", out / "checkpoints", "--user", "u1")
     all_items = json.loads(fedpeft("recommend", out, "-u", "u1", "-k", "140", "--json").stdout)[0]["items"]
     assert len(all_items) == 140 - (run.dataset.indptr[2] - run.dataset.indptr[1])
 

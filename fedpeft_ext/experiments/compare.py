@@ -16,7 +16,7 @@ from fedpeft_ext.experiments.results import RunResult, headline_k
 from fedpeft_ext.experiments.runner import run_all
 from fedpeft_ext.experiments.tables import csv_table, latex_comparison, markdown_table
 from fedpeft_ext.nn import parse_spec
-from fedpeft_ext.simulation import Callback
+from fedpeft_ext.simulation import Callback, Simulator
 from fedpeft_ext.simulation.output import prepare_folder
 from fedpeft_ext.words import counted
 
@@ -85,7 +85,8 @@ def compare(
         FileExistsError, OSError: `out` is not empty, or cannot be written.
     """
     configs = check_embeddings(config, embeddings)
-    folder = None if out is None else _prepare(Path(out), overwrite)
+    folder = None if out is None else prepare_folder(out, overwrite, clear=False)
+    first = [] if folder is None else [_Replaces(folder)]
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if dataset is None:
@@ -98,7 +99,10 @@ def compare(
         dataset,
         lambda settings: None if folder is None else folder / settings.embedding.name,
         reuse=False,
-        callbacks_for=lambda settings: callbacks_for(settings.embedding.name),
+        callbacks_for=lambda settings: [
+            *([] if results else first),
+            *callbacks_for(settings.embedding.name),
+        ],
     ):
         assert result is not None  # only with reuse
         results.append(result)
@@ -129,11 +133,15 @@ def check_embeddings(config: Config, embeddings: Sequence[str]) -> dict[str, Con
     return configs
 
 
-def _prepare(folder: Path, overwrite: bool) -> Path:
-    prepare_folder(folder, overwrite)
-    for name in (JSON, CSV, MARKDOWN, LATEX, SCATTER, CURVES):
-        (folder / name).unlink(missing_ok=True)
-    return folder
+class _Replaces(Callback):
+    """Deletes the files of an earlier comparison when the first run starts: nothing is refused any more."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on_start(self, simulator: Simulator) -> None:
+        for name in (JSON, CSV, MARKDOWN, LATEX, SCATTER, CURVES):
+            (self._folder / name).unlink(missing_ok=True)
 
 
 def _write_tables(comparison: Comparison, folder: Path) -> None:

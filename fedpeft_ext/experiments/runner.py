@@ -149,7 +149,8 @@ def run_name(config: Config, data: str) -> str:
 
 def fingerprint(dataset: Dataset) -> str:
     """A digest of interactions, held-out items and texts."""
-    return hashlib.sha256(json.dumps([dataset.digest, dataset.item_text]).encode()).hexdigest()
+    texts = None if dataset.item_text is None else list(dataset.item_text)
+    return hashlib.sha256(json.dumps([dataset.digest, texts]).encode()).hexdigest()
 
 
 def mark_diverged(folder: Path, error: FloatingPointError) -> None:

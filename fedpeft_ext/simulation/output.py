@@ -31,12 +31,13 @@ FILES = (CONFIG, METRICS, SUMMARY, MODEL, CSV)
 """Beside TensorBoard's events and the checkpoints."""
 
 
-def prepare_folder(folder: str | Path, overwrite: bool = False) -> Path:
+def prepare_folder(folder: str | Path, overwrite: bool = False, *, clear: bool = True) -> Path:
     """Make the folder of a run, or take over an empty one.
 
     Args:
         overwrite: whether files of an earlier run there are deleted; anything else in the folder is left
             alone.
+        clear: False leaves deleting them to `clear_folder`, once nothing else can be refused.
 
     Raises:
         FileExistsError: not empty and `overwrite` is false.
@@ -53,6 +54,15 @@ def prepare_folder(folder: str | Path, overwrite: bool = False) -> Path:
         probe.unlink()
     except OSError as error:
         raise type(error)(f"out: cannot write to {folder} ({error.strerror or error})") from error
+    if clear:
+        clear_folder(folder)
+    else:
+        os.close(_locked(folder))
+    return folder
+
+
+def clear_folder(folder: Path) -> None:
+    """Delete the files of an earlier run. Raises BlockingIOError where another process is writing to it."""
     lock = _locked(folder)
     try:
         for name in FILES:
@@ -63,7 +73,6 @@ def prepare_folder(folder: str | Path, overwrite: bool = False) -> Path:
         delete_checkpoints(folder)
     finally:
         os.close(lock)
-    return folder
 
 
 def check_folder(folder: Path, overwrite: bool = False) -> None:

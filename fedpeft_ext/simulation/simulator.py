@@ -45,6 +45,7 @@ from fedpeft_ext.simulation.output import (
     CONFIG,
     TENSORBOARD,
     RunFolder,
+    clear_folder,
     flat,
     prepare_folder,
     saved_metrics,
@@ -198,7 +199,7 @@ class Simulator:
             )
         with ranks.together("preparing the folder"):
             if out is not None and ranks.first:
-                prepare_folder(out, overwrite)
+                prepare_folder(out, overwrite, clear=False)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self._callbacks = tuple(callbacks) if ranks.first else ()
@@ -228,6 +229,8 @@ class Simulator:
         self._out: Path | None = None
         self._folder: Path | None = None
         if out is not None:
+            if ranks.first:
+                clear_folder(Path(out))
             self._open(Path(out))
 
     def _open(self, folder: Path) -> None:
@@ -768,7 +771,7 @@ def _resumed_config(folder: Path, saved: Checkpoint) -> Config:
     try:
         before = Config.from_dict(saved.header["config"])
     except ConfigError as error:
-        raise ValueError(f"resume: {saved.path} has settings that this version does not: {error}") from None
+        raise ValueError(f"resume: {saved.path} has settings that are not known here: {error}") from None
     if not path.exists():
         return before
     config = load_config(path)
