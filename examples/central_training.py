@@ -104,7 +104,7 @@ def main(
             {
                 "name": name,
                 "hit_rate": float(np.mean(rates)),
-                "deviation": float(np.std(rates, ddof=1)) if seeds > 1 else 0.0,
+                "deviation": float(np.std(rates, ddof=1)) if seeds > 1 else float("nan"),
                 "trained": trained,
                 "share": trained / (dataset.num_items * dim),
                 "seconds": seconds / seeds,

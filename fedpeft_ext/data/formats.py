@@ -248,8 +248,8 @@ def _delimited(file: Path, options: ColumnOptions, with_items: bool) -> Source:
     items = None
     if with_items and item_file is not None:
         side = _delimited_table(item_file, _item_separator(item_file, options), True, options)
-        item = options.item if isinstance(options.item, str) and options.item in side.columns else None
-        key = _find(side, "item", item)
+        item = _find(table, "item", options.item)
+        key = _find(side, "item", item if item in side.columns else None)
         items = _item_table(
             side, key, [c for c in side.columns if c != key and _may_be_text(c) and _has_words(side, c)]
         )

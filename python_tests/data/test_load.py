@@ -210,8 +210,9 @@ def test_separators_and_compression_are_found(tmp_path: Path, separator: str, pa
 
 
 def test_an_item_file_may_have_another_separator(tmp_path: Path) -> None:
-    write(tmp_path, log__csv="user;item\nu;a\nu;b\n", items__csv="item,title\na,Heat\n")
-    assert load_dataset(tmp_path, separator=";").item_text == ["Heat", ""]
+    write(tmp_path, log__csv="user;thing\nu;a\nu;b\n", items__csv="title,thing\nHeat,a\n")
+    for column in (1, "thing"):
+        assert load_dataset(tmp_path, separator=";", item_column=column).item_text == ["Heat", ""]
 
 
 def test_incomplete_rows_are_left_out_where_asked(tmp_path: Path) -> None:
