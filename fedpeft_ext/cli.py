@@ -59,9 +59,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     try:
         sys.exit(app(args, prog_name="fedpeft"))
     finally:
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # the end has come; Python's own cleaning up would complain
+        # From here on Python cleans up, and would complain of Ctrl-C.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _one_of_many(args: Sequence[str]) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
+from rich.console import Console
 from safetensors import safe_open
 from typer.testing import CliRunner, Result
 
@@ -23,6 +25,7 @@ from fedpeft_ext import __version__
 from fedpeft_ext.backbones import backbone_names
 from fedpeft_ext.cli import _import_slowly, _tuned, app
 from fedpeft_ext.config import Config, load_config
+from fedpeft_ext.experiments.progress import progress_display
 from fedpeft_ext.experiments.studies import STUDIES
 from fedpeft_ext.simulation import load_run
 
@@ -294,6 +297,18 @@ def test_narrow_terminals_get_whole_numbers(
         assert f"{summary['metrics']['HR@10']:.4f}" in result.stdout
     assert "1 round" in more.stdout
     assert "1 rounds" not in one.output + more.output
+
+
+def test_bars_fit_narrow_terminals() -> None:
+    for width in (30, 100):
+        console = Console(width=width, file=io.StringIO(), force_terminal=True, legacy_windows=False)
+        display = progress_display(console)
+        display.add_task("p-lora", total=200, completed=5, loss="0.684", metric="HR@10 0.099", speed="20,844")
+        console.print(display.get_renderable())
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "p-lora" in text
+        assert "5/200" in text
+        assert "HR@10 0.099" in text
 
 
 def test_warnings_of_the_package_are_a_sentence(tmp_path: Path) -> None:

@@ -19,13 +19,13 @@ from scipy.optimize import brentq
 from small_federation import DIM, small_config
 from torch import Tensor
 
-from fedpeft_ext.config import Config, ConfigError
+from fedpeft_ext.config import Config, ConfigError, PrivacyConfig
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation import Simulator
 from fedpeft_ext.simulation.aggregation import Aggregator, Server
 from fedpeft_ext.simulation.communication import message
-from fedpeft_ext.simulation.privacy import Clipping, Noise, epsilon, gaussian_sum, laplace_sum
+from fedpeft_ext.simulation.privacy import Clipping, Ledger, Noise, epsilon, gaussian_sum, laplace_sum
 from fedpeft_ext.simulation.randomness import sample_clients_independently
 from fedpeft_ext.simulation.uploads import Uploads, pairwise_sum
 
@@ -313,6 +313,12 @@ def test_epsilon_moves_the_right_way(mechanism: Any, sampling: Any) -> None:
     assert epsilon(mechanism, 2.0, 20, 1e-6, share, sampling) >= base
     if sampling != "ldp":
         assert epsilon(mechanism, 2.0, 20, 1e-5, 0.2, sampling) > base
+
+
+def test_a_delta_of_one_over_the_clients_is_warned_of() -> None:
+    settings = PrivacyConfig(mode="cdp", clip=1.0, noise_multiplier=1.0, delta=0.1)
+    with pytest.warns(UserWarning, match=r"privacy.delta: expected it well below 1 / 10, .* got 0.1"):
+        Ledger(settings, "poisson", 10, 1.0, 10)
 
 
 def test_sampling_never_makes_epsilon_larger() -> None:
