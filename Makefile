@@ -7,6 +7,7 @@
 #   make test-flower  the Flower app's tests and a federation on the loopback, in .venv-flower
 #   make asan     the ops' tests under AddressSanitizer and UndefinedBehaviorSanitizer, CUDA kernels emulated (ISA=baseline|v3|v4)
 #   make tsan     the ops' tests under ThreadSanitizer
+#   make race-check   the emulated CUDA kernels' tests, with an eye on every access for races
 #   make arm-check    build for aarch64 Linux and run tests of the ops in QEMU (TESTS=...: other tests)
 #   make cuda-check   compile the CUDA kernels and bindings, without a GPU
 #   make gpu-check    on a machine with a GPU, in PYTHON's own environment (a CUDA torch, no network needed):
@@ -17,8 +18,8 @@
 #   make bench-sim    the engines against PyTorch by hand, pfl-research and Flower (ARGS=--quick: few rounds)
 #
 # Variables: PYTHON (default python3, 3.11 or newer), WERROR=1 (compiler warnings are errors), EMULATOR=1
-# (build the CUDA kernels for the CPU too, for tests), TESTS (of asan, tsan and arm-check: pytest's
-# arguments),
+# (build the CUDA kernels for the CPU too, for tests), TESTS (of asan, tsan, race-check and arm-check:
+# pytest's arguments),
 # SETTINGS and OUT of the demo.
 # Every step is done once and again only when what it depends on changes.
 
@@ -49,7 +50,7 @@ say = @printf '\033[1m==>\033[0m %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo docs test test-all test-flower test-lowest lint format build wheel asan tsan bench bench-sim clean cuda-check arm-check gpu-check
+.PHONY: help demo docs test test-all test-flower test-lowest lint format build wheel asan tsan race-check bench bench-sim clean cuda-check arm-check gpu-check
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -88,6 +89,10 @@ test-lowest: $(BUILT)
 asan tsan: $(READY)
 	$(call say,Compiling with sanitizers in build/ and running the tests of the ops)
 	@ISA=$(ISA) .ci/sanitize $(if $(filter asan,$@),address$(comma)undefined,thread) $(TESTS)
+
+race-check: $(READY)
+	$(call say,Compiling the emulated CUDA kernels with every access watched in build/ and running their tests)
+	@ISA=$(ISA) .ci/sanitize race $(TESTS)
 
 lint: $(READY)
 	$(call say,Checking style and types)

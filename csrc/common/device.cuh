@@ -155,6 +155,8 @@ FEDPEFT_DEVICE void store_whole_pack(T* p, const Pack<T, V>& pack) {
     __stwb(reinterpret_cast<uint2*>(p), *reinterpret_cast<const uint2*>(&pack));
     return;
   }
+#else
+  if constexpr (!Anywhere) emulator::check_global(p);
 #endif
   store_pack<V>(p, pack);
 }
@@ -167,6 +169,8 @@ FEDPEFT_DEVICE void store_pack_once(T* p, const Pack<T, V>& pack) {
     __stcs(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(&pack));
     return;
   }
+#else
+  emulator::check_global(p);
 #endif
   store_pack<V>(p, pack);
 }
@@ -179,6 +183,8 @@ FEDPEFT_DEVICE void ask_ahead([[maybe_unused]] const void* p, [[maybe_unused]] i
   const char* from = static_cast<const char*>(p);
   for (int64_t at = int64_t(thread) * kLine; at < bytes; at += int64_t(threads) * kLine)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
+#else
+  emulator::check_global(p);
 #endif
 }
 
@@ -217,6 +223,7 @@ struct Late {
         : "=&r"(low), "=&r"(high)
         : "l"(__cvta_generic_to_global(p)), "r"(there ? bytes : 0));
 #else
+    emulator::check_global(p);
     const int64_t value = there ? IndexArray{p, bytes}[0] : -1;
     low = uint32_t(value);
     high = uint32_t(value >> 32);

@@ -83,7 +83,13 @@ struct BatchRows {
   static constexpr unsigned kMarks = 3 * ScatterTables::kRowLimit;
   Pack<uint32_t, ScatterTables::kBatch / 2> pack;
 
-  FEDPEFT_DEVICE void load(SharedPlace from) { pack = load_shared(from, pack); }
+  // What lies behind `end`, where copies may be under way, is read for nothing.
+  FEDPEFT_DEVICE void load(SharedPlace from, [[maybe_unused]] SharedPlace end) {
+#if !defined(__CUDACC__)
+    const emulator::races::Unseen unseen(from.at >= end.at);
+#endif
+    pack = load_shared(from, pack);
+  }
   FEDPEFT_DEVICE int row(int j) const {
     const uint32_t word = pack.at[j / 2];
     return int(j % 2 == 1 ? word >> 16 : word & (ScatterTables::kRowLimit - 1));
@@ -278,8 +284,8 @@ __global__ void __launch_bounds__(ScatterTables::kMaxThreads, 1)
   }
 
   const SharedPlace values(stages + column * sizeof(T));
-  const SharedPlace lists(stages + stage_bytes - rows_bytes +
-                          (part * tables.part_slots * 2 << tables.tile_bits));
+  const int part_bytes = part * tables.part_slots * 2 << tables.tile_bits;
+  const SharedPlace lists(stages + stage_bytes - rows_bytes + part_bytes);
   const int value_bytes = slice * int(sizeof(T)), slots = tables.part_slots;
 #pragma unroll 1
   for (int t = 0; t < count; ++t) {
@@ -290,8 +296,9 @@ __global__ void __launch_bounds__(ScatterTables::kMaxThreads, 1)
     SharedPlace from = values + t % kStages * stage_bytes;
     SharedPlace list = lists + t % kStages * stage_bytes;
     BatchRows rows_now, others_now;
-    rows_now.load(list);
-    others_now.load(list + kRowsBytes);
+    const SharedPlace end = list + (rows_bytes - part_bytes);
+    rows_now.load(list, end);
+    others_now.load(list + kRowsBytes, end);
 #pragma unroll 1
     for (int p = 0; p < tile; p += kBatch) {
       A value[kBatch];
@@ -306,8 +313,8 @@ __global__ void __launch_bounds__(ScatterTables::kMaxThreads, 1)
         const bool both = slot + 1 < slots;
         list = list + (both ? 2 * kRowsBytes : kRowsBytes);
         BatchRows rows_next, others_next;
-        rows_next.load(list);
-        others_next.load(list + kRowsBytes);
+        rows_next.load(list, end);
+        others_next.load(list + kRowsBytes, end);
         if (both) {
           cells.add(rows_now, others_now, value);
         } else {

@@ -19,6 +19,12 @@ FEDPEFT_DEVICE void copy_to_shared(T* to, const T* from) {
     __pipeline_memcpy_async(to, from, kBytes);
     return;
   }
+#else
+  check_aligned<T, V>(from);
+  check_aligned<T, V>(to);
+  constexpr size_t kBytes = sizeof(Pack<T, V>);
+  if constexpr (kBytes == 4 || kBytes == 8 || kBytes == 16)
+    return emulator::copy_later(to, from, kBytes);
 #endif
   store_pack<V>(to, load_pack<V>(from));
 }
@@ -27,17 +33,27 @@ FEDPEFT_DEVICE void copy_to_shared(T* to, const T* from) {
 FEDPEFT_DEVICE void commit_copies() {
 #if defined(__CUDACC__)
   __pipeline_commit();
+#else
+  emulator::commit_copies();
 #endif
 }
 template <int UnderWay>
-FEDPEFT_DEVICE void wait_for_copies() {
 #if defined(__CUDACC__)
+FEDPEFT_DEVICE void wait_for_copies() {
   __pipeline_wait_prior(UnderWay);
-#endif
 }
 FEDPEFT_DEVICE void copies_done() {
   commit_copies();
   wait_for_copies<0>();
 }
+#else
+void wait_for_copies(std::source_location site = std::source_location::current()) {
+  emulator::wait_for_copies(UnderWay, site);
+}
+inline void copies_done(std::source_location site = std::source_location::current()) {
+  commit_copies();
+  wait_for_copies<0>(site);
+}
+#endif
 
 }  // namespace fedpeft::gpu

@@ -8,8 +8,10 @@
 #include <atomic>
 #include <condition_variable>
 #include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -30,6 +32,17 @@ constexpr unsigned kWarp = 32;
 std::atomic<bool> backwards{false};
 std::atomic<size_t> limit{99 << 10};
 std::atomic<uint64_t> launched{0};
+std::string left_out;                                  // "file:line"
+std::map<std::pair<const char*, unsigned>, bool> met;  // waits of kernels, and whether left out
+
+// A copy to shared memory in the background, of the batch with this number.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  const void* where;
+  unsigned batch = 0;
+};
 
 enum class State { runnable, at_barrier, in_warp, done };
 
@@ -46,11 +59,22 @@ struct Fiber {
   unsigned mask;
   uint64_t value, result;
   int source;
+  std::vector<Copy> copies;  // under way
+  unsigned batch = 0;        // of the copies that come
 };
 
 std::string at(const Site& site) {
   const std::string file = site.file_name();
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line());
+}
+
+// Whether to go on without waiting at this place (leave_out).
+bool passes(const Site& site) {
+  if (!races::kSeen) return false;
+  const races::Unseen unseen;
+  const auto [found, is_new] = met.try_emplace({site.file_name(), site.line()});
+  if (is_new) found->second = at(site) == left_out;
+  return found->second;
 }
 
 bool same(const Site& a, const Site& b) {
@@ -90,9 +114,12 @@ class Processor {
     while (fibers_.size() < threads) fibers_.push_back(std::make_unique<Fiber>());
     const bool reverse = backwards;
     prepare_shared(reverse ? 0xA5 : 0xFF);
+    races::start_block(index, shared_.data(), shared_.size());
     for (unsigned t = 0; t < threads; ++t) {
       Fiber& f = *fibers_[t];
       f.state = State::runnable;
+      f.copies.clear();
+      f.batch = 0;
       f.place = {{t % block.x, t / block.x % block.y, t / block.x / block.y},
                  {unsigned(index % grid.x), unsigned(index / grid.x % grid.y),
                   unsigned(index / grid.x / grid.y)},
@@ -102,6 +129,7 @@ class Processor {
     try {
       schedule(threads, reverse);
       check_red_zones();
+      if (std::string race = races::found(); !race.empty()) throw Fault(race);
     } catch (...) {
       // Threads stopped on the way have nothing to destroy; their fibers start afresh.
       for (unsigned t = 0; t < threads; ++t) fibers_[t]->started = false;
@@ -117,12 +145,19 @@ class Processor {
   void wait(State state) {
     Fiber& f = *current_;
     f.state = state;
+    races::leave();
     leave_for(home_, &f.left);
     if (_setjmp(f.here) == 0) _longjmp(scheduler_, 1);
     arrive(f.left, nullptr);
+    races::enter(number_of(f), f.stack.get(), kStack);
   }
 
   void* dynamic_data() { return shared_.data() + offset_ + kRedZone; }
+
+  bool is_shared(const void* p) const {
+    const auto* at = static_cast<const unsigned char*>(p);
+    return at >= shared_.data() && at < shared_.data() + shared_.size();
+  }
 
   void* static_data(const void* key, size_t bytes) {
     for (const Array& array : arrays_) {
@@ -136,13 +171,34 @@ class Processor {
     if (used > limit)
       throw Fault("dynamic and static shared memory take " + std::to_string(used) + " bytes");
     arrays_.push_back({key, begin, begin + bytes, end});
+    const races::Unseen unseen;
     std::memset(shared_.data() + begin, poison_, bytes);
     return shared_.data() + begin;
   }
 
-  int lane_of(const Fiber& f) const {
+  // In its block.
+  static unsigned number_of(const Fiber& f) {
     const Place& p = f.place;
-    return int((p.thread.x + p.block_size.x * (p.thread.y + p.block_size.y * p.thread.z)) % kWarp);
+    return p.thread.x + p.block_size.x * (p.thread.y + p.block_size.y * p.thread.z);
+  }
+
+  // The background has no time of its own here: a copy is made as soon, or in the other order of
+  // threads as late, as a device could.
+  void copy_later(Fiber& f, const Copy& copy) {
+    f.copies.push_back(copy);
+    f.copies.back().batch = f.batch;
+    if (!backwards) make(copy);
+    races::read(copy.from, copy.bytes, copy.where);
+    races::wrote(copy.to, copy.bytes, copy.where);
+  }
+  void wait_for_copies(Fiber& f, unsigned under_way) {
+    const auto done = [&](const Copy& copy) { return copy.batch + under_way < f.batch; };
+    for (const Copy& copy : f.copies) {
+      if (!done(copy)) continue;
+      if (backwards) make(copy);
+      races::wrote(copy.to, copy.bytes, copy.where);
+    }
+    std::erase_if(f.copies, done);
   }
 
   static Processor& mine() {
@@ -185,10 +241,24 @@ class Processor {
     }
   }
 
+  // A barrier orders no copy that its thread has not waited for: it is as if made after it.
+  static void go_on_copying(const Fiber& f) {
+    if (!races::kSeen || f.copies.empty()) return;
+    races::enter(number_of(f), f.stack.get(), kStack);
+    for (const Copy& copy : f.copies) races::wrote(copy.to, copy.bytes, copy.where);
+    races::leave();
+  }
+
+  static void make(const Copy& copy) {
+    const races::Unseen unseen;
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+
   static void enter(unsigned high, unsigned low) {
     Processor& p = *reinterpret_cast<Processor*>(uint64_t(high) << 32 | low);
     arrive(nullptr, &p.home_);
     for (;;) {
+      races::enter(number_of(*p.current_), p.current_->stack.get(), kStack);
       try {
         (*p.body_)();
       } catch (...) {
@@ -237,6 +307,8 @@ class Processor {
         }
       }
       if (!waiting) return;
+      races::pass_barrier();
+      for (unsigned t = 0; t < threads; ++t) go_on_copying(*fibers_[t]);
       if (done) {
         throw Fault("divergent barrier: " + std::to_string(done) +
                     " threads ended while others wait at " + at(waiting->site));
@@ -260,6 +332,10 @@ class Processor {
       for (unsigned i = 0; i < count; ++i) {
         if (lanes[i]->state != State::in_warp) continue;
         if (complete(lanes, count, i)) {
+          if (lanes[i]->op == WarpOp::sync) {
+            races::sync_lanes(warp, lanes[i]->mask);
+            for (unsigned j = 0; j < count; ++j) go_on_copying(*lanes[j]);
+          }
           release(lanes, count, lanes[i]->mask);
           progress = true;
         } else {
@@ -370,6 +446,18 @@ void set_backwards(bool on) { backwards = on; }
 void set_shared_limit(size_t bytes) { limit = bytes; }
 size_t shared_limit() { return limit; }
 uint64_t launches() { return launched; }
+void leave_out(const std::string& place) {
+  left_out = place;
+  met.clear();
+}
+std::vector<std::string> waits() {
+  std::set<std::string> places;
+  for (const auto& [place, skipped] : met) {
+    const std::string file = place.first;
+    places.insert(file.substr(file.rfind('/') + 1) + ":" + std::to_string(place.second));
+  }
+  return {places.begin(), places.end()};
+}
 
 void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
@@ -385,9 +473,8 @@ void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body
   std::atomic<uint64_t> next{0};
   std::mutex mutex;
   std::exception_ptr error;
-  uint64_t failed = blocks;               // the error of the lowest block is the one reported
-  static Workers* workers = new Workers;  // never destroyed: its threads outlive main
-  workers->run([&] {
+  uint64_t failed = blocks;  // the error of the lowest block is the one reported
+  const auto work = [&] {
     for (uint64_t b; (b = next.fetch_add(1)) < blocks;) {
       try {
         Processor::mine().run_block(body, grid, block, b, shared);
@@ -400,7 +487,16 @@ void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body
         next = blocks;
       }
     }
-  });
+  };
+  if (races::kSeen) {
+    static std::mutex one_launch;
+    std::lock_guard lock(one_launch);
+    races::start_launch();
+    work();
+  } else {
+    static Workers* workers = new Workers;  // never destroyed: its threads outlive main
+    workers->run(work);
+  }
   if (error) std::rethrow_exception(error);
 }
 
@@ -411,16 +507,32 @@ void* static_shared(const void* key, size_t bytes) {
 }
 int lane() {
   Processor& p = Processor::mine();
-  return p.lane_of(p.current());
+  return int(p.number_of(p.current()) % kWarp);
+}
+
+void check_global(const void* p) {
+  if (Processor::mine().is_shared(p)) throw Fault("shared memory used as global memory");
+}
+void copy_later(void* to, const void* from, size_t bytes) {
+  Processor& p = Processor::mine();
+  p.copy_later(p.current(), {to, from, bytes, __builtin_return_address(0)});
+}
+void commit_copies() { ++Processor::mine().current().batch; }
+void wait_for_copies(unsigned under_way, Site site) {
+  if (passes(site)) return;
+  Processor& p = Processor::mine();
+  p.wait_for_copies(p.current(), under_way);
 }
 
 void barrier(Site site) {
+  if (passes(site)) return;
   Processor& p = Processor::mine();
   p.current().site = site;
   p.wait(State::at_barrier);
 }
 
 uint64_t warp(WarpOp op, unsigned mask, uint64_t value, int source, Site site) {
+  if (op == WarpOp::sync && passes(site)) return 0;
   Processor& p = Processor::mine();
   Fiber& f = p.current();
   f.op = op;

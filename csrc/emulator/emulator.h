@@ -2,9 +2,10 @@
 // them and their kernels run without a GPU. A thread is a fiber that runs until it must wait, and
 // blocks are spread over OS threads. Reported as errors: barriers that not all threads reach, warp
 // operations that a lane has left or that lanes reach at different places, writes outside shared
-// memory, misaligned vector accesses. A read of shared memory that nothing wrote, and a missing
-// barrier, show as results that differ between the two thread orders (set_backwards), which also
-// fill fresh shared memory with different bytes.
+// memory, misaligned vector accesses, instructions for global memory with a place in shared memory.
+// A read of shared memory that nothing wrote, a missing barrier, and a copy that was not waited for
+// show as results that differ between the two thread orders (set_backwards), which also fill fresh
+// shared memory with different bytes. races.h looks for races that change no result.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +16,9 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <vector>
+
+#include "emulator/races.h"
 
 #define __global__
 #define __device__
@@ -39,6 +43,11 @@ void set_backwards(bool backwards);   // run the lanes and warps of a block from
 void set_shared_limit(size_t bytes);  // of a block, as a device would have it
 size_t shared_limit();
 uint64_t launches();  // of kernels, since the start of the process
+// For builds that look for races: waits() are the places ("file.cu:12") where kernels have waited
+// at a barrier, for a warp's or for copies, and one that is left out is passed as if it were not
+// there.
+void leave_out(const std::string& place);
+std::vector<std::string> waits();
 
 // Runs body once for every thread of every block; throws what the first failing thread threw, or a
 // Fault.
@@ -57,6 +66,13 @@ enum class WarpOp { sync, shuffle, ballot, match };
 // other than 0; match: lanes with the same value.
 uint64_t warp(WarpOp op, unsigned mask, uint64_t value, int source, Site site);
 int lane();
+// For instructions that reach global memory alone.
+void check_global(const void* p);
+// Copies to shared memory in the background, of 4, 8 or 16 bytes. Those since the last commit are a
+// batch; waiting for all batches but the `under_way` latest makes them the calling thread's.
+void copy_later(void* to, const void* from, size_t bytes);
+void commit_copies();
+void wait_for_copies(unsigned under_way, Site site);
 
 inline std::string fuller(const char* message) { return message; }
 inline std::string fuller(const char*, const std::string& with_values) { return with_values; }

@@ -1,5 +1,6 @@
 // Planted faults. Each kernel takes a flag: with it, it makes the mistake that its name says.
 #include "common/device.cuh"
+#include "common/streaming.cuh"
 #include "emulator/faults.h"
 
 namespace fedpeft::emulator {
@@ -90,10 +91,74 @@ __global__ void misaligned_vector(int64_t* out, bool planted) {
   out[t] = t < 8 ? int64_t(gpu::load_pack<4>(values + 4 * t + (planted ? 1 : 0)).at[2]) : 0;
 }
 
+__global__ void shared_as_global(int64_t* out, bool planted) {
+  FEDPEFT_SHARED(int64_t, values, kThreads);
+  const int t = int(threadIdx.x);
+  gpu::store_pack_once<1>(planted ? values + t : out + t, gpu::Pack<int64_t, 1>{{t}});
+}
+
+__global__ void copy_not_waited_for(int64_t* out, bool planted) {
+  FEDPEFT_SHARED(int64_t, values, kThreads);
+  const int t = int(threadIdx.x);
+  values[t] = 0;
+  out[t] = t;
+  __syncthreads();
+  gpu::copy_to_shared<1>(values + t, out + t);
+  gpu::commit_copies();
+  if (!planted) gpu::wait_for_copies<0>();
+  __syncthreads();
+  out[t] = values[kThreads - 1 - t];
+}
+
+// Races that no order of threads shows here: thread 0 leaves for a while what others must not read.
+__global__ void passing_value(int64_t* out, bool planted) {
+  FEDPEFT_SHARED(int, value, 1);
+  volatile int* const kept = value;
+  const int t = int(threadIdx.x);
+  if (t == 0) kept[0] = 2;
+  __syncthreads();
+  if (planted && t == 0) {
+    kept[0] = 3;
+    kept[0] = 2;
+  }
+  out[t] = kept[0];
+}
+
+__global__ void passing_value_in_warp(int64_t* out, bool planted) {
+  FEDPEFT_SHARED(int, values, kThreads / 32);
+  volatile int* const kept = values + threadIdx.x / 32;
+  const int t = int(threadIdx.x);
+  if (t % 32 == 0) {
+    kept[0] = 3;
+    kept[0] = 2;
+  }
+  __syncwarp();
+  if (planted && t % 32 == 0) {
+    kept[0] = 3;
+    kept[0] = 2;
+  }
+  out[t] = kept[0];
+}
+
+// A shuffle waits for the other lanes, but orders no memory.
+__global__ void shuffle_for_barrier(int64_t* out, bool planted) {
+  FEDPEFT_SHARED(int, values, kThreads);
+  const int t = int(threadIdx.x);
+  values[t] = t;
+  out[t] = __shfl_sync(gpu::kFullMask, t, 0);
+  if (!planted) __syncwarp();
+  out[t] += values[t ^ 1];
+}
+
+__global__ void blocks_write_the_same(int64_t* out, bool planted) {
+  if (planted || blockIdx.x == 0) out[threadIdx.x] = int64_t(threadIdx.x);
+}
+
 struct Planted {
   const char* name;
   void (*kernel)(int64_t*, bool);
   void (*correct)(int64_t*, bool);
+  int blocks = 1;
 };
 
 constexpr Planted kFaults[] = {
@@ -106,6 +171,12 @@ constexpr Planted kFaults[] = {
     {"divergent_shuffle", divergent_shuffle, divergent_shuffle},
     {"uninitialised_shared_read", uninitialised_shared_read, uninitialised_shared_read},
     {"misaligned_vector", misaligned_vector, misaligned_vector},
+    {"shared_as_global", shared_as_global, shared_as_global},
+    {"copy_not_waited_for", copy_not_waited_for, copy_not_waited_for},
+    {"passing_value", passing_value, passing_value},
+    {"passing_value_in_warp", passing_value_in_warp, passing_value_in_warp},
+    {"shuffle_for_barrier", shuffle_for_barrier, shuffle_for_barrier},
+    {"blocks_write_the_same", blocks_write_the_same, blocks_write_the_same, 2},
 };
 
 }  // namespace
@@ -120,7 +191,7 @@ std::vector<int64_t> run_fault(const std::string& name, bool planted) {
   for (const Planted& fault : kFaults) {
     if (name != fault.name) continue;
     std::vector<int64_t> out(kThreads, -1);
-    gpu::launch(planted ? fault.kernel : fault.correct, 1, kThreads,
+    gpu::launch(planted ? fault.kernel : fault.correct, fault.blocks, kThreads,
                 kThreads * int64_t(sizeof(int)), {}, out.data(), planted);
     return out;
   }

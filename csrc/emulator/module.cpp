@@ -25,6 +25,10 @@ PYBIND11_MODULE(_emulator, m) {
         "Shared memory that a block may have, in bytes.");
   m.def("shared_limit", &shared_limit, "Shared memory that a block may have, in bytes.");
   m.def("launches", &launches, "Kernels launched since the start of the process.");
+  m.attr("sees_races") = races::kSeen;
+  m.def("leave_out", &leave_out, pybind11::arg("place"),
+        "Passes the waits of kernels at this place (file.cu:12) as if they were not there.");
+  m.def("waits", &waits, "Places where kernels have waited since the last leave_out.");
   m.def("fault_names", &fault_names, "Kernels with a planted fault.");
   m.def("run_fault", &run_fault, pybind11::arg("name"), pybind11::arg("planted"),
         "Runs such a kernel with its fault or without and returns its output.");

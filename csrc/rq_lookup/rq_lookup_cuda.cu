@@ -191,6 +191,7 @@ FEDPEFT_DEVICE uint32_t load_word(const char* p, int bytes, bool there) {
       : "=&r"(word)
       : "l"(__cvta_generic_to_global(p)), "r"(there ? bytes : 0));
 #else
+  emulator::check_global(p);
   if (there) std::memcpy(&word, p, size_t(bytes));  // little-endian
 #endif
   return word;
