@@ -135,7 +135,7 @@ def test_architectures_as_torch_is_told(
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("FEDPEFT_SANITIZE=memory", "expected nothing, address,undefined or thread, got memory"),
+        ("FEDPEFT_SANITIZE=memory", "expected nothing, address,undefined, thread or race, got memory"),
         ("FEDPEFT_ONLY_ISA=v5", "expected nothing, baseline, v3 or v4, got v5"),
     ],
 )
