@@ -100,6 +100,17 @@ def kernel_launches() -> Iterator[Launches]:
 
 
 @contextlib.contextmanager
+def grid_limit(blocks: int) -> Iterator[None]:
+    """Launches may have `blocks` blocks, which loop where there is more work."""
+    before = _emulator.grid_limit()
+    _emulator.set_grid_limit(blocks)
+    try:
+        yield
+    finally:
+        _emulator.set_grid_limit(before)
+
+
+@contextlib.contextmanager
 def shared_limit(size: int) -> Iterator[None]:
     """Blocks may have `size` bytes of shared memory."""
     before = _emulator.shared_limit()

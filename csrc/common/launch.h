@@ -39,13 +39,21 @@
 
 namespace fedpeft::gpu {
 
-constexpr int64_t kMaxGrid = 0x7fffffff;  // grid.x; kernels loop where there is more work
 constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 
+// The largest grid.x; kernels loop where there is more work.
+inline int64_t max_grid() {
+#if defined(FEDPEFT_EMULATOR)
+  return emulator::grid_limit();
+#else
+  return 0x7fffffff;
+#endif
+}
+
 // Blocks for one of two kinds of work that share a launch.
-inline int64_t grid_half(int64_t work) { return work < kMaxGrid / 2 ? work : kMaxGrid / 2; }
-inline unsigned grid_for(int64_t work) { return unsigned(work < kMaxGrid ? work : kMaxGrid); }
+inline int64_t grid_half(int64_t work) { return work < max_grid() / 2 ? work : max_grid() / 2; }
+inline unsigned grid_for(int64_t work) { return unsigned(work < max_grid() ? work : max_grid()); }
 
 #if defined(__CUDACC__)
 

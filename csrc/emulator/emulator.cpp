@@ -31,6 +31,7 @@ constexpr unsigned kWarp = 32;
 
 std::atomic<bool> backwards{false};
 std::atomic<size_t> limit{99 << 10};
+std::atomic<unsigned> most_blocks{0x7fffffffu};
 std::atomic<uint64_t> launched{0};
 std::string left_out;                                  // "file:line"
 std::map<std::pair<const char*, unsigned>, bool> met;  // waits of kernels, and whether left out
@@ -445,6 +446,8 @@ class Workers {
 void set_backwards(bool on) { backwards = on; }
 void set_shared_limit(size_t bytes) { limit = bytes; }
 size_t shared_limit() { return limit; }
+void set_grid_limit(unsigned blocks) { most_blocks = blocks; }
+unsigned grid_limit() { return most_blocks; }
 uint64_t launches() { return launched; }
 void leave_out(const std::string& place) {
   left_out = place;
@@ -461,7 +464,7 @@ std::vector<std::string> waits() {
 
 void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
-  if (threads == 0 || threads > 1024 || grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 ||
+  if (threads == 0 || threads > 1024 || grid.x == 0 || grid.x > most_blocks || grid.y == 0 ||
       grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
     throw Fault("invalid launch: grid " + std::to_string(grid.x) + ", block " +
                 std::to_string(threads));

@@ -23,6 +23,9 @@ PYBIND11_MODULE(_emulator, m) {
         "Whether the threads of a block run from last to first.");
   m.def("set_shared_limit", &set_shared_limit, pybind11::arg("bytes"),
         "Shared memory that a block may have, in bytes.");
+  m.def("set_grid_limit", &set_grid_limit, pybind11::arg("blocks"),
+        "Blocks that a launch may have, at least 2.");
+  m.def("grid_limit", &grid_limit, "Blocks that a launch may have.");
   m.def("shared_limit", &shared_limit, "Shared memory that a block may have, in bytes.");
   m.def("launches", &launches, "Kernels launched since the start of the process.");
   m.attr("sees_races") = races::kSeen;

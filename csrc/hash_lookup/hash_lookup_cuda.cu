@@ -1288,10 +1288,10 @@ GatedPlan plan_gated(const HashLookupArgs& a, int lanes, const Limits& device) {
   const int64_t bytes = SENet<T>::bytes(a.H, a.S);
   for (int threads = kThreads; threads >= kWarp; threads /= 2) {
     if (threads / lanes * bytes <= device.shared_bytes)
-      return {Scratch::shared, lanes, threads, bytes, kMaxGrid};
+      return {Scratch::shared, lanes, threads, bytes, max_grid()};
   }
   // A whole warp a position needs the least.
-  if (bytes <= device.shared_bytes) return {Scratch::shared, kWarp, kWarp, bytes, kMaxGrid};
+  if (bytes <= device.shared_bytes) return {Scratch::shared, kWarp, kWarp, bytes, max_grid()};
   return {Scratch::memory, kWarp, 4 * kWarp, bytes, 2 * device.multiprocessors};
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import EMULATED, emulated_kernels, in_both_orders, kernel_launches, shared_limit
+from emulated import EMULATED, emulated_kernels, grid_limit, in_both_orders, kernel_launches, shared_limit
 from op_cases import CASES, IDS, Case
 
 from fedpeft_ext import ops
@@ -335,13 +335,35 @@ def test_small_cases_take_one_launch_a_direction(case: Case) -> None:
     assert backward.count == 1 + has_base  # a base's gradient is a scatter of its own
 
 
-def test_other_ops_take_one_launch() -> None:
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_blocks_that_loop(case: Case) -> None:
+    inputs = case.floats(torch.float32, requires_grad=True)
+
+    def run() -> list[torch.Tensor]:
+        out = case.function(ops)(*inputs)
+        return [out, *torch.autograd.grad((out * out).sum(), inputs)]
+
+    with emulated_kernels():
+        expected = run()
+        with grid_limit(2):
+            assert all(map(torch.equal, run(), expected))
+
+
+@pytest.mark.parametrize("length", [70, 5000])
+def test_blocks_that_loop_over_lists(length: int) -> None:
+    cpu, gpu = both("touched_rows")
+    items = torch.randint(-1, 40, (7, length), generator=torch.Generator().manual_seed(3))
+    with grid_limit(2):
+        assert all(map(torch.equal, gpu(items), cpu(items)))
+
+
+def other_ops() -> dict[str, Callable[[], Any]]:
     g = torch.Generator().manual_seed(8)
     rows = torch.tensor([[0, 1, 2], [3, 4, 4]])
     clients, indptr, steps = torch.tensor([0, 1]), torch.tensor([0, 3, 5]), torch.ones(2, dtype=torch.int64)
     items = torch.tensor([0, 1, 2, 3, 4])
     param, grad, first, second = torch.rand(4, 2, 3, 4, generator=g)
-    calls: dict[str, Callable[[], Any]] = {
+    return {
         "sample_negatives": lambda: ops.sample_negatives(rows, clients, indptr, items, 9, 2, seed=1, round=0),
         "hash_buckets": lambda: ops.hash_buckets(rows, ops.make_hashes(2, seed=0), 7),
         "rq_encode": lambda: ops.rq_encode(param[0], grad),
@@ -355,7 +377,10 @@ def test_other_ops_take_one_launch() -> None:
             param[0], first[0].double(), torch.tensor([1]), scale=0.5
         ),
     }
-    counts = {}
+
+
+def test_other_ops_take_one_launch() -> None:
+    calls, counts = other_ops(), {}
     with emulated_kernels():
         for name, call in calls.items():
             with kernel_launches() as launched:
