@@ -245,6 +245,20 @@ def test_losses_of_many_positions() -> None:
         assert_close(gpu(grad, positive, negative, items), cpu(grad, positive, negative, items))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_layers_whose_blocks_go_through_many_tiles(dropout: float) -> None:
+    """A block keeps its weights for five tiles of positions, some of them padding alone."""
+    cpu, gpu = both("client_layer")
+    g = torch.Generator().manual_seed(6)
+    clients, positions = 65, 300
+    x, weight, bias = (torch.randn(shape, generator=g) for shape in ((65, 300, 8), (65, 5, 8), (65, 5)))
+    items = torch.randint(-1, 9, (clients, positions), generator=g)
+    items[:20, 64:192] = -1
+    items[20:40, 128:] = -1
+    arguments = (x, weight, bias, items, torch.arange(clients), dropout, 1, 2, 3, 4)
+    assert_close(gpu(*arguments), cpu(*arguments))
+
+
 def test_codes_of_wide_rows() -> None:
     g = torch.Generator().manual_seed(6)
     x, codebooks = torch.randn(70, 600, generator=g), torch.randn(2, 300, 600, generator=g)
