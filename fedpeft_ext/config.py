@@ -631,13 +631,11 @@ def _unknown(name: str, section: type[BaseModel]) -> str:
     for outer, inner in _sections():
         for key in inner.model_fields:
             places.setdefault(key, []).append(f"{outer}.{key}")
-    if section in (Config, DatasetConfig):
-        for key in _dataset_options():
-            places.setdefault(key, [f"dataset.options.{key}"])
+    options = _dataset_options() if section in (Config, DatasetConfig) else []
+    for key in options:
+        places.setdefault(key, [f"dataset.options.{key}"])
     # A name that another section has was probably put at the wrong level.
-    everywhere = [*valid, *places] if section is Config else valid
-    if section is DatasetConfig:
-        everywhere = [*valid, *_dataset_options()]
+    everywhere = [*valid, *(places if section is Config else options)]
     nearest = difflib.get_close_matches(name, everywhere, n=1, cutoff=0.5)
     key = name if name in places and (section is Config or not nearest) else (nearest or [""])[0]
     suggestions = [key] if key in valid else places.get(key, [])

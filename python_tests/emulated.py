@@ -48,6 +48,16 @@ def _same(a: Any, b: Any) -> bool:
     return a is None and b is None
 
 
+@contextlib.contextmanager
+def backwards(on: bool) -> Iterator[None]:
+    """Threads of a block run from last to first where `on`."""
+    _emulator.set_backwards(on)
+    try:
+        yield
+    finally:
+        _emulator.set_backwards(False)
+
+
 def in_both_orders(name: str) -> Callable[..., Any]:
     """The emulated op `name`, which checks itself against the other order of threads."""
     op = getattr(torch.ops.fedpeft_ext_emulated, name).default
@@ -59,11 +69,8 @@ def in_both_orders(name: str) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         copies = [a.clone() if i in written and a is not None else a for i, a in enumerate(args)]
-        _emulator.set_backwards(True)
-        try:
+        with backwards(True):
             other = op(*copies)
-        finally:
-            _emulator.set_backwards(False)
         result = op(*args)
         if not _same(result, other) or not all(_same(args[i], copies[i]) for i in written):
             raise AssertionError(f"{name}: the result depends on the order of threads")
@@ -100,22 +107,20 @@ def kernel_launches() -> Iterator[Launches]:
 
 
 @contextlib.contextmanager
-def grid_limit(blocks: int) -> Iterator[None]:
+def _limited(limit: str, value: int) -> Iterator[None]:
+    before = getattr(_emulator, limit)()
+    getattr(_emulator, f"set_{limit}")(value)
+    try:
+        yield
+    finally:
+        getattr(_emulator, f"set_{limit}")(before)
+
+
+def grid_limit(blocks: int) -> contextlib.AbstractContextManager[None]:
     """Launches may have `blocks` blocks, which loop where there is more work."""
-    before = _emulator.grid_limit()
-    _emulator.set_grid_limit(blocks)
-    try:
-        yield
-    finally:
-        _emulator.set_grid_limit(before)
+    return _limited("grid_limit", blocks)
 
 
-@contextlib.contextmanager
-def shared_limit(size: int) -> Iterator[None]:
+def shared_limit(size: int) -> contextlib.AbstractContextManager[None]:
     """Blocks may have `size` bytes of shared memory."""
-    before = _emulator.shared_limit()
-    _emulator.set_shared_limit(size)
-    try:
-        yield
-    finally:
-        _emulator.set_shared_limit(before)
+    return _limited("shared_limit", size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from emulated import _emulator, shared_limit
+from emulated import _emulator, backwards, shared_limit
 
 pytestmark = pytest.mark.skipif(_emulator is None, reason="fedpeft_ext._emulator is not built")
 
@@ -36,12 +36,9 @@ SEES_RACES = _emulator is not None and _emulator.sees_races
 
 def run(name: str, *, planted: bool) -> tuple[Any, Any]:
     results = []
-    for backwards in (False, True):
-        _emulator.set_backwards(backwards)
-        try:
+    for last_first in (False, True):
+        with backwards(last_first):
             results.append(_emulator.run_fault(name, planted))
-        finally:
-            _emulator.set_backwards(False)
     return results[0], results[1]
 
 
@@ -56,15 +53,25 @@ def test_correct_twin_passes(name: str) -> None:
     assert -1 not in first
 
 
-@pytest.mark.parametrize("name", sorted(REPORTED))
-@pytest.mark.parametrize("backwards", [False, True])
-def test_fault_is_reported(name: str, backwards: bool) -> None:
-    _emulator.set_backwards(backwards)
-    try:
-        with pytest.raises(RuntimeError, match=REPORTED[name]):
-            _emulator.run_fault(name, True)
-    finally:
-        _emulator.set_backwards(False)
+FAULTS_WITH_MESSAGES = [
+    *REPORTED.items(),
+    *(
+        pytest.param(
+            *race,
+            marks=pytest.mark.skipif(
+                not SEES_RACES, reason="not a build that looks for races: `make race-check` makes it"
+            ),
+        )
+        for race in RACES.items()
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), FAULTS_WITH_MESSAGES)
+@pytest.mark.parametrize("last_first", [False, True])
+def test_fault_is_reported(name: str, message: str, last_first: bool) -> None:
+    with backwards(last_first), pytest.raises(RuntimeError, match=message):
+        _emulator.run_fault(name, True)
     # The emulator is fit for use after a failure.
     assert _emulator.run_fault(name, False) == run(name, planted=False)[0]
 
@@ -74,19 +81,6 @@ def test_fault_is_reported(name: str, backwards: bool) -> None:
 def test_fault_shows_in_the_other_order(name: str) -> None:
     first, second = run(name, planted=True)
     assert first != second
-
-
-@pytest.mark.skipif(not SEES_RACES, reason="not a build that looks for races: `make race-check` makes it")
-@pytest.mark.parametrize("name", sorted(RACES))
-@pytest.mark.parametrize("backwards", [False, True])
-def test_race_is_reported(name: str, backwards: bool) -> None:
-    _emulator.set_backwards(backwards)
-    try:
-        with pytest.raises(RuntimeError, match=RACES[name]):
-            _emulator.run_fault(name, True)
-    finally:
-        _emulator.set_backwards(False)
-    assert _emulator.run_fault(name, False) == run(name, planted=False)[0]
 
 
 def test_static_shared_memory_counts() -> None:

@@ -64,10 +64,10 @@ struct Fiber {
   unsigned batch = 0;        // of the copies that come
 };
 
-std::string at(const Site& site) {
-  const std::string file = site.file_name();
-  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line());
+std::string at(const std::string& file, unsigned line) {
+  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(line);
 }
+std::string at(const Site& site) { return at(site.file_name(), site.line()); }
 
 // Whether to go on without waiting at this place (leave_out).
 bool passes(const Site& site) {
@@ -455,10 +455,7 @@ void leave_out(const std::string& place) {
 }
 std::vector<std::string> waits() {
   std::set<std::string> places;
-  for (const auto& [place, skipped] : met) {
-    const std::string file = place.first;
-    places.insert(file.substr(file.rfind('/') + 1) + ":" + std::to_string(place.second));
-  }
+  for (const auto& [place, skipped] : met) places.insert(at(place.first, place.second));
   return {places.begin(), places.end()};
 }
 

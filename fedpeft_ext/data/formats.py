@@ -291,14 +291,11 @@ def _source(
     items: ItemTable | None,
     users_described: int | None = None,
 ) -> Source:
-    columns = {
-        "user": _find(table, "user", options.user),
-        "item": _find(table, "item", options.item),
-        "rating": _find_optional(table, "rating", options.rating),
-        "timestamp": _find_optional(table, "timestamp", options.timestamp),
-    }
+    user, item = _find(table, "user", options.user), _find(table, "item", options.item)
+    rating = _find_optional(table, "rating", options.rating)
+    timestamp = _find_optional(table, "timestamp", options.timestamp)
     roles: dict[str, str] = {}
-    for role, column in columns.items():
+    for role, column in (("user", user), ("item", item), ("rating", rating), ("timestamp", timestamp)):
         if column is not None and roles.setdefault(column, role) != role:
             raise ValueError(
                 f"{role}_column: expected another column of {table.path} than that of the "
@@ -307,10 +304,10 @@ def _source(
     return Source(
         format=form,
         table=table,
-        user=_find(table, "user", options.user),
-        item=_find(table, "item", options.item),
-        rating=columns["rating"],
-        timestamp=columns["timestamp"],
+        user=user,
+        item=item,
+        rating=rating,
+        timestamp=timestamp,
         items=items,
         users_described=users_described,
     )

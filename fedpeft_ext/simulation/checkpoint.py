@@ -142,10 +142,12 @@ def has_checkpoint(folder: Path) -> int | None:
     return int(saved[-1].stem.removeprefix("round-")) if saved else None
 
 
-def runs_inside(folder: Path) -> str:
-    """The runs that a folder holds, as that of a comparison does, in words; "" where there is none."""
+def check_no_runs_inside(argument: str, folder: Path) -> None:
+    """Raise FileNotFoundError, which names them, where a folder holds runs, as that of a comparison does."""
     names = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
-    return f"several: {', '.join(names)}" if len(names) > 1 else f"one in {names[0]}" if names else ""
+    if names:
+        inside = f"several: {', '.join(names)}" if len(names) > 1 else f"one in {names[0]}"
+        raise FileNotFoundError(f"{argument}: expected the folder of one run, but {folder} holds {inside}")
 
 
 def delete_checkpoints(folder: Path) -> None:
@@ -170,9 +172,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise FileNotFoundError(f"resume: expected the folder of a run, found none at {folder}")
     saved = _saved(folder / FOLDER)
     if not saved:
-        inside = runs_inside(folder)
-        if inside:
-            raise FileNotFoundError(f"resume: expected the folder of one run, but {folder} holds {inside}")
+        check_no_runs_inside("resume", folder)
         raise FileNotFoundError(
             f"resume: expected a checkpoint in {folder / FOLDER}, found none; a run that ended before its "
             "first one has to be started again"

@@ -23,7 +23,7 @@ from fedpeft_ext.backbones import Backbone, ClientContext
 from fedpeft_ext.config import Config, load_config
 from fedpeft_ext.data import Dataset, load_dataset
 from fedpeft_ext.nn import FullEmbedding, Items
-from fedpeft_ext.simulation.checkpoint import has_checkpoint, load_checkpoint, runs_inside
+from fedpeft_ext.simulation.checkpoint import check_no_runs_inside, has_checkpoint, load_checkpoint
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
 from fedpeft_ext.simulation.evaluation import evaluation_mode, refuse_nan, scoring_inputs, users_at_once
 from fedpeft_ext.simulation.output import CONFIG, MODEL, SUMMARY
@@ -221,9 +221,7 @@ def load_run(
     elif has_checkpoint(folder) is not None:
         saved = _unfinished(folder)
     else:
-        inside = runs_inside(folder)
-        if inside:
-            raise FileNotFoundError(f"run: expected the folder of one run, but {folder} holds {inside}")
+        check_no_runs_inside("run", folder)
         raise FileNotFoundError(f"run: expected a finished run, or a checkpoint of one, in {folder}")
     config = saved.config
     if dataset is None:

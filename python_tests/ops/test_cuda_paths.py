@@ -3,8 +3,7 @@ memory does not hold, sums over many blocks. The emulator runs them; each must e
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,12 +18,6 @@ pytestmark = pytest.mark.skipif(not EMULATED, reason="fedpeft_ext._emulator is n
 
 # Shared memory of a block in bytes: what GPUs have, and so little that every scatter sorts its entries.
 LIMITS = [99 << 10, 1 << 10]
-
-
-@contextlib.contextmanager
-def limited(size: int) -> Iterator[None]:
-    with shared_limit(size):
-        yield
 
 
 def both(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -44,7 +37,7 @@ def test_row_gradients(limit: int, width: int, positions: int) -> None:
     rows[0, :40] = 3  # a row long enough to cross tiles of the sorted entries
     grad = torch.randn(2, positions, width, generator=g)
     cpu, gpu = both("client_embedding_backward")
-    with limited(limit):
+    with shared_limit(limit):
         assert_close(gpu(grad, rows, 9, True), cpu(grad, rows, 9, True))
         assert_close(gpu(grad, rows, 9, False), cpu(grad, rows, 9, False))
 
@@ -55,7 +48,7 @@ def test_many_rows(limit: int) -> None:
     rows = torch.randint(-1, 9000, (1, 500), generator=g)
     grad = torch.randn(1, 500, 4, generator=g)
     cpu, gpu = both("client_embedding_backward")
-    with limited(limit):
+    with shared_limit(limit):
         assert torch.equal(gpu(grad, rows, 9000, True), cpu(grad, rows, 9000, True))
 
 
@@ -84,7 +77,7 @@ def test_gradients_of_shared_tables(
     ]
     for name, arguments in calls:
         cpu, gpu = both(name)
-        with limited(48 << 10), kernel_launches() as launched:
+        with shared_limit(48 << 10), kernel_launches() as launched:
             found = gpu(grad, *arguments)
         expected = cpu(grad.double(), *(a.double() if a is table else a for a in arguments))
         if name == "hash_lookup_backward":
@@ -109,9 +102,9 @@ def test_lookups_in_large_shared_codebooks(levels: int, shift: int, index: torch
     for dtype in (torch.float32, torch.bfloat16):
         codebooks, under = torch.randn(levels, 60, 72, generator=g).to(dtype), base.to(dtype)
         for limit in (99 << 10, 32 << 10, 16 << 10):  # from L1; whole; columns in slices, the last narrower
-            with limited(limit):
+            with shared_limit(limit):
                 assert torch.equal(gpu(ids, codes, codebooks, under), cpu(ids, codes, codebooks, under))
-    with limited(16 << 10):
+    with shared_limit(16 << 10):
         assert torch.equal(gpu(ids, codes, codebooks, None), cpu(ids, codes, codebooks, None))
         last = int(ids.max())
         with pytest.raises(IndexError, match=f"items: index {last} at position"):
@@ -129,13 +122,13 @@ def test_codebooks(limit: int, dtype: torch.dtype) -> None:
     codes = torch.randint(0, 5, (30, 3), generator=g, dtype=torch.uint8)
     codebooks = torch.randn(2, 3, 5, 16, generator=g).to(dtype)
     cpu, gpu = both("rq_lookup")
-    with limited(
+    with shared_limit(
         limit
     ):  # with enough memory the codebooks are copied into it: 90 positions for 5 codes a level
         assert torch.equal(gpu(items, codes, codebooks, None), cpu(items, codes, codebooks, None))
     grad = torch.randn(2, 90, 16, generator=g).to(dtype)
     cpu, gpu = both("rq_lookup_backward")
-    with limited(limit):
+    with shared_limit(limit):
         torch.testing.assert_close(gpu(grad, items, codes, 5, True), cpu(grad, items, codes, 5, True))
         torch.testing.assert_close(gpu(grad, items, codes, 5, False), cpu(grad, items, codes, 5, False))
 
@@ -152,13 +145,13 @@ def test_hash_tables(limit: int, senet: bool, per_client: bool) -> None:
     net = [torch.randn(*lead, *s, generator=g, dtype=torch.float64) for s in ((4, 3), (4,), (3, 4), (3,))]
     weights = net if senet else [None] * 4
     cpu, gpu = both("hash_lookup")
-    with limited(limit):
+    with shared_limit(limit):
         assert_close(
             gpu(items, table, hashes, *weights, True, None), cpu(items, table, hashes, *weights, True, None)
         )
     grad = torch.randn(2, 1100, 12, generator=g, dtype=torch.float64)
     cpu, gpu = both("hash_lookup_backward")
-    with limited(limit):
+    with shared_limit(limit):
         assert_close(
             gpu(grad, items, table, hashes, *weights, True), cpu(grad, items, table, hashes, *weights, True)
         )
@@ -179,11 +172,11 @@ def test_hash_tables_of_many_clients(limit: int, senet: bool, dtype: torch.dtype
     grad = torch.randn(5, 150, 128, generator=g).to(dtype)
     tolerance = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.5}
     cpu, gpu = both("hash_lookup")
-    with limited(limit):
+    with shared_limit(limit):
         found = gpu(items, table, hashes, *weights, True, None)
     torch.testing.assert_close(found, cpu(items, table, hashes, *weights, True, None), **tolerance)
     cpu, gpu = both("hash_lookup_backward")
-    with limited(limit), kernel_launches() as launched:
+    with shared_limit(limit), kernel_launches() as launched:
         found = gpu(grad, items, table, hashes, *weights, True)
     if limit > 90 << 10:
         assert launched.count == 1
@@ -199,11 +192,11 @@ def test_low_rank(limit: int, per_client: bool) -> None:
     A = torch.randn(*lead, 50, 4, generator=g, dtype=torch.float64)
     B = torch.randn(*lead, 60, 4, generator=g, dtype=torch.float64)
     cpu, gpu = both("lora_lookup")
-    with limited(limit):  # B takes 1920 bytes
+    with shared_limit(limit):  # B takes 1920 bytes
         assert_close(gpu(items, A, B, None, None), cpu(items, A, B, None, None))
     grad = torch.randn(2, 1100, 60, generator=g, dtype=torch.float64)
     cpu, gpu = both("lora_lookup_backward")
-    with limited(limit):
+    with shared_limit(limit):
         assert_close(gpu(grad, items, A, B), cpu(grad, items, A, B))
 
 
@@ -266,7 +259,7 @@ def test_codes_of_wide_rows() -> None:
     assert torch.equal(gpu(x, codebooks), cpu(x, codebooks))
     # Residuals made anew for each tile of codes, where shared memory does not hold them.
     x, codebooks = torch.randn(130, 600, generator=g), torch.randn(3, 70, 600, generator=g)
-    with limited(48 << 10):
+    with shared_limit(48 << 10):
         assert torch.equal(gpu(x, codebooks), cpu(x, codebooks))
 
 
@@ -320,13 +313,13 @@ def test_senets_of_any_size(limit: int, hidden: int, per_client: bool) -> None:
     weights = [torch.randn(*lead, *s, generator=g) for s in shapes]
     grad = torch.randn(2, 60, 8, generator=g)
     cpu, gpu = both("hash_lookup")
-    with limited(limit):
+    with shared_limit(limit):
         assert_close(
             gpu(items, table, hashes, *weights, True, None), cpu(items, table, hashes, *weights, True, None)
         )
     cpu, gpu = both("hash_lookup_backward")
     arguments = (grad, items, table, hashes, *weights, True)
-    with limited(limit):
+    with shared_limit(limit):
         torch.testing.assert_close(gpu(*arguments), cpu(*arguments), rtol=1e-4, atol=1e-4)
 
 
@@ -434,7 +427,7 @@ def test_training_wherever_memory_lies(limit: int, batch_size: int | None, graph
     expected = train()
     with emulated_kernels():
         whole = train()
-        with limited(limit):
+        with shared_limit(limit):
             assert all(map(torch.equal, tensors_of(train()), tensors_of(whole)))
     assert torch.equal(whole.rows, expected.rows)
     assert len(tensors_of(whole)) == 7
@@ -463,5 +456,5 @@ def test_training_an_mlp_wherever_memory_lies(limit: int, clients: int, dtype: t
 
     with emulated_kernels():
         whole = train(3)
-        with limited(limit):
+        with shared_limit(limit):
             assert all(map(torch.equal, train(clients), whole))
