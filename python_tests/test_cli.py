@@ -254,6 +254,15 @@ def test_overwriting_deletes_nothing_for_a_run_that_is_refused(tmp_path: Path) -
     assert [file for file in sorted(out.rglob("*")) if "c-hash+senet" not in str(file)] == files
 
 
+def test_a_comparison_overwrites_a_run(tmp_path: Path) -> None:
+    out, small = tmp_path / "out", [*SMALL, "-ec-lora", "-r1", "-q"]
+    assert fedpeft("run", *small, "-o", out).exit_code == 0
+    assert (out / "summary.json").exists()
+    assert fedpeft("compare", *small, "-o", out, "--overwrite").exit_code == 0
+    assert (out / "compare.json").exists()
+    assert not (out / "summary.json").exists()
+
+
 def test_ctrl_c_within_slow_imports_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Raised there, KeyboardInterrupt would leave modules half-loaded."""
     seen, real = [], builtins.__import__

@@ -17,7 +17,7 @@ from fedpeft_ext.experiments.runner import run_all
 from fedpeft_ext.experiments.tables import csv_table, latex_comparison, markdown_table
 from fedpeft_ext.nn import parse_spec
 from fedpeft_ext.simulation import Callback, Simulator
-from fedpeft_ext.simulation.output import prepare_folder
+from fedpeft_ext.simulation.output import clear_folder, prepare_folder
 from fedpeft_ext.words import counted
 
 JSON, CSV, MARKDOWN, LATEX, SCATTER, CURVES = (
@@ -134,12 +134,13 @@ def check_embeddings(config: Config, embeddings: Sequence[str]) -> dict[str, Con
 
 
 class _Replaces(Callback):
-    """Deletes the files of an earlier comparison when the first run starts: nothing is refused any more."""
+    """Deletes the files of what was there before when the first run starts: nothing is refused any more."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def on_start(self, simulator: Simulator) -> None:
+        clear_folder(self._folder)
         for name in (JSON, CSV, MARKDOWN, LATEX, SCATTER, CURVES):
             (self._folder / name).unlink(missing_ok=True)
 

@@ -229,8 +229,9 @@ class Simulator:
         self._out: Path | None = None
         self._folder: Path | None = None
         if out is not None:
-            if ranks.first:
-                clear_folder(Path(out))
+            with ranks.together("clearing the folder"):
+                if ranks.first:
+                    clear_folder(Path(out))
             self._open(Path(out))
 
     def _open(self, folder: Path) -> None:
