@@ -181,6 +181,7 @@ FEDPEFT_DEVICE void ask_ahead([[maybe_unused]] const void* p, [[maybe_unused]] i
 #if defined(__CUDACC__)
   constexpr int kLine = 128;
   const char* from = static_cast<const char*>(p);
+#pragma unroll 1
   for (int64_t at = int64_t(thread) * kLine; at < bytes; at += int64_t(threads) * kLine)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
 #else

@@ -395,12 +395,13 @@ FEDPEFT_DEVICE void hash_entries(const HashLookupArgs& a, const Modulus& modulus
                                  int count, int* bucket, int* copy) {
   const int H = int(a.H), threads = int(blockDim.x);
   for (int start = int(threadIdx.x); start < count; start += kBatch * threads) {
-    int64_t item[kBatch];
+    int64_t place[kBatch], item[kBatch];
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const int e = start + k * threads;
-      item[k] = e < count ? a.items[first + int(unsigned(e) / unsigned(H))] : -1;
+      place[k] = e < count ? first + int(unsigned(e) / unsigned(H)) : -1;
     }
+    gather(a.items, place, item);
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const int e = start + k * threads;
@@ -451,7 +452,16 @@ __global__ void __launch_bounds__(Gated ? 1024 : 320, Gated ? 1 : 3)
     for (int64_t first = 0; first < a.positions; first += plan.chunk) {
       const int64_t left = a.positions - first, n = client * a.positions + first;
       const int count = int(left < plan.chunk ? left : plan.chunk);
-      hash_entries<1>(a, modulus, n, count * H, bucket, nullptr);
+      // The vectors of bases are on their way to L2 while the table comes and buckets are hashed.
+      if (a.base) {
+        for (int p = int(threadIdx.x); p < count; p += int(blockDim.x)) {
+          const int64_t item = a.items[n + p];
+          if (classify(item, a.num_items) == Position::item)
+            ask_ahead(static_cast<const T*>(a.base) + item * a.D + begin, here * int64_t(sizeof(T)),
+                      0, 1);
+        }
+      }
+      hash_entries<4>(a, modulus, n, count * H, bucket, nullptr);
       if (first == 0) copies_done();
       __syncthreads();
       if constexpr (Gated) {
@@ -479,20 +489,23 @@ __global__ void __launch_bounds__(Gated ? 1024 : 320, Gated ? 1 : 3)
         }
         __syncthreads();
       }
-      // Two positions at a time, whose loads from memory are then under way together.
-      for (int p = group; p < count; p += 2 * groups) {
-        int64_t item[2];
+      // Some positions at a time, whose loads from memory are then under way together.
+      constexpr int kTogether = Gated ? 2 : kLanePositions<V>;
+      for (int p = group; p < count; p += kTogether * groups) {
+        int64_t place[kTogether], item[kTogether];
 #pragma unroll
-        for (int u = 0; u < 2; ++u) {
+        for (int u = 0; u < kTogether; ++u) {
           const int at = p + u * groups;
-          item[u] = at < count && bucket[at * H] >= 0 ? (a.base ? a.items[n + at] : 0) : -1;
+          place[u] = at < count && bucket[at * H] >= 0 ? n + at : -1;
+          item[u] = place[u];
         }
+        if (a.base) gather(a.items, place, item);
         for (int column = lane * V; column < here; column += lanes * V) {
-          Pack<T, V> base[2];
+          Pack<T, V> base[kTogether];
 #pragma unroll
-          for (int u = 0; u < 2; ++u) base[u] = base_at<V, T>(a, item[u], begin + column);
+          for (int u = 0; u < kTogether; ++u) base[u] = base_at<V, T>(a, item[u], begin + column);
 #pragma unroll
-          for (int u = 0; u < 2; ++u) {
+          for (int u = 0; u < kTogether; ++u) {
             const int at = p + u * groups;
             if (at >= count) continue;
             Sum<A, V> sum;
