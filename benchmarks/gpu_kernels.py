@@ -36,6 +36,7 @@ from fedpeft_ext import ops, reference
 ROOT = Path(__file__).resolve().parent.parent
 TINY = CHECKS[0]
 RIVALS = ("eager", "native", "compiled")
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16}
 
 
 def run(case: Case, namespace: Any) -> list[Tensor]:
@@ -122,9 +123,10 @@ def chosen(names: list[str]) -> dict[str, Callable[[Sizes, Draw], Case]]:
     return {name: CASES[name] for name in names}
 
 
-def touch(device: torch.device, names: list[str], emulated: bool) -> dict[str, Any]:
+def touch(
+    device: torch.device, names: list[str], emulated: bool, dtypes: Sequence[str] = ("float32",)
+) -> dict[str, Any]:
     sizes = CHECKS[:1] if emulated else CHECKS
-    dtypes = [torch.float32] if emulated else [torch.float32, torch.float64, torch.float16]
     count, failures = 0, Failures(device)
     for name, make in chosen(names).items():
         for s in sizes:
@@ -132,7 +134,7 @@ def touch(device: torch.device, names: list[str], emulated: bool) -> dict[str, A
                 if failures.lost:
                     break
                 with failures.of(f"{name}, {dtype}, {s}"):
-                    case = make(s, Draw(device, dtype))
+                    case = make(s, Draw(device, DTYPES[dtype]))
                     run(case, ops)
                     run_backward(case, ops)
                     count += 1
@@ -462,7 +464,13 @@ def main() -> None:
     parser.add_argument(
         "--rivals", default=",".join(RIVALS), help=f"of {','.join(RIVALS)} (default: all; empty: none)"
     )
+    parser.add_argument(
+        "--dtypes", help=f"for touch, of {','.join(DTYPES)} (default: all; emulated: float32)"
+    )
     options = parser.parse_args()
+    dtypes = (options.dtypes or ("float32" if options.emulated else ",".join(DTYPES))).split(",")
+    if unknown := set(dtypes) - DTYPES.keys():
+        parser.error(f"--dtypes: expected some of {','.join(DTYPES)}, got {','.join(sorted(unknown))}")
     against = [name for name in options.rivals.split(",") if name]
     if unknown := set(against) - set(RIVALS):
         parser.error(f"--rivals: expected some of {','.join(RIVALS)}, got {','.join(sorted(unknown))}")
@@ -479,7 +487,9 @@ def main() -> None:
     with kernels(options.emulated) as device:
         for step in options.steps:
             names = options.case or unmeasured_first()
-            if step == "benchmark":
+            if step == "touch":
+                results[step] = touch(device, names, options.emulated, dtypes)
+            elif step == "benchmark":
                 results[step] = benchmark(device, names, options.emulated, against, keep)
             else:
                 results[step] = STEPS[step](device, names, options.emulated)

@@ -230,6 +230,20 @@ struct Late {
     high = uint32_t(value >> 32);
 #endif
   }
+  // The same of 1 (unsigned), 2, 4 or 8 bytes.
+  FEDPEFT_DEVICE void load_any(const char* p, int bytes, bool there) {
+#if defined(__CUDACC__)
+    load(p, bytes, there);
+    asm volatile(
+        "{\n\t.reg .pred one, two;\n\t"
+        "setp.eq.s32 one, %2, 1;\n\tsetp.eq.s32 two, %2, 2;\n\t"
+        "@one ld.global.u8 %0, [%1];\n\t@two ld.global.s16 %0, [%1];\n\t}"
+        : "+&r"(low)
+        : "l"(__cvta_generic_to_global(p)), "r"(there ? bytes : 0));
+#else
+    load(p, bytes, there);
+#endif
+  }
   FEDPEFT_DEVICE int64_t come(int bytes) const {
     return bytes == 8 ? int64_t(uint64_t(high) << 32 | low) : int64_t(int32_t(low));
   }

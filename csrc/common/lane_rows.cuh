@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/device.cuh"
+#include "common/launch.h"
 
 namespace fedpeft::gpu {
 
@@ -20,6 +21,13 @@ template <int V>
 bool suits_lane_rows(int64_t slots, int64_t elements, int lanes) {
   return slots > 0 && kLanePositions<V> * slots <= lanes && elements > 0 &&
          elements / V <= INT32_MAX;
+}
+
+// Positions of a block that takes `turn` at a time: several turns, of which the indices of the next
+// are loaded with the rows of this one, while blocks are many.
+inline int64_t lane_span(int64_t total, int64_t turn) {
+  const int64_t turns = total / (turn * 32 * limits().multiprocessors);
+  return turn * (turns < 1 ? 1 : turns > 4 ? 4 : turns);
 }
 
 // out[n + k] = base[item] + weight * sum of the `slots` rows of position k, for k below

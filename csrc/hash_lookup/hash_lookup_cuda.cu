@@ -103,10 +103,10 @@ __global__ void __launch_bounds__(256, 4)
   if (start >= step) return;
   const Hash hash(hashes, h);
   for (int64_t first = start; first < count; first += kBatch * step) {
-    int64_t item[kBatch];
+    int64_t place[kBatch], item[kBatch];
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k)
-      item[k] = first + k * step < count ? items[first + k * step] : -1;
+    for (int k = 0; k < kBatch; ++k) place[k] = first + k * step < count ? first + k * step : -1;
+    gather(items, place, item);
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const int64_t n = first + k * step;
@@ -261,10 +261,12 @@ FEDPEFT_DEVICE unsigned char* scratch_of(unsigned char* shared, unsigned char* m
 }
 
 // Positions of all clients without SENet, tables through L2. A group takes four positions at a time
-// where its lanes hash for them all at once, so that rows of all four are under way together.
+// where its lanes hash for them all at once, so that rows of all four are under way together; its
+// block `span`, items a turn ahead.
 template <typename T, int V>
 __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
-    forward_plain(HashLookupArgs a, int64_t total, Modulus modulus, int lanes, bool together) {
+    forward_plain(HashLookupArgs a, int64_t total, int64_t span, Modulus modulus, int lanes,
+                  bool together) {
   using A = acc_t<T>;
   constexpr int kBatch = kLanePositions<V>;
   const int groups = kLaneThreads / lanes;
@@ -283,21 +285,32 @@ __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
   }
   const A weight = plain_weight<A>(a);
   const int H = int(a.H), k_mine = lane / H, h_mine = lane - k_mine * H;
+  const int turn = groups * kBatch, bytes = a.items.bytes;
   const T* base = static_cast<const T*>(a.base);
-  for (int64_t first = int64_t(blockIdx.x) * groups * kBatch; first < total;
-       first += int64_t(gridDim.x) * groups * kBatch) {
-    const int64_t n = first + group * kBatch;
-    int64_t item = -1;  // of the lane's own position and hash
-    int row = 0;
-    if (k_mine < kBatch && n + k_mine < total) {
-      item = item_at(a, n + k_mine);
+  const Hash hash(a.hashes, h_mine);
+  for (int64_t begin = int64_t(blockIdx.x) * span; begin < total;
+       begin += int64_t(gridDim.x) * span) {
+    const int64_t end = begin + span < total ? begin + span : total;
+    Late come;  // the item of the lane's own position and hash
+    const auto load_item = [&](int64_t n) {
+      come.load(static_cast<const char*>(a.items.data) + (n + k_mine) * bytes, bytes,
+                k_mine < kBatch && n + k_mine < end);
+    };
+    load_item(begin + group * kBatch);
+    // All lanes of a warp take as many turns, since they exchange rows.
+    for (int64_t first = begin; first < end; first += turn) {
+      const int64_t n = first + group * kBatch, item = come.come(bytes);
+      load_item(n + turn);
+      check_item(a, item, n + k_mine);
+      int row = 0;
       if (item >= 0) {
         const int64_t client = table == 0 ? 0 : divide(n + k_mine, a.positions);
-        row = int(uint64_t(client * table + bucket_of(a.hashes, modulus, item, h_mine) * a.D) / V);
+        const int64_t bucket = modulus(hash_of(hash.a, hash.b, uint64_t(item)));
+        row = int(uint64_t(client * table + bucket * a.D) / V);
       }
+      sum_lane_rows<V>(tables, base, static_cast<T*>(a.out), n, end, a.D, H, weight, item, row,
+                       lane, lanes);
     }
-    sum_lane_rows<V>(tables, base, static_cast<T*>(a.out), n, total, a.D, H, weight, item, row,
-                     lane, lanes);
   }
 }
 
@@ -1356,10 +1369,12 @@ void launch_plain(const HashLookupArgs& a, int64_t clients, Stream stream) {
     return;
   }
   const int lanes = lanes_for(a.D / V);
-  const int64_t total = clients * a.positions, groups = kLaneThreads / lanes * kLanePositions<V>;
-  launch(forward_plain<T, V>, (total + groups - 1) / groups, kLaneThreads, 0, stream, a, total,
-         Modulus(a.M), lanes,
-         suits_lane_rows<V>(a.H, (a.per_client ? clients : 1) * a.M * a.D, lanes));
+  const int64_t total = clients * a.positions;
+  const bool together = suits_lane_rows<V>(a.H, (a.per_client ? clients : 1) * a.M * a.D, lanes);
+  const int64_t groups = kLaneThreads / lanes;
+  const int64_t span = together ? lane_span(total, groups * kLanePositions<V>) : groups;
+  launch(forward_plain<T, V>, (total + span - 1) / span, kLaneThreads, 0, stream, a, total, span,
+         Modulus(a.M), lanes, together);
 }
 
 template <typename T, int V>

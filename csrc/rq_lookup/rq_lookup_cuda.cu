@@ -129,29 +129,53 @@ __global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
   });
 }
 
-// Where the lanes of a group find the rows of several positions at once.
+// Where the lanes of a group find the rows of several positions at once; a block takes `span`,
+// codes a turn ahead and items two.
 template <typename T, int V>
 __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
-    forward_lanes(RqLookupArgs a, int64_t total, int lanes) {
+    forward_lanes(RqLookupArgs a, int64_t total, int64_t span, int lanes) {
   constexpr int N = kLanePositions<V>;
-  const int groups = kLaneThreads / lanes, L = int(a.L);
+  const int groups = kLaneThreads / lanes, L = int(a.L), turn = groups * N;
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
   const int own = lane / L, level = lane - own * L;
+  const int item_bytes = a.items.bytes, code_bytes = a.codes.bytes;
   const int64_t table = a.per_client ? a.L * a.K * a.D : 0;
-  for (int64_t first = int64_t(blockIdx.x) * groups * N; first < total;
-       first += int64_t(gridDim.x) * groups * N) {
-    const int64_t n = first + group * N;
-    int64_t item = -1;  // of the lane's own position and level
-    int row = 0;
-    if (own < N && n + own < total) {
-      item = item_at(a, n + own);
+  for (int64_t begin = int64_t(blockIdx.x) * span; begin < total;
+       begin += int64_t(gridDim.x) * span) {
+    const int64_t end = begin + span < total ? begin + span : total;
+    // Of the lane's own position and level.
+    Late item_come, code_come;
+    int64_t next = -1;
+    const auto load_item = [&](int64_t n) {
+      item_come.load(static_cast<const char*>(a.items.data) + (n + own) * item_bytes, item_bytes,
+                     own < N && n + own < end);
+    };
+    const auto load_code = [&](int64_t n) {
+      next = item_come.come(item_bytes);
+      if (classify(next, a.num_items) == Position::bad)
+        FEDPEFT_BAD_INDEX("items", next, n + own, a.num_items);
+      code_come.load_any(static_cast<const char*>(a.codes.data) + (next * L + level) * code_bytes,
+                         code_bytes, next >= 0);
+    };
+    load_item(begin + group * N);
+    load_code(begin + group * N);
+    load_item(begin + group * N + turn);
+    // All lanes of a warp take as many turns, since they exchange rows.
+    for (int64_t first = begin; first < end; first += turn) {
+      const int64_t n = first + group * N, item = next;
+      int row = 0;
       if (item >= 0) {
+        const int64_t code = code_come.come(code_bytes);
+        if (uint64_t(code) >= uint64_t(a.K))
+          FEDPEFT_BAD_INDEX("codes", code, item * L + level, a.K);
         const int64_t client = table == 0 ? 0 : divide(n + own, a.positions);
-        row = int(uint64_t(client * table + (level * a.K + code_at(a, item, level)) * a.D) / V);
+        row = int(uint64_t(client * table + (level * a.K + code) * a.D) / V);
       }
+      load_code(n + turn);
+      load_item(n + 2 * turn);
+      sum_lane_rows<V>(static_cast<const T*>(a.codebooks), static_cast<const T*>(a.base),
+                       static_cast<T*>(a.out), n, end, a.D, L, acc_t<T>(1), item, row, lane, lanes);
     }
-    sum_lane_rows<V>(static_cast<const T*>(a.codebooks), static_cast<const T*>(a.base),
-                     static_cast<T*>(a.out), n, total, a.D, L, acc_t<T>(1), item, row, lane, lanes);
   }
 }
 
@@ -390,9 +414,9 @@ void rq_lookup(const RqLookupArgs& a, DType dtype, int64_t clients, Stream strea
             launch(forward_staged<T, V>, clients, kThreads, bytes, stream, a, clients);
           } else if (const int lanes = lanes_for(a.D / V); suits_lane_rows<V>(
                          a.L, (a.per_client ? clients : 1) * a.L * a.K * a.D, lanes)) {
-            const int64_t rows = kLaneThreads / lanes * kLanePositions<V>;
-            launch(forward_lanes<T, V>, (total + rows - 1) / rows, kLaneThreads, 0, stream, a,
-                   total, lanes);
+            const int64_t span = lane_span(total, kLaneThreads / lanes * kLanePositions<V>);
+            launch(forward_lanes<T, V>, (total + span - 1) / span, kLaneThreads, 0, stream, a,
+                   total, span, lanes);
           } else {
             launch_row_batches<kAtOnce<T, V>>(forward<T, V>, total, a.D / V, stream, a, total);
           }

@@ -114,6 +114,32 @@ def test_lookups_in_large_shared_codebooks(levels: int, shift: int, index: torch
             gpu(ids, codes, codebooks, None)
 
 
+# Indices of a turn come with the rows of the one before, at every size of an index.
+@pytest.mark.parametrize("index", [torch.int64, torch.int32])
+@pytest.mark.parametrize("code", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("per_client", [True, False])
+def test_lookups_whose_blocks_take_several_turns(
+    index: torch.dtype, code: torch.dtype, per_client: bool
+) -> None:
+    g = torch.Generator().manual_seed(12)
+    clients, positions, width = (3, 2100, 128) if per_client else (1, 6300, 128)
+    items = torch.randint(-1, 50, (clients, positions), generator=g).to(index)
+    base = torch.randn(50, width, generator=g)
+    codes = torch.randint(0, 7, (50, 2), generator=g).to(code)
+    hashes = torch.randint(1, 2**61 - 1, (2, 2), generator=g)
+    lead = (clients,) if per_client else ()
+    codebooks, table = (
+        torch.randn(*lead, 2, 7, width, generator=g),
+        torch.randn(*lead, 5000, width, generator=g),
+    )
+    for name, arguments in (
+        ("rq_lookup", (items, codes, codebooks, base)),
+        ("hash_lookup", (items, table, hashes, None, None, None, None, False, base)),
+    ):
+        cpu, gpu = both(name)
+        assert_close(gpu(*arguments), cpu(*arguments))
+
+
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_codebooks(limit: int, dtype: torch.dtype) -> None:
