@@ -8,8 +8,11 @@ namespace fedpeft::gpu {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kBatch = 4;  // positions of a thread whose loads are under way together
-static_assert(kLossBlock <= 32 * kThreads && kLossBlock % (kBatch * kThreads) == 0);
+// Positions of a thread whose loads are under way together.
+template <typename A>
+constexpr int kBatch = sizeof(A) == 8 ? 4 : 8;
+constexpr int kItemBatch = 8;
+static_assert(kLossBlock <= 32 * kThreads && kLossBlock % (kItemBatch * kThreads) == 0);
 
 struct Range {
   int64_t client, begin, end;  // flat positions
@@ -24,14 +27,15 @@ FEDPEFT_DEVICE Range range_of(const LossArgs& a, int64_t task) {
 // The thread's positions that hold an item, a bit each: bit k is its k-th position.
 FEDPEFT_DEVICE uint32_t held_positions(const LossArgs& a, const Range& range) {
   uint32_t held = 0, bit = 1;
-  for (int64_t first = range.begin + threadIdx.x; first < range.end; first += kThreads * kBatch) {
-    int64_t at[kBatch], item[kBatch];
+  for (int64_t first = range.begin + threadIdx.x; first < range.end;
+       first += kThreads * kItemBatch) {
+    int64_t at[kItemBatch], item[kItemBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i)
+    for (int i = 0; i < kItemBatch; ++i)
       at[i] = first + i * kThreads < range.end ? first + i * kThreads : -1;
     gather(a.items, at, item);
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i, bit <<= 1)
+    for (int i = 0; i < kItemBatch; ++i, bit <<= 1)
       if (at[i] >= 0 && item[i] != -1) held |= bit;
   }
   return held;
@@ -50,22 +54,23 @@ FEDPEFT_DEVICE int64_t count_bits(uint32_t bits) {
 template <typename T, typename F>
 FEDPEFT_DEVICE void for_scores(const LossArgs& a, const Range& range, uint32_t held, const F& f) {
   using A = acc_t<T>;
+  constexpr int N = kBatch<A>;
   const T *positive = static_cast<const T*>(a.positive),
           *negative = static_cast<const T*>(a.negative);
-  for (int64_t first = range.begin + threadIdx.x; first < range.end; first += kThreads * kBatch) {
-    A x[kBatch], y[kBatch];
+  for (int64_t first = range.begin + threadIdx.x; first < range.end; first += kThreads * N) {
+    A x[N], y[N];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < N; ++i) {
       const bool there = held >> i & 1;
       x[i] = there ? to_acc(positive[first + i * kThreads]) : A(0);
       y[i] = there ? to_acc(negative[first + i * kThreads]) : A(0);
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < N; ++i) {
       if (first + i * kThreads < range.end)
         f(first + i * kThreads, x[i], y[i], bool(held >> i & 1));
     }
-    held >>= kBatch;
+    held >>= N;
   }
 }
 
