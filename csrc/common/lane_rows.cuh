@@ -23,12 +23,30 @@ bool suits_lane_rows(int64_t slots, int64_t elements, int lanes) {
          elements / V <= INT32_MAX;
 }
 
-// Positions of a block that takes `turn` at a time: several turns, of which the indices of the next
-// are loaded with the rows of this one, while blocks are many.
-inline int64_t lane_span(int64_t total, int64_t turn) {
-  const int64_t turns = total / (turn * 32 * limits().multiprocessors);
-  return turn * (turns < 1 ? 1 : turns > 4 ? 4 : turns);
-}
+// Which positions a block takes: several turns, of which the indices of the next are loaded with
+// the rows of this one, while blocks are many. Neighbours stand side by side in each turn, so that
+// blocks at work read the tables of few clients, which L2 holds.
+struct LaneTurns {
+  static constexpr int kNeighbours = 8;
+  int64_t total, tasks;
+  int turn, turns;  // positions of a turn
+
+  LaneTurns(int64_t total_, int64_t turn_) : total(total_), tasks(0), turn(int(turn_)), turns(1) {
+    const int64_t many = total / (turn_ * 32 * limits().multiprocessors);
+    turns = int(many < 1 ? 1 : many > 4 ? 4 : many);
+    const int64_t together = turn_ * turns * kNeighbours;
+    tasks = (total + together - 1) / together * kNeighbours;
+  }
+  FEDPEFT_DEVICE int64_t first(int64_t task) const {
+    const int64_t chunk = task / kNeighbours;
+    return (chunk * turns * kNeighbours + task % kNeighbours) * turn;
+  }
+  FEDPEFT_DEVICE int64_t end(int64_t first) const {
+    const int64_t behind = first + int64_t(turns) * step();
+    return behind < total ? behind : total;
+  }
+  FEDPEFT_DEVICE int step() const { return kNeighbours * turn; }
+};
 
 // out[n + k] = base[item] + weight * sum of the `slots` rows of position k, for k below
 // kLanePositions and n + k below `total`; zeros where the item is -1. Lane k * slots + s has the

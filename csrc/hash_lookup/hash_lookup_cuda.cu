@@ -102,11 +102,20 @@ __global__ void __launch_bounds__(256, 4)
   const int64_t start = divide(thread, H), h = thread - start * H;
   if (start >= step) return;
   const Hash hash(hashes, h);
-  for (int64_t first = start; first < count; first += kBatch * step) {
-    int64_t place[kBatch], item[kBatch];
+  Late come[kBatch];
+  const auto load = [&](int64_t first) {
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) place[k] = first + k * step < count ? first + k * step : -1;
-    gather(items, place, item);
+    for (int k = 0; k < kBatch; ++k) {
+      const int64_t n = first + k * step;
+      come[k].load(static_cast<const char*>(items.data) + n * items.bytes, items.bytes, n < count);
+    }
+  };
+  load(start);
+  for (int64_t first = start; first < count; first += kBatch * step) {
+    int64_t item[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) item[k] = come[k].come(items.bytes);
+    load(first + kBatch * step);
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const int64_t n = first + k * step;
@@ -261,18 +270,18 @@ FEDPEFT_DEVICE unsigned char* scratch_of(unsigned char* shared, unsigned char* m
 }
 
 // Positions of all clients without SENet, tables through L2. A group takes four positions at a time
-// where its lanes hash for them all at once, so that rows of all four are under way together; its
-// block `span`, items a turn ahead.
+// where its lanes hash for them all at once, so that rows of all four are under way together, and
+// items a turn ahead.
 template <typename T, int V>
 __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
-    forward_plain(HashLookupArgs a, int64_t total, int64_t span, Modulus modulus, int lanes,
-                  bool together) {
+    forward_plain(HashLookupArgs a, LaneTurns turns, Modulus modulus, int lanes, bool together) {
   using A = acc_t<T>;
   constexpr int kBatch = kLanePositions<V>;
   const int groups = kLaneThreads / lanes;
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
   const int64_t table = a.per_client ? a.M * a.D : 0;
   const T* tables = static_cast<const T*>(a.table);
+  const int64_t total = turns.total;
   if (!together) {
     for (int64_t first = int64_t(blockIdx.x) * groups; first < total;
          first += int64_t(gridDim.x) * groups) {
@@ -285,12 +294,11 @@ __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
   }
   const A weight = plain_weight<A>(a);
   const int H = int(a.H), k_mine = lane / H, h_mine = lane - k_mine * H;
-  const int turn = groups * kBatch, bytes = a.items.bytes;
+  const int bytes = a.items.bytes;
   const T* base = static_cast<const T*>(a.base);
   const Hash hash(a.hashes, h_mine);
-  for (int64_t begin = int64_t(blockIdx.x) * span; begin < total;
-       begin += int64_t(gridDim.x) * span) {
-    const int64_t end = begin + span < total ? begin + span : total;
+  for (int64_t task = blockIdx.x; task < turns.tasks; task += gridDim.x) {
+    const int64_t begin = turns.first(task), end = turns.end(begin);
     Late come;  // the item of the lane's own position and hash
     const auto load_item = [&](int64_t n) {
       come.load(static_cast<const char*>(a.items.data) + (n + k_mine) * bytes, bytes,
@@ -298,9 +306,9 @@ __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
     };
     load_item(begin + group * kBatch);
     // All lanes of a warp take as many turns, since they exchange rows.
-    for (int64_t first = begin; first < end; first += turn) {
+    for (int64_t first = begin; first < end; first += turns.step()) {
       const int64_t n = first + group * kBatch, item = come.come(bytes);
-      load_item(n + turn);
+      load_item(n + turns.step());
       check_item(a, item, n + k_mine);
       int row = 0;
       if (item >= 0) {
@@ -1363,18 +1371,22 @@ bool plan_staged(const HashLookupArgs& a, bool gated, StagedPlan* plan) {
 
 template <typename T, int V>
 void launch_plain(const HashLookupArgs& a, int64_t clients, Stream stream) {
-  if (StagedPlan plan; stages(a) && plan_staged<T, V>(a, false, &plan)) {
-    launch(forward_staged<T, V, false>, clients * plan.slices, plan.threads, plan.bytes, stream, a,
-           clients * plan.slices, Modulus(a.M), plan);
-    return;
-  }
   const int lanes = lanes_for(a.D / V);
+  const bool suits = suits_lane_rows<V>(a.H, (a.per_client ? clients : 1) * a.M * a.D, lanes);
+  if (StagedPlan plan; stages(a) && plan_staged<T, V>(a, false, &plan)) {
+    // Lanes are better at single elements, and where few blocks would be staged.
+    const int64_t blocks = clients * plan.slices;
+    if (!suits || (V > 1 && blocks >= 8 * limits().multiprocessors)) {
+      launch(forward_staged<T, V, false>, blocks, plan.threads, plan.bytes, stream, a, blocks,
+             Modulus(a.M), plan);
+      return;
+    }
+  }
   const int64_t total = clients * a.positions;
-  const bool together = suits_lane_rows<V>(a.H, (a.per_client ? clients : 1) * a.M * a.D, lanes);
   const int64_t groups = kLaneThreads / lanes;
-  const int64_t span = together ? lane_span(total, groups * kLanePositions<V>) : groups;
-  launch(forward_plain<T, V>, (total + span - 1) / span, kLaneThreads, 0, stream, a, total, span,
-         Modulus(a.M), lanes, together);
+  const LaneTurns turns(total, groups * kLanePositions<V>);
+  launch(forward_plain<T, V>, suits ? turns.tasks : (total + groups - 1) / groups, kLaneThreads, 0,
+         stream, a, turns, Modulus(a.M), lanes, suits);
 }
 
 template <typename T, int V>
@@ -1464,10 +1476,11 @@ bool plan_lanes(const HashLookupArgs& a, WholePlan* plan) {
 void hash_buckets(const IndexArray& items, const int64_t* hashes, int64_t* out, int64_t count,
                   int64_t H, int64_t table_size, Stream stream) {
   if (count == 0) return;
-  // Eight buckets a thread where that leaves blocks enough, and a thread a hash at least.
-  const int64_t outputs = count * H, least = (H + 255) / 256;
-  int64_t blocks = outputs <= 8 * 256 * 1024 ? (outputs + 255) / 256 : (outputs + 2047) / 2048;
-  if (outputs <= 8 * 256 * 1024 && blocks > 1024) blocks = 1024;
+  // A thread takes many, so that its own hash is a small part, while 16 blocks are left to each
+  // multiprocessor; and a thread a hash at least.
+  const int64_t least = (H + 255) / 256, most = 16 * limits().multiprocessors;
+  int64_t blocks = (count * H + 255) / 256;
+  if (blocks > most) blocks = most;
   if (blocks < least) blocks = least;
   launch(buckets, blocks, 256, 0, stream, items, hashes, out, count, H, Modulus(table_size));
 }

@@ -129,20 +129,19 @@ __global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
   });
 }
 
-// Where the lanes of a group find the rows of several positions at once; a block takes `span`,
-// codes a turn ahead and items two.
+// Where the lanes of a group find the rows of several positions at once, codes a turn ahead and
+// items two.
 template <typename T, int V>
 __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
-    forward_lanes(RqLookupArgs a, int64_t total, int64_t span, int lanes) {
+    forward_lanes(RqLookupArgs a, LaneTurns turns, int lanes) {
   constexpr int N = kLanePositions<V>;
-  const int groups = kLaneThreads / lanes, L = int(a.L), turn = groups * N;
+  const int L = int(a.L), step = turns.step();
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
   const int own = lane / L, level = lane - own * L;
   const int item_bytes = a.items.bytes, code_bytes = a.codes.bytes;
   const int64_t table = a.per_client ? a.L * a.K * a.D : 0;
-  for (int64_t begin = int64_t(blockIdx.x) * span; begin < total;
-       begin += int64_t(gridDim.x) * span) {
-    const int64_t end = begin + span < total ? begin + span : total;
+  for (int64_t task = blockIdx.x; task < turns.tasks; task += gridDim.x) {
+    const int64_t begin = turns.first(task), end = turns.end(begin);
     // Of the lane's own position and level.
     Late item_come, code_come;
     int64_t next = -1;
@@ -159,9 +158,9 @@ __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
     };
     load_item(begin + group * N);
     load_code(begin + group * N);
-    load_item(begin + group * N + turn);
+    load_item(begin + group * N + step);
     // All lanes of a warp take as many turns, since they exchange rows.
-    for (int64_t first = begin; first < end; first += turn) {
+    for (int64_t first = begin; first < end; first += step) {
       const int64_t n = first + group * N, item = next;
       int row = 0;
       if (item >= 0) {
@@ -171,8 +170,8 @@ __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
         const int64_t client = table == 0 ? 0 : divide(n + own, a.positions);
         row = int(uint64_t(client * table + (level * a.K + code) * a.D) / V);
       }
-      load_code(n + turn);
-      load_item(n + 2 * turn);
+      load_code(n + step);
+      load_item(n + 2 * step);
       sum_lane_rows<V>(static_cast<const T*>(a.codebooks), static_cast<const T*>(a.base),
                        static_cast<T*>(a.out), n, end, a.D, L, acc_t<T>(1), item, row, lane, lanes);
     }
@@ -414,9 +413,8 @@ void rq_lookup(const RqLookupArgs& a, DType dtype, int64_t clients, Stream strea
             launch(forward_staged<T, V>, clients, kThreads, bytes, stream, a, clients);
           } else if (const int lanes = lanes_for(a.D / V); suits_lane_rows<V>(
                          a.L, (a.per_client ? clients : 1) * a.L * a.K * a.D, lanes)) {
-            const int64_t span = lane_span(total, kLaneThreads / lanes * kLanePositions<V>);
-            launch(forward_lanes<T, V>, (total + span - 1) / span, kLaneThreads, 0, stream, a,
-                   total, span, lanes);
+            const LaneTurns turns(total, kLaneThreads / lanes * kLanePositions<V>);
+            launch(forward_lanes<T, V>, turns.tasks, kLaneThreads, 0, stream, a, turns, lanes);
           } else {
             launch_row_batches<kAtOnce<T, V>>(forward<T, V>, total, a.D / V, stream, a, total);
           }
