@@ -9,14 +9,13 @@
 #include "common/logistic.cuh"
 #include "common/position_sum.cuh"
 #include "common/scatter.cuh"
-#include "common/streaming.cuh"
+#include "common/staged_rows.cuh"
 #include "hash_lookup/hash_lookup_cuda.h"
 
 namespace fedpeft::gpu {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kStagedBytes = 72 * 1024;  // so that three blocks share a multiprocessor
 
 // sum % M, by one multiplication with floor((2^64 - 1) / M).
 struct Modulus {
@@ -342,17 +341,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Places in a block's shared memory, in bytes.
-struct Carve {
-  int64_t used = 0;
-  template <typename X>
-  int64_t take(int64_t count) {
-    const int64_t at = used;
-    used += (count * int64_t(sizeof(X)) + 15) / 16 * 16;
-    return at;
-  }
-};
-
 // SENet of one client for a whole block, its weights in shared memory as accumulators. Rows of
 // weights and of hidden values have odd strides, so that lanes at different rows meet different
 // banks.
@@ -436,116 +424,98 @@ FEDPEFT_DEVICE void hash_entries(const HashLookupArgs& a, const Modulus& modulus
   }
 }
 
-// How a block looks up a client's positions in shared memory: the table first, or `width` of its
-// columns, a chunk of positions at a time.
-struct StagedPlan {
-  unsigned threads;
-  int slices, width, chunk;
-  int64_t bucket, gate, mean, hidden, net, bytes;
+// Buckets of a client, and weights of their rows.
+template <typename T>
+struct PlainEntries {
+  const HashLookupArgs& a;
+  const Modulus& modulus;
+  acc_t<T> weight;
+
+  FEDPEFT_DEVICE void start(int64_t) const {}
+  FEDPEFT_DEVICE void find(int64_t n, int count, int* bucket) const {
+    hash_entries<4>(a, modulus, n, count * int(a.H), bucket, nullptr);
+  }
+  FEDPEFT_DEVICE void ready(const T*, const int*, int, bool) const {}
+  FEDPEFT_DEVICE acc_t<T> scale(int) const { return weight; }
 };
 
-// One block a client and slice of columns; with SENet, all columns.
-template <typename T, int V, bool Gated>
-__global__ void __launch_bounds__(Gated ? 1024 : 320, Gated ? 1 : 3)
-    forward_staged(HashLookupArgs a, int64_t tasks, Modulus modulus, StagedPlan plan) {
+// With SENet, all columns: means of rows, hidden values and gates, in shared memory too.
+struct GatedStagedPlan {
+  StagedPlan rows;
+  int64_t gate, mean, hidden, net;
+};
+
+template <typename T, int V>
+struct GatedEntries {
   using A = acc_t<T>;
-  FEDPEFT_DYNAMIC_SHARED(shared);
-  T* rows = reinterpret_cast<T*>(shared);
-  int* bucket = reinterpret_cast<int*>(shared + plan.bucket);
-  A* gate = reinterpret_cast<A*>(shared + plan.gate);
-  A* mean = reinterpret_cast<A*>(shared + plan.mean);
-  A* hidden = reinterpret_cast<A*>(shared + plan.hidden);
-  const int width = plan.width, H = int(a.H), M = int(a.M);
-  const int lanes = lanes_for(width / V), groups = int(blockDim.x) / lanes;
-  const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
-  const A weight = plain_weight<A>(a);
-  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    const int64_t client = divide(task, plan.slices);
-    const int64_t begin = (task - client * plan.slices) * width;
-    const int here = int(a.D - begin < width ? a.D - begin : width);
-    const T* from = static_cast<const T*>(a.table) + client * a.M * a.D + begin;
-    for (int m = group; m < M; m += groups) {
-      for (int column = lane * V; column < here; column += lanes * V)
-        copy_to_shared<V>(rows + m * width + column, from + int64_t(m) * a.D + column);
-    }
-    [[maybe_unused]] BlockNet<T> net(a, shared + plan.net);
-    if constexpr (Gated) net.load(a, client);
-    for (int64_t first = 0; first < a.positions; first += plan.chunk) {
-      const int64_t left = a.positions - first, n = client * a.positions + first;
-      const int count = int(left < plan.chunk ? left : plan.chunk);
-      // The vectors of bases are on their way to L2 while the table comes and buckets are hashed.
-      if (a.base) {
-        for (int p = int(threadIdx.x); p < count; p += int(blockDim.x)) {
-          const int64_t item = a.items[n + p];
-          if (classify(item, a.num_items) == Position::item)
-            ask_ahead(static_cast<const T*>(a.base) + item * a.D + begin, here * int64_t(sizeof(T)),
-                      0, 1);
-        }
-      }
-      hash_entries<4>(a, modulus, n, count * H, bucket, nullptr);
-      if (first == 0) copies_done();
-      __syncthreads();
-      if constexpr (Gated) {
-        if (first == 0) {
-          for (int m = group; m - group < M; m += groups) {
-            A sum = 0;
-            if (m < M) {
-              for (int column = lane * V; column < width; column += lanes * V) {
-                Sum<A, V> v;
-                v.set(rows + m * width + column);
-#pragma unroll
-                for (int i = 0; i < V; ++i) sum += v.at[i];
-              }
-            }
-            sum = group_sum(sum, lanes);
-            if (m < M && lane == 0) mean[m] = sum / A(width);
-          }
-          __syncthreads();
-        }
-        net.hide(hidden, count, bucket, [&](int e) { return mean[bucket[e]]; });
-        __syncthreads();
-        for (int e = int(threadIdx.x); e < count * H; e += int(blockDim.x)) {
-          const int p = int(unsigned(e) / unsigned(H));
-          gate[e] = net.gate(hidden, p, e - p * H);
-        }
-        __syncthreads();
-      }
-      // Some positions at a time, whose loads from memory are then under way together.
-      constexpr int kTogether = Gated ? 2 : kLanePositions<V>;
-      for (int p = group; p < count; p += kTogether * groups) {
-        int64_t place[kTogether], item[kTogether];
-#pragma unroll
-        for (int u = 0; u < kTogether; ++u) {
-          const int at = p + u * groups;
-          place[u] = at < count && bucket[at * H] >= 0 ? n + at : -1;
-          item[u] = place[u];
-        }
-        if (a.base) gather(a.items, place, item);
-        for (int column = lane * V; column < here; column += lanes * V) {
-          Pack<T, V> base[kTogether];
-#pragma unroll
-          for (int u = 0; u < kTogether; ++u) base[u] = base_at<V, T>(a, item[u], begin + column);
-#pragma unroll
-          for (int u = 0; u < kTogether; ++u) {
-            const int at = p + u * groups;
-            if (at >= count) continue;
-            Sum<A, V> sum;
-            sum.clear();
-            if (item[u] >= 0) {
-              sum.add(base[u]);
-#pragma unroll 4
-              for (int h = 0; h < H; ++h) {
-                const A scale = Gated ? gate[at * H + h] : weight;
-                sum.add_scaled(scale, rows + bucket[at * H + h] * width + column);
-              }
-            }
-            sum.store_once(static_cast<T*>(a.out) + (n + at) * a.D + begin + column);
-          }
-        }
-      }
-      __syncthreads();
-    }
+  const HashLookupArgs& a;
+  const Modulus& modulus;
+  BlockNet<T> net;
+  A *gate, *mean, *hidden;
+  int width;
+
+  FEDPEFT_DEVICE GatedEntries(const HashLookupArgs& a_, const Modulus& modulus_,
+                              const GatedStagedPlan& plan, unsigned char* shared)
+      : a(a_),
+        modulus(modulus_),
+        net(a_, shared + plan.net),
+        gate(reinterpret_cast<A*>(shared + plan.gate)),
+        mean(reinterpret_cast<A*>(shared + plan.mean)),
+        hidden(reinterpret_cast<A*>(shared + plan.hidden)),
+        width(plan.rows.width) {}
+  FEDPEFT_DEVICE void start(int64_t client) { net.load(a, client); }
+  FEDPEFT_DEVICE void find(int64_t n, int count, int* bucket) const {
+    hash_entries<4>(a, modulus, n, count * int(a.H), bucket, nullptr);
   }
+  FEDPEFT_DEVICE void ready(const T* rows, const int* bucket, int count, bool first) {
+    const int H = int(a.H), M = int(a.M);
+    const int lanes = lanes_for(width / V), groups = int(blockDim.x) / lanes;
+    const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
+    if (first) {
+      for (int m = group; m - group < M; m += groups) {
+        A sum = 0;
+        if (m < M) {
+          for (int column = lane * V; column < width; column += lanes * V) {
+            Sum<A, V> v;
+            v.set(rows + m * width + column);
+#pragma unroll
+            for (int i = 0; i < V; ++i) sum += v.at[i];
+          }
+        }
+        sum = group_sum(sum, lanes);
+        if (m < M && lane == 0) mean[m] = sum / A(width);
+      }
+      __syncthreads();
+    }
+    net.hide(hidden, count, bucket, [&](int e) { return mean[bucket[e]]; });
+    __syncthreads();
+    for (int e = int(threadIdx.x); e < count * H; e += int(blockDim.x)) {
+      const int p = int(unsigned(e) / unsigned(H));
+      gate[e] = net.gate(hidden, p, e - p * H);
+    }
+    __syncthreads();
+  }
+  FEDPEFT_DEVICE A scale(int e) const { return gate[e]; }
+};
+
+FEDPEFT_HD RowSums row_sums(const HashLookupArgs& a) {
+  return {a.table, a.base, a.out, a.items, a.num_items, a.positions, a.D, int(a.M), int(a.H)};
+}
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kStagedThreads, 3)
+    forward_staged(HashLookupArgs a, int64_t tasks, Modulus modulus, StagedPlan plan) {
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  PlainEntries<T> source{a, modulus, plain_weight<acc_t<T>>(a)};
+  sum_staged_rows<V, kLanePositions<V>, T>(row_sums(a), tasks, plan, source, shared);
+}
+
+template <typename T, int V>
+__global__ void __launch_bounds__(1024, 1)
+    forward_staged_gated(HashLookupArgs a, int64_t tasks, Modulus modulus, GatedStagedPlan plan) {
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  GatedEntries<T, V> source(a, modulus, plan, shared);
+  sum_staged_rows<V, 2, T>(row_sums(a), tasks, plan.rows, source, shared);
 }
 
 constexpr int kLaneHashes = 4, kLaneSlots = 2;
@@ -1329,55 +1299,40 @@ GatedPlan plan_gated(const HashLookupArgs& a, int lanes, const Limits& device) {
   return {Scratch::memory, kWarp, 4 * kWarp, bytes, 2 * device.multiprocessors};
 }
 
-// Copying a table pays where each row is read about twice; else caches do as well.
 inline bool stages(const HashLookupArgs& a) {
-  return a.per_client && a.D > 0 && a.positions * a.H >= 2 * a.M && a.M * a.D < INT32_MAX;
+  return a.per_client && StagedPlan::pays(a.positions, a.H, a.M, a.D);
 }
 
-// False where shared memory does not hold it.
-template <typename T, int V>
-bool plan_staged(const HashLookupArgs& a, bool gated, StagedPlan* plan) {
+// With SENet; false where shared memory does not hold a whole table.
+template <typename T>
+bool plan_gated_stage(const HashLookupArgs& a, GatedStagedPlan* plan) {
   using A = acc_t<T>;
-  const int64_t device = limits().shared_bytes;
-  // Without SENet, slices of columns let blocks share a multiprocessor.
-  const int64_t most = !gated && device > kStagedBytes ? kStagedBytes : device;
-  int64_t chunk = a.positions;
-  while (chunk > 1 && (chunk * a.H > 2048 || (gated && chunk * a.S > 8192)))
-    chunk = (chunk + 1) / 2;
-  for (int64_t slices = 1;; slices *= 2) {
-    const int64_t width = ((a.D + slices - 1) / slices + V - 1) / V * V;
-    if (slices > 1 && (gated || width * int64_t(sizeof(T)) < 64)) return false;
-    Carve carve;
-    carve.take<T>(a.M * width);
-    plan->bucket = carve.take<int>(chunk * a.H);
-    plan->gate = carve.take<A>(gated ? chunk * a.H : 0);
-    plan->mean = carve.take<A>(gated ? a.M : 0);
-    plan->hidden = carve.take<A>(gated ? chunk * (a.S | 1) : 0);
-    plan->net = carve.take<A>(gated ? BlockNet<T>::size(a.H, a.S) : 0);
-    if (carve.used > most) continue;
-    plan->bytes = carve.used;
-    plan->slices = int((a.D + width - 1) / width);
-    plan->width = int(width);
-    plan->chunk = int(chunk);
-    // About 32 warps a multiprocessor, however many blocks fit.
-    if (gated) {
-      plan->threads = carve.used > 100 * 1024 ? 1024 : carve.used > 40 * 1024 ? 512 : 256;
-    } else {
-      plan->threads = carve.used > 48 * 1024 ? 320 : 256;
-    }
-    return true;
-  }
+  int64_t chunk = StagedPlan::chunk_of(a.positions, a.H);
+  while (chunk > 1 && chunk * a.S > 8192) chunk = (chunk + 1) / 2;
+  Carve carve;
+  carve.take<T>(a.M * a.D);
+  plan->rows.list = carve.take<int>(chunk * a.H);
+  plan->gate = carve.take<A>(chunk * a.H);
+  plan->mean = carve.take<A>(a.M);
+  plan->hidden = carve.take<A>(chunk * (a.S | 1));
+  plan->net = carve.take<A>(BlockNet<T>::size(a.H, a.S));
+  plan->rows.bytes = carve.used;
+  plan->rows.slices = 1;
+  plan->rows.width = int(a.D);
+  plan->rows.chunk = int(chunk);
+  // About 32 warps a multiprocessor, however many blocks fit.
+  plan->rows.threads = carve.used > 100 * 1024 ? 1024 : carve.used > 40 * 1024 ? 512 : 256;
+  return carve.used <= limits().shared_bytes;
 }
 
 template <typename T, int V>
 void launch_plain(const HashLookupArgs& a, int64_t clients, Stream stream) {
   const int lanes = lanes_for(a.D / V);
   const bool suits = suits_lane_rows<V>(a.H, (a.per_client ? clients : 1) * a.M * a.D, lanes);
-  if (StagedPlan plan; stages(a) && plan_staged<T, V>(a, false, &plan)) {
-    // Lanes are better at single elements, and where few blocks would be staged.
+  if (StagedPlan plan; stages(a) && plan.plan<T, V>(a.positions, a.M, a.H, a.D, 64)) {
     const int64_t blocks = clients * plan.slices;
-    if (!suits || (V > 1 && blocks >= 8 * limits().multiprocessors)) {
-      launch(forward_staged<T, V, false>, blocks, plan.threads, plan.bytes, stream, a, blocks,
+    if (!suits || staging_beats_lanes<V>(blocks)) {
+      launch(forward_staged<T, V>, blocks, plan.threads, plan.bytes, stream, a, blocks,
              Modulus(a.M), plan);
       return;
     }
@@ -1399,9 +1354,9 @@ void launch_gated(const HashLookupArgs& a, int64_t clients, void* memory, Stream
            Modulus(a.M));
     return;
   }
-  if (StagedPlan staged; stages(a) && plan_staged<T, V>(a, true, &staged)) {
-    launch(forward_staged<T, V, true>, clients, staged.threads, staged.bytes, stream, a, clients,
-           Modulus(a.M), staged);
+  if (GatedStagedPlan staged; stages(a) && plan_gated_stage<T>(a, &staged)) {
+    launch(forward_staged_gated<T, V>, clients, staged.rows.threads, staged.rows.bytes, stream, a,
+           clients, Modulus(a.M), staged);
     return;
   }
   const GatedPlan plan = plan_gated<T>(a, lanes_for(a.D / V), limits());
@@ -1597,7 +1552,7 @@ bool hash_lookup_backward_plain(const HashLookupArgs& a, DType dtype, int64_t cl
           plan.next = carve.take<int>(entries);
           plan.grad = carve.take<T>(a.positions * a.D);
           plan.lanes = lanes_for(a.D / V);
-          if (carve.used > kStagedBytes || carve.used > limits().shared_bytes) return;
+          if (carve.used > StagedPlan::kBytes || carve.used > limits().shared_bytes) return;
           launch(backward_plain<T, V>, clients, 256, carve.used, stream, a, clients, Modulus(a.M),
                  plan, static_cast<T*>(out));
           done = true;

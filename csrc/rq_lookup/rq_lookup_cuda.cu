@@ -2,8 +2,8 @@
 // bytes of columns a lane; codebooks from shared memory where a block serves one client, or all
 // clients share codebooks larger than L1, with positions enough to pay for the copy, else through
 // the caches. Backward: a scatter (common/scatter.cuh).
-#include "common/lane_rows.cuh"
 #include "common/scatter.cuh"
+#include "common/staged_rows.cuh"
 #include "common/streaming.cuh"
 #include "rq_lookup/rq_lookup_cuda.h"
 
@@ -11,7 +11,6 @@ namespace fedpeft::gpu {
 namespace {
 
 constexpr int kThreads = 256, kSharedThreads = 512;
-constexpr int64_t kStagedBytes = 48 * 1024;  // so that several blocks share a multiprocessor
 
 // The item at position n, -1 at padding.
 FEDPEFT_DEVICE int64_t item_at(const RqLookupArgs& a, int64_t n) {
@@ -178,30 +177,49 @@ __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
   }
 }
 
-// One block a client, its codebooks in shared memory.
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
-    forward_staged(RqLookupArgs a, int64_t clients) {
-  FEDPEFT_DYNAMIC_SHARED(shared);
-  T* codebooks = reinterpret_cast<T*>(shared);
-  const int lanes = lanes_for(a.D / V), groups = kThreads / lanes;
-  const int64_t table = a.L * a.K * a.D;
-  for (int64_t client = blockIdx.x; client < clients; client += gridDim.x) {
-    const T* from = static_cast<const T*>(a.codebooks) + client * table;
-    for (int64_t i = int64_t(threadIdx.x) * V; i < table; i += kThreads * V)
-      store_pack<V>(codebooks + i, load_pack<V>(from + i));
-    __syncthreads();
-    const int64_t end = (client + 1) * a.positions;
-    for (int64_t n = client * a.positions + threadIdx.x / lanes; n < end;
-         n += groups * kAtOnce<T, V>) {
-      int64_t item[kAtOnce<T, V>];
-      items_from(a, n, groups, end, item);
-      look_up<T, V>(
-          a, [&](int64_t) { return codebooks; }, {0, a.D, a.D}, item, n, groups, end,
-          int(threadIdx.x) % lanes, lanes);
+// Rows of a client's codebooks that its positions read.
+template <typename T>
+struct CodeEntries {
+  const RqLookupArgs& a;
+
+  FEDPEFT_DEVICE void start(int64_t) const {}
+  FEDPEFT_DEVICE void find(int64_t n, int count, int* row) const {
+    constexpr int N = 4;
+    const int L = int(a.L), entries = count * L, threads = int(blockDim.x);
+    for (int start = int(threadIdx.x); start < entries; start += N * threads) {
+      int64_t at[N], item[N], code[N];
+      int level[N];
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        const int e = start + k * threads, p = int(unsigned(e) / unsigned(L));
+        at[k] = e < entries ? n + p : -1;
+        level[k] = e - p * L;
+      }
+      items_at(a, at, item);
+#pragma unroll
+      for (int k = 0; k < N; ++k) at[k] = item[k] >= 0 ? item[k] * a.L + level[k] : -1;
+      gather(a.codes, at, code);
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        if (item[k] >= 0 && uint64_t(code[k]) >= uint64_t(a.K))
+          FEDPEFT_BAD_INDEX("codes", code[k], at[k], a.K);
+        const int e = start + k * threads;
+        if (e < entries) row[e] = item[k] >= 0 ? level[k] * int(a.K) + int(code[k]) : -1;
+      }
     }
-    __syncthreads();
   }
+  FEDPEFT_DEVICE void ready(const T*, const int*, int, bool) const {}
+  FEDPEFT_DEVICE acc_t<T> scale(int) const { return 1; }
+};
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kStagedThreads, 3)
+    forward_staged(RqLookupArgs a, int64_t tasks, StagedPlan plan) {
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  CodeEntries<T> source{a};
+  const RowSums sums{a.codebooks, a.base, a.out,          a.items, a.num_items,
+                     a.positions, a.D,    int(a.L * a.K), int(a.L)};
+  sum_staged_rows<V, kLanePositions<V>, T>(sums, tasks, plan, source, shared);
 }
 
 // The word of 2 or 4 bytes at p, 0 unless `there`; as late.
@@ -396,9 +414,6 @@ void rq_lookup(const RqLookupArgs& a, DType dtype, int64_t clients, Stream strea
   const int64_t total = clients * a.positions;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t bytes = a.L * a.K * a.D * int64_t(sizeof(T));
-    const bool staged = a.per_client && a.positions >= 2 * a.K && bytes > 0 &&
-                        bytes <= kStagedBytes && bytes <= limits().shared_bytes;
     with_width<T>(
         a.D,
         [&](auto width) {
@@ -409,10 +424,22 @@ void rq_lookup(const RqLookupArgs& a, DType dtype, int64_t clients, Stream strea
             launch(codes_in_words(a) ? forward_shared<T, V, true> : forward_shared<T, V, false>,
                    sms / used > 0 ? sms / used * used : used, kSharedThreads,
                    a.L * a.K * slice * int64_t(sizeof(T)), stream, a, total, int(slice), int(used));
-          } else if (staged) {
-            launch(forward_staged<T, V>, clients, kThreads, bytes, stream, a, clients);
-          } else if (const int lanes = lanes_for(a.D / V); suits_lane_rows<V>(
-                         a.L, (a.per_client ? clients : 1) * a.L * a.K * a.D, lanes)) {
+            return;
+          }
+          const int lanes = lanes_for(a.D / V);
+          const bool suits =
+              suits_lane_rows<V>(a.L, (a.per_client ? clients : 1) * a.L * a.K * a.D, lanes);
+          if (StagedPlan plan; a.per_client && a.L > 0 &&
+                               StagedPlan::pays(a.positions, a.L, a.L * a.K, a.D) &&
+                               plan.plan<T, V>(a.positions, a.L * a.K, a.L, a.D, 128)) {
+            const int64_t blocks = clients * plan.slices;
+            if (!suits || staging_beats_lanes<V>(blocks)) {
+              launch(forward_staged<T, V>, blocks, plan.threads, plan.bytes, stream, a, blocks,
+                     plan);
+              return;
+            }
+          }
+          if (suits) {
             const LaneTurns turns(total, kLaneThreads / lanes * kLanePositions<V>);
             launch(forward_lanes<T, V>, turns.tasks, kLaneThreads, 0, stream, a, turns, lanes);
           } else {

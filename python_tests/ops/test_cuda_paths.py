@@ -140,6 +140,31 @@ def test_lookups_whose_blocks_take_several_turns(
         assert_close(gpu(*arguments), cpu(*arguments))
 
 
+# Enough clients and positions that a block copies its client's table, whole or in slices of columns, and
+# goes through chunks of positions; or else lanes look it up.
+@pytest.mark.parametrize("limit", [99 << 10, 9 << 10, 1 << 10])
+@pytest.mark.parametrize(("positions", "width"), [(25, 72), (1100, 36)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_lookups_in_copied_tables(limit: int, positions: int, width: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(13)
+    clients = 34 if positions == 25 else 9
+    items = torch.randint(-1, 60, (clients, positions), generator=g)
+    codes = torch.randint(0, 6, (60, 3), generator=g, dtype=torch.uint8)
+    hashes = torch.randint(1, 2**61 - 1, (3, 2), generator=g)
+    base = torch.randn(60, width, generator=g).to(dtype)
+    codebooks = torch.randn(clients, 3, 6, width, generator=g).to(dtype)
+    table = codebooks[:, 0]
+    for under in (base, None):
+        cpu, gpu = both("rq_lookup")
+        with shared_limit(limit):
+            found = gpu(items, codes, codebooks, under)
+        assert torch.equal(found, cpu(items, codes, codebooks, under))
+        cpu, gpu = both("hash_lookup")
+        with shared_limit(limit):
+            found = gpu(items, table, hashes, None, None, None, None, True, under)
+        torch.testing.assert_close(found, cpu(items, table, hashes, None, None, None, None, True, under))
+
+
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_codebooks(limit: int, dtype: torch.dtype) -> None:
