@@ -66,6 +66,7 @@ class Case:
     native: Callable[[], Tensor] | None = None  # the same numbers by one op of PyTorch
     native_name: str = ""
     compiles: bool = True  # whether torch.compile takes the twin
+    slow_twin: bool = False  # takes seconds at large shapes: it is asked at small ones alone
     agreement: float = 1.0  # share of the elements that must equal the twin's, floats within the tolerance
     capturable: str = ""  # why a CUDA graph cannot hold it
     flops: int = 0
@@ -379,6 +380,7 @@ def _clients(s: Sizes, draw: Draw, few: bool) -> Case:
         (),
         (len(clients) // 8 + 16 * count) if few else (size(clients) + 8 * count),
         compiles=False,  # its twin is NumPy
+        slow_twin=True,
         tolerance=0,
     )
 
@@ -390,6 +392,7 @@ def _independent(s: Sizes, draw: Draw) -> Case:
         (),
         size(clients) + size(clients) // 10,
         compiles=False,  # its twin is NumPy
+        slow_twin=True,
         capturable="it waits for the device to know how many were chosen",
         tolerance=0,
     )
@@ -474,6 +477,7 @@ def _train(s: Sizes, draw: Draw, kind: str, graph: bool = False, mlp: str = "") 
         (user, base, *trained.values(), *layers),
         moved + (0 if codes is None else read(codes)),
         compiles=False,  # its twin loops over the clients
+        slow_twin=True,
         capturable="it waits for the device to know its clients' sizes, and for errors",
         flops=6 * 2 * count * met * steps * weights,  # forward, and the gradients of weights and inputs
         tolerance=1e-3,

@@ -408,10 +408,13 @@ def benchmark(
                 break
             with failures.of(f"{name} ({label})"):
                 case = make(sizes, Draw(device))
-                compare(f"{name} ({label})", case)
+                at_large = label == "large" and not emulated
+                if not (at_large and case.slow_twin):
+                    compare(f"{name} ({label})", case)
                 budget = 0.0 if emulated else 0.15
                 # Compiling is slow, and says nothing about what launches bind.
-                others = [r for r in against if r != "compiled" or (label == "large" and not emulated)]
+                without = {"eager" if case.slow_twin else ""} if at_large else {"compiled"}
+                others = [r for r in against if r not in without]
                 row = measure(case, device, budget, others, copy)
                 results[label][name] = row
                 print(f"  {label} {name}: {json.dumps(row)}", flush=True)
