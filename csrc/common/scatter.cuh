@@ -235,71 +235,131 @@ __global__ void __launch_bounds__(256, 2)
   }
 }
 
-// A bit for each of those rows that are there (at least 0) and come again: later in `row`, or, with
-// `also`, anywhere in `others`.
-template <int N>
-FEDPEFT_DEVICE unsigned rows_again(const int (&row)[N], const int (&others)[N], bool also) {
-  unsigned lost = 0;
+// The sum of `x` over the threads of the block before this one, and over all in `total`. `sums`:
+// one a warp.
+FEDPEFT_DEVICE int sum_before(int x, int* sums, int* total) {
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  int before = x;
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    bool again = false;
-#pragma unroll
-    for (int j = i + 1; j < N; ++j) again |= row[i] == row[j];
-#pragma unroll
-    for (int j = 0; j < N; ++j) again |= also && row[i] == others[j];
-    if (again && row[i] >= 0) lost |= 1u << i;
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int other = __shfl_up_sync(kFullMask, before, step);
+    if (lane >= step) before += other;
   }
-  return lost;
+  if (lane == kWarp - 1) sums[warp] = before;
+  __syncthreads();
+  before -= x;
+  *total = 0;
+  for (int w = 0; w < int(blockDim.x) / kWarp; ++w) {
+    if (w < warp) before += sums[w];
+    *total += sums[w];
+  }
+  return before;
 }
 
-// Rows of the entries for tables, within their part; that of padding, and past the last position,
-// is one past a part's rows. A thread takes a batch of positions in one slot or, where slots share
-// rows, in two that are added together. Of rows that come again among these, all but the last are
-// lost: each even row's upper bits tell whether it and the next are. All eight are marked where
-// more than kMostLost are lost.
-template <typename Source, int Slots>
-__global__ void __launch_bounds__(256, 2)
-    scatter_rows(Source source, uint16_t* rows, ScatterPlan plan) {
-  constexpr int N = ScatterTables::kBatch;
+// The lists of tiles (ScatterTables), a block a tile: a stable counting sort of its entries by row.
+// Warps take ranges of positions, a lane a position; those of a warp are in the order of
+// kSortRounds * 32 positions, slot, position.
+constexpr int kSortRounds = 3;
+template <typename Source>
+__global__ void __launch_bounds__(256, 4)
+    scatter_sort(Source source, uint16_t* lists, ScatterPlan plan) {
+  constexpr int N = kSortRounds;
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  FEDPEFT_SHARED(int, sums, 8);
   const ScatterTables& tables = plan.tables;
-  const int slots = int(plan.slots), tile = tables.tile();
-  const int64_t each = (slots + Slots - 1) / Slots;
-  const int64_t tasks = (tables.tiles << tables.tile_bits) / N * each;
-  const int64_t step = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t task = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; task < tasks; task += step) {
-    const int64_t batch = divide(task, each), first = batch * N;
-    const int first_slot = int(task - batch * each) * Slots;
-    int64_t n[N];
-#pragma unroll
-    for (int j = 0; j < N; ++j) n[j] = first + j < plan.positions ? first + j : -1;
-    int local[Slots][N];
-#pragma unroll
-    for (int s = 0; s < Slots; ++s) {
-      const int slot = first_slot + s < slots ? first_slot + s : first_slot;
-      const int part_first = slot / tables.part_slots * tables.part_rows;
-      int64_t row[N];
-      source.template rows<N>(n, slot, row);
-#pragma unroll
-      for (int j = 0; j < N; ++j) local[s][j] = row[j] < 0 ? -1 : int(row[j]) - part_first;
-    }
-#pragma unroll
-    for (int s = 0; s < Slots; ++s) {
-      if (first_slot + s >= slots) break;
-      unsigned lost =
-          rows_again(local[s], local[Slots - 1], s + 1 < Slots && first_slot + 1 < slots);
-      if (__popc(lost) > ScatterTables::kMostLost) lost = (1u << N) - 1;
-      Pack<uint16_t, N> pack;
+  const int rows = tables.rows, slots = int(plan.slots), threads = int(blockDim.x);
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  const int warps = threads / kWarp, rounds = tables.tile / kWarp;
+  // Of each warp and row, the entries; then of the warps before.
+  uint16_t* const list = reinterpret_cast<uint16_t*>(shared);
+  uint16_t* const counts = list + 2 * tables.pairs;
+  uint16_t* const first = counts + warps * rows;  // a row's place in the list
+  uint16_t* const total = first + rows;
+  uint16_t* const entry_row = total + rows;                      // [rounds, slots, 32]
+  uint16_t* const entry_rank = entry_row + tables.tile * slots;  // among the warp's of the row
+  constexpr uint16_t kNone = 0xffff;
+  const int begin = warp * rounds / warps, end = (warp + 1) * rounds / warps;
+  uint16_t* const mine = counts + warp * rows;
+
+  for (int64_t tile = blockIdx.x; tile < tables.tiles; tile += gridDim.x) {
+    for (int i = int(threadIdx.x); i < warps * rows; i += threads) counts[i] = 0;
+    __syncthreads();
+
+    for (int round = begin; round < end; round += N) {
+      int64_t n[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const int row = local[s][j] < 0 ? tables.part_rows : local[s][j];
-        const unsigned bits = j % 2 == 0 ? lost >> j & 3u : 0u;
-        pack.at[j] = uint16_t(unsigned(row) | bits * unsigned(ScatterTables::kRowLimit));
+        n[j] = tile * tables.tile + (round + j) * kWarp + lane;
+        if (round + j >= end || n[j] >= plan.positions) n[j] = -1;
       }
-      const int part = (first_slot + s) / tables.part_slots;
-      const int64_t of_part = (first >> tables.tile_bits) * tables.parts + part;
-      const int64_t to = (of_part * tile + (first & (tile - 1))) * tables.part_slots;
-      store_pack<N>(rows + to + (first_slot + s - part * tables.part_slots) * N, pack);
+      for (int slot = 0; slot < slots; ++slot) {
+        int64_t row[N];
+        source.template rows<N>(n, slot, row);
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          if (round + j >= end) break;
+          const int copy = ((round + j) * kWarp + lane) & (tables.copies - 1);
+          const int at = row[j] < 0 ? -1 : int(row[j]) + copy * int(plan.rows);
+          const unsigned same = __match_any_sync(kFullMask, at);
+          const int before = at < 0 ? 0 : mine[at];
+          __syncwarp();
+          if (at >= 0 && __ffs(int(same)) - 1 == lane) mine[at] = uint16_t(before + __popc(same));
+          __syncwarp();
+          const int place = ((round + j) * slots + slot) * kWarp + lane;
+          entry_row[place] = uint16_t(at < 0 ? kNone : at);
+          entry_rank[place] = uint16_t(before + __popc(same & ((1u << lane) - 1)));
+        }
+      }
     }
+    __syncthreads();
+
+    // A thread some rows, side by side.
+    const int each = (rows + threads - 1) / threads;
+    const int first_row = int(threadIdx.x) * each < rows ? int(threadIdx.x) * each : rows;
+    const int last_row = first_row + each < rows ? first_row + each : rows;
+    int pairs = 0;
+    for (int r = first_row; r < last_row; ++r) {
+      int sum = 0;
+      for (int w = 0; w < warps; ++w) {
+        const int count = counts[w * rows + r];
+        counts[w * rows + r] = uint16_t(sum);
+        sum += count;
+      }
+      total[r] = uint16_t(sum);
+      pairs += sum > 0 ? (sum + 1) / 2 : 1;
+    }
+    int all, at = sum_before(pairs, sums, &all) + tables.head();
+    for (int r = first_row; r < last_row; ++r) {
+      const int sum = total[r];
+      first[r] = uint16_t(at);
+      if (sum == 0) list[2 * at] = list[2 * at + 1] = uint16_t(tables.tile);
+      if (sum % 2 == 1) list[2 * at + sum] = uint16_t(tables.tile);
+      at += sum > 0 ? (sum + 1) / 2 : 1;
+    }
+    __syncthreads();
+
+    for (int q = int(threadIdx.x); q < tables.ranges; q += threads) {
+      const int next = (q + 1) * tables.range_rows(), to = first[q * tables.range_rows()];
+      list[2 * q] = uint16_t(to);
+      list[2 * q + 1] = uint16_t((next < rows ? first[next] : tables.head() + all) - to);
+    }
+    for (int g = int(threadIdx.x); g < tables.ranges * tables.groups; g += threads) {
+      const int row = g * tables.each, range_first = row - g % tables.groups * tables.each;
+      list[2 * tables.ranges + g] = uint16_t(row < rows ? first[row] - first[range_first] : 0);
+    }
+    for (int round = begin; round < end; ++round) {
+      for (int slot = 0; slot < slots; ++slot) {
+        const int place = (round * slots + slot) * kWarp + lane, row = entry_row[place];
+        if (row == kNone) continue;
+        const int i = mine[row] + entry_rank[place];
+        const int more = i % 2 == 0 && i + 2 < total[row] ? ScatterTables::kMore : 0;
+        list[2 * first[row] + i] = uint16_t((round * kWarp + lane) | more);
+      }
+    }
+    __syncthreads();
+    uint16_t* const to = lists + tile * tables.pairs * 2;
+    for (int i = int(threadIdx.x); i < tables.head() + all; i += threads)
+      store_pack<2>(to + 2 * i, load_pack<2>(list + 2 * i));
   }
 }
 
@@ -307,11 +367,9 @@ template <typename Source>
 void launch_scatter_keys(const Source& source, const ScatterPlan& plan, void* keys, Stream stream) {
   if (plan.in_tables) {
     if constexpr (requires { source.values(); }) {
-      const bool joint = !plan.disjoint_slots && plan.slots > 1;
-      const int64_t batches = (plan.tables.tiles << plan.tables.tile_bits) / ScatterTables::kBatch;
-      const int64_t tasks = batches * (joint ? (plan.slots + 1) / 2 : plan.slots);
-      launch(joint ? scatter_rows<Source, 2> : scatter_rows<Source, 1>, (tasks + 255) / 256, 256, 0,
-             stream, source, static_cast<uint16_t*>(keys), plan);
+      const ScatterTables& tables = plan.tables;
+      launch(scatter_sort<Source>, tables.tiles, unsigned(tables.sort_warps * kWarp),
+             tables.sort_bytes, stream, source, static_cast<uint16_t*>(keys), plan);
     }
     return;
   }
@@ -323,7 +381,7 @@ template <typename T, int V>
 void launch_scatter_join(const ScatterPlan& plan, const SortedEntries& sorted, T* out,
                          Stream stream);
 
-// Sums of the blocks' chunks into tables of their own, and their sum (scatter.cu).
+// Sums of the blocks' chunks in tables of their own, and their sum (scatter.cu).
 template <typename T, int V>
 void launch_scatter_tables(const ScatterPlan& plan, const T* grad, const SortedEntries& entries,
                            T* out, Stream stream);
