@@ -56,20 +56,22 @@ bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables*
     return ((tile + 1) * t.stride + list * 4 + 15) / 16 * 16;
   };
   const auto sort_bytes = [&](int64_t tile, int64_t warps) {
-    return (t.head() + pairs(tile, t.rows)) * 4 + (warps + 2) * t.rows * 2 + tile * shape.slots * 4;
+    return warps * t.sort_stride() * 2 +
+           (t.head() + pairs(tile, t.rows) + t.rows + tile * shape.slots) * 4;
   };
   const auto fits = [&](int64_t tile) {
     return ScatterTables::kStages * stage_bytes(tile) <= device.shared_bytes &&
            sort_bytes(tile, 1) + 64 <= device.shared_bytes && tile * shape.slots <= kEntries &&
            t.head() + pairs(tile, t.rows) <= kNumbers;
   };
+  constexpr int64_t kEven = 8 * kWarp;  // as much for each of the warps that sort
   int64_t tile = 0;
-  for (const int64_t step : {8 * kWarp, kWarp}) {
-    while (tile < chunk && fits(tile + step)) tile += step;
-  }
+  while (tile < chunk && fits(tile + kEven)) tile += kEven;
+  const int64_t step = tile > kEven ? kEven : kWarp;
+  while (step == kWarp && tile < chunk && fits(tile + step)) tile += step;
   if (tile == 0) return false;
   t.chunk_tiles = (chunk + tile - 1) / tile;
-  tile = ((chunk + t.chunk_tiles - 1) / t.chunk_tiles + kWarp - 1) / kWarp * kWarp;
+  tile = ((chunk + t.chunk_tiles - 1) / t.chunk_tiles + step - 1) / step * step;
   t.tile = int(tile);
   t.pairs = int(t.head() + pairs(tile, t.rows));
   t.stage_bytes = stage_bytes(tile);

@@ -5,9 +5,9 @@
 //   const T* values(): where value() is no more than a load, the array [clients, positions, width]
 //   that it reads
 //   int kRowsAtOnce: rows that a group sums at a time, where value() is more than a load
-// and with values(), so that tables can do it:
-//   void rows<N>(const int64_t (&n)[N], int64_t slot, int64_t (&row)[N]): N rows, their loads under
-//   way together; n is -1 where there is no position
+// and with values(), so that tables can do it, loads for several positions and slots together:
+//   At<N> at<N>(const int64_t (&n)[N]): what N positions read by; n is -1 where there is no
+//   position void rows(const At<N>& at, int slot, int (&row)[N]): the rows that they read, -1: none
 #pragma once
 
 #include "common/device.cuh"
@@ -256,33 +256,51 @@ FEDPEFT_DEVICE int sum_before(int x, int* sums, int* total) {
   return before;
 }
 
+// Two 16-bit numbers side by side, the first in the lower bits.
+FEDPEFT_DEVICE uint32_t load_two(const uint16_t* p) {
+#if defined(__CUDACC__)
+  return *reinterpret_cast<const uint32_t*>(p);
+#else
+  uint32_t two;
+  std::memcpy(&two, p, sizeof(two));
+  return two;
+#endif
+}
+FEDPEFT_DEVICE void store_two(uint16_t* p, uint32_t two) {
+#if defined(__CUDACC__)
+  *reinterpret_cast<uint32_t*>(p) = two;
+#else
+  std::memcpy(p, &two, sizeof(two));
+#endif
+}
+
 // The lists of tiles (ScatterTables), a block a tile: a stable counting sort of its entries by row.
-// Warps take ranges of positions, a lane a position; those of a warp are in the order of
-// kSortRounds * 32 positions, slot, position.
-constexpr int kSortRounds = 3;
+// Warps take ranges of positions, a lane a position; the entries of a warp are in the order of
+// N * 32 positions, slot, position.
 template <typename Source>
 __global__ void __launch_bounds__(256, 4)
     scatter_sort(Source source, uint16_t* lists, ScatterPlan plan) {
-  constexpr int N = kSortRounds;
+  constexpr int N = 3;
+  constexpr uint32_t kNone = 0xffff;
   FEDPEFT_DYNAMIC_SHARED(shared);
   FEDPEFT_SHARED(int, sums, 8);
   const ScatterTables& tables = plan.tables;
   const int rows = tables.rows, slots = int(plan.slots), threads = int(blockDim.x);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const int warps = threads / kWarp, rounds = tables.tile / kWarp;
-  // Of each warp and row, the entries; then of the warps before.
-  uint16_t* const list = reinterpret_cast<uint16_t*>(shared);
-  uint16_t* const counts = list + 2 * tables.pairs;
-  uint16_t* const first = counts + warps * rows;  // a row's place in the list
-  uint16_t* const total = first + rows;
-  uint16_t* const entry_row = total + rows;                      // [rounds, slots, 32]
-  uint16_t* const entry_rank = entry_row + tables.tile * slots;  // among the warp's of the row
-  constexpr uint16_t kNone = 0xffff;
   const int begin = warp * rounds / warps, end = (warp + 1) * rounds / warps;
-  uint16_t* const mine = counts + warp * rows;
+  const int stride = tables.sort_stride();
+  uint16_t* const counts = reinterpret_cast<uint16_t*>(shared);  // of a warp's entries of a row
+  uint16_t* const mine = counts + warp * stride;
+  uint16_t* const list = counts + warps * stride;
+  // Of rows: the place in the list, and above it the number of entries.
+  uint32_t* const places = reinterpret_cast<uint32_t*>(list + 2 * tables.pairs);
+  // [rounds, slots, 32]: a row, and above it the number of its entries before in the warp.
+  uint32_t* const entries = places + rows;
 
   for (int64_t tile = blockIdx.x; tile < tables.tiles; tile += gridDim.x) {
-    for (int i = int(threadIdx.x); i < warps * rows; i += threads) counts[i] = 0;
+    for (int i = int(threadIdx.x) * 8; i < warps * stride; i += threads * 8)
+      store_pack<8>(counts + i, Pack<uint16_t, 8>{});
     __syncthreads();
 
     for (int round = begin; round < end; round += N) {
@@ -292,68 +310,82 @@ __global__ void __launch_bounds__(256, 4)
         n[j] = tile * tables.tile + (round + j) * kWarp + lane;
         if (round + j >= end || n[j] >= plan.positions) n[j] = -1;
       }
+      const auto at = source.at(n);
       for (int slot = 0; slot < slots; ++slot) {
-        int64_t row[N];
-        source.template rows<N>(n, slot, row);
+        int row[N];
+        source.rows(at, slot, row);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           if (round + j >= end) break;
           const int copy = ((round + j) * kWarp + lane) & (tables.copies - 1);
-          const int at = row[j] < 0 ? -1 : int(row[j]) + copy * int(plan.rows);
-          const unsigned same = __match_any_sync(kFullMask, at);
-          const int before = at < 0 ? 0 : mine[at];
+          if (row[j] >= 0) row[j] += copy * int(plan.rows);
+          const unsigned same = __match_any_sync(kFullMask, row[j]);
+          const unsigned lower = same & ((1u << lane) - 1);
+          const int before = row[j] < 0 ? 0 : mine[row[j]];
           __syncwarp();
-          if (at >= 0 && __ffs(int(same)) - 1 == lane) mine[at] = uint16_t(before + __popc(same));
+          if (row[j] >= 0 && lower == 0) mine[row[j]] = uint16_t(before + __popc(same));
           __syncwarp();
-          const int place = ((round + j) * slots + slot) * kWarp + lane;
-          entry_row[place] = uint16_t(at < 0 ? kNone : at);
-          entry_rank[place] = uint16_t(before + __popc(same & ((1u << lane) - 1)));
+          entries[((round + j) * slots + slot) * kWarp + lane] =
+              (uint32_t(row[j]) & kNone) | uint32_t(before + __popc(lower)) << 16;
         }
       }
     }
     __syncthreads();
 
-    // A thread some rows, side by side.
-    const int each = (rows + threads - 1) / threads;
+    // Each warp's numbers become those of the warps before. A thread takes some rows, side by side,
+    // two at a time.
+    const int each = (stride / 2 + threads - 1) / threads * 2;
     const int first_row = int(threadIdx.x) * each < rows ? int(threadIdx.x) * each : rows;
     const int last_row = first_row + each < rows ? first_row + each : rows;
     int pairs = 0;
-    for (int r = first_row; r < last_row; ++r) {
-      int sum = 0;
+    for (int r = first_row; r < last_row; r += 2) {
+      uint32_t two = 0;
       for (int w = 0; w < warps; ++w) {
-        const int count = counts[w * rows + r];
-        counts[w * rows + r] = uint16_t(sum);
-        sum += count;
+        uint16_t* const of_warp = counts + w * stride + r;
+        const uint32_t more = load_two(of_warp);
+        store_two(of_warp, two);
+        two += more;
       }
-      total[r] = uint16_t(sum);
-      pairs += sum > 0 ? (sum + 1) / 2 : 1;
+      places[r] = two << 16;
+      pairs += ScatterTables::pairs_of(int(two & 0xffff));
+      if (r + 1 < last_row) {
+        places[r + 1] = two & 0xffff0000u;
+        pairs += ScatterTables::pairs_of(int(two >> 16));
+      }
     }
     int all, at = sum_before(pairs, sums, &all) + tables.head();
     for (int r = first_row; r < last_row; ++r) {
-      const int sum = total[r];
-      first[r] = uint16_t(at);
-      if (sum == 0) list[2 * at] = list[2 * at + 1] = uint16_t(tables.tile);
-      if (sum % 2 == 1) list[2 * at + sum] = uint16_t(tables.tile);
-      at += sum > 0 ? (sum + 1) / 2 : 1;
+      const int number = int(places[r] >> 16), needed = ScatterTables::pairs_of(number);
+      places[r] |= uint32_t(at);
+      if (number < 2 * needed) list[2 * at + 2 * needed - 1] = uint16_t(tables.tile);
+      if (number == 0) list[2 * at] = uint16_t(tables.tile);
+      at += needed;
     }
     __syncthreads();
 
+    const auto place_of = [&](int row) { return int(places[row] & 0xffff); };
     for (int q = int(threadIdx.x); q < tables.ranges; q += threads) {
-      const int next = (q + 1) * tables.range_rows(), to = first[q * tables.range_rows()];
+      const int next = (q + 1) * tables.range_rows(), to = place_of(q * tables.range_rows());
       list[2 * q] = uint16_t(to);
-      list[2 * q + 1] = uint16_t((next < rows ? first[next] : tables.head() + all) - to);
+      list[2 * q + 1] = uint16_t((next < rows ? place_of(next) : tables.head() + all) - to);
     }
     for (int g = int(threadIdx.x); g < tables.ranges * tables.groups; g += threads) {
       const int row = g * tables.each, range_first = row - g % tables.groups * tables.each;
-      list[2 * tables.ranges + g] = uint16_t(row < rows ? first[row] - first[range_first] : 0);
+      list[2 * tables.ranges + g] =
+          uint16_t(row < rows ? place_of(row) - place_of(range_first) : 0);
     }
-    for (int round = begin; round < end; ++round) {
-      for (int slot = 0; slot < slots; ++slot) {
-        const int place = (round * slots + slot) * kWarp + lane, row = entry_row[place];
-        if (row == kNone) continue;
-        const int i = mine[row] + entry_rank[place];
-        const int more = i % 2 == 0 && i + 2 < total[row] ? ScatterTables::kMore : 0;
-        list[2 * first[row] + i] = uint16_t((round * kWarp + lane) | more);
+    for (int round = begin, i = begin * slots * kWarp + lane; round < end; ++round) {
+      const int position = round * kWarp + lane;
+#pragma unroll 4
+      for (int slot = 0; slot < slots; ++slot, i += kWarp) {
+        const uint32_t entry = entries[i];
+        const int row = int(entry & kNone);
+        if (row == int(kNone)) continue;
+        const uint32_t place = places[row];
+        const int number = mine[row] + int(entry >> 16);
+        const bool more = number % 2 == 0 && number + 2 < int(place >> 16);
+        const int bits = position | (more ? ScatterTables::kMore : 0);
+        list[2 * (place & 0xffff) + number] = uint16_t(bits);
       }
     }
     __syncthreads();

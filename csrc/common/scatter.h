@@ -59,6 +59,8 @@ struct ScatterTables {
 
   // That a group may have: 32 registers of sums.
   static constexpr int group_rows(int bytes) { return bytes == 2 ? 4 : 8; }
+  FEDPEFT_HD static int pairs_of(int entries) { return entries > 0 ? (entries + 1) / 2 : 1; }
+  FEDPEFT_HD int sort_stride() const { return (rows + 7) / 8 * 8; }  // of a warp's counts
   FEDPEFT_HD int range_rows() const { return groups * each; }
   FEDPEFT_HD int list_place() const { return (tile + 1) * stride; }     // in a stage
   FEDPEFT_HD int head() const { return ranges + ranges * groups / 2; }  // pairs before the first
