@@ -8,10 +8,11 @@ namespace {
 // False where the sort is faster, or shared memory is too small.
 bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables* tables) {
   constexpr int64_t kThreads = ScatterTables::kThreads;
-  constexpr int64_t kSortBytes =
-      256;  // that the gradient could be read of in the time of an entry's sort
-  constexpr int64_t kEntries = 8192;  // of a tile: the sort holds them in shared memory
+  constexpr int64_t kSortBytes = 256;  // of the gradient, read while an entry is sorted otherwise
+  constexpr int64_t kEntries = 8192;   // of a tile
   constexpr int64_t kNumbers = 0xffff;
+  constexpr int64_t kOwn = 64;         // bytes of the kernels' own arrays
+  constexpr int64_t kReserved = 1024;  // of a block, by CUDA
   if (shape.clients != 1 || shape.bytes == 0 || shape.rows == 0 || shape.width == 0) return false;
   if (shape.positions < shape.rows || shape.rows >= kNumbers || shape.slots > kEntries / kWarp)
     return false;
@@ -60,11 +61,11 @@ bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables*
            (t.head() + pairs(tile, t.rows) + t.rows + tile * shape.slots) * 4;
   };
   const auto fits = [&](int64_t tile) {
-    return ScatterTables::kStages * stage_bytes(tile) <= device.shared_bytes &&
-           sort_bytes(tile, 1) + 64 <= device.shared_bytes && tile * shape.slots <= kEntries &&
+    return ScatterTables::kStages * stage_bytes(tile) + kOwn <= device.shared_bytes &&
+           sort_bytes(tile, 1) + kOwn <= device.shared_bytes && tile * shape.slots <= kEntries &&
            t.head() + pairs(tile, t.rows) <= kNumbers;
   };
-  constexpr int64_t kEven = 8 * kWarp;  // as much for each of the warps that sort
+  constexpr int64_t kEven = ScatterTables::kSortWarps * kWarp;
   int64_t tile = 0;
   while (tile < chunk && fits(tile + kEven)) tile += kEven;
   const int64_t step = tile > kEven ? kEven : kWarp;
@@ -76,10 +77,17 @@ bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables*
   t.pairs = int(t.head() + pairs(tile, t.rows));
   t.stage_bytes = stage_bytes(tile);
   t.shared_bytes = ScatterTables::kStages * t.stage_bytes;
-  t.sort_warps = 8;
-  while (t.sort_warps > 1 && sort_bytes(tile, t.sort_warps) > device.shared_bytes / 4)
-    t.sort_warps /= 2;
-  t.sort_bytes = sort_bytes(tile, t.sort_warps);
+  // As many warps on a multiprocessor as can be.
+  int64_t most_warps = 0;
+  for (int warps = ScatterTables::kSortWarps; warps > 0; warps /= 2) {
+    const int64_t needed = sort_bytes(tile, warps) + kOwn;
+    if (needed > device.shared_bytes) continue;
+    const int64_t fit = (device.shared_bytes + kReserved) / (needed + kReserved);
+    if (warps * (fit < 4 ? fit : 4) <= most_warps) continue;
+    most_warps = warps * (fit < 4 ? fit : 4);
+    t.sort_warps = warps;
+    t.sort_bytes = sort_bytes(tile, warps);
+  }
   t.tiles = (shape.positions + tile - 1) / tile;
   t.chunks = (t.tiles + t.chunk_tiles - 1) / t.chunk_tiles;
   return t.chunk_tiles * tile < INT32_MAX;

@@ -278,12 +278,12 @@ FEDPEFT_DEVICE void store_two(uint16_t* p, uint32_t two) {
 // Warps take ranges of positions, a lane a position; the entries of a warp are in the order of
 // N * 32 positions, slot, position.
 template <typename Source>
-__global__ void __launch_bounds__(256, 4)
+__global__ void __launch_bounds__(ScatterTables::kSortWarps* kWarp, 4)
     scatter_sort(Source source, uint16_t* lists, ScatterPlan plan) {
   constexpr int N = 3;
   constexpr uint32_t kNone = 0xffff;
   FEDPEFT_DYNAMIC_SHARED(shared);
-  FEDPEFT_SHARED(int, sums, 8);
+  FEDPEFT_SHARED(int, sums, ScatterTables::kSortWarps);
   const ScatterTables& tables = plan.tables;
   const int rows = tables.rows, slots = int(plan.slots), threads = int(blockDim.x);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
@@ -339,12 +339,14 @@ __global__ void __launch_bounds__(256, 4)
     const int last_row = first_row + each < rows ? first_row + each : rows;
     int pairs = 0;
     for (int r = first_row; r < last_row; r += 2) {
-      uint32_t two = 0;
-      for (int w = 0; w < warps; ++w) {
-        uint16_t* const of_warp = counts + w * stride + r;
-        const uint32_t more = load_two(of_warp);
-        store_two(of_warp, two);
-        two += more;
+      uint32_t of_warp[ScatterTables::kSortWarps], two = 0;
+#pragma unroll
+      for (int w = 0; w < ScatterTables::kSortWarps; ++w)
+        of_warp[w] = w < warps ? load_two(counts + w * stride + r) : 0;
+#pragma unroll
+      for (int w = 0; w < ScatterTables::kSortWarps; ++w) {
+        if (w < warps) store_two(counts + w * stride + r, two);
+        two += of_warp[w];
       }
       places[r] = two << 16;
       pairs += ScatterTables::pairs_of(int(two & 0xffff));

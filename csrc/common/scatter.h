@@ -44,6 +44,7 @@ struct ScatterTables {
   static constexpr int kThreads = 1024;
   static constexpr int kStages = 2;  // tiles in shared memory at a time
   static constexpr int kMore = 0x8000;
+  static constexpr int kSortWarps = 8;
   int copies;         // of a table in a block, where it has few rows; positions take turns
   int rows;           // of the copies together, fewer than 0xffff
   int lanes, groups;  // of a group; of a block
@@ -53,7 +54,7 @@ struct ScatterTables {
   int tile;           // positions, a multiple of a warp
   int pairs;          // of a tile's list at most
   int stride;         // bytes of a position in shared memory
-  int sort_warps;     // that sort a tile
+  int sort_warps;     // that sort a tile, at most kSortWarps
   int64_t tiles, chunk_tiles, chunks;
   int64_t stage_bytes, shared_bytes, sort_bytes;
 
