@@ -10,11 +10,10 @@
 //         torch); each tile of entries is summed by one group, and rows that cross tiles are joined
 //         in order.
 // tables  the same where all positions share a table and the values lie in memory: tiles of
-// positions
-//         sort their entries by row, in shared memory; then each block adds a chunk of the tiles to
-//         a table of its own, in registers, and the blocks' tables are added in order. What decides
-//         the bits is the sizes of tiles and chunks: what shared memory holds, and that of blocks
-//         that the device has room for.
+//         positions sort their entries by row; then each block adds a chunk of the tiles to a table
+//         of its own, in registers, and the blocks' tables are added in order. What decides the
+//         bits is the sizes of tiles and chunks: what shared memory holds, and the number of
+//         multiprocessors.
 #pragma once
 
 #include <cstdint>

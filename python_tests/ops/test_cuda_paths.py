@@ -52,8 +52,8 @@ def test_many_rows(limit: int) -> None:
         assert torch.equal(gpu(grad, rows, 9000, True), cpu(grad, rows, 9000, True))
 
 
-# Tables of blocks' own, in three launches: slices of columns, odd widths, several copies of a table and several
-# ranges of its rows (1250 of 16 bits), a row that many positions read, lanes without a column, one tile and many.
+# Tables of blocks' own, in three launches: slices of columns, odd widths, several copies of a table, several
+# ranges of its rows (1250 of 16 bits), a row that many positions read, lanes without a column.
 @pytest.mark.parametrize(
     ("items", "levels", "rows", "width"),
     [(300, 4, 40, 64), (40, 2, 3, 7), (300, 3, 90, 8), (9000, 5, 250, 72), (300, 5, 16, 130), (300, 1, 7, 1)],
