@@ -64,8 +64,19 @@ struct Source {
   FEDPEFT_HD const T* values() const { return static_cast<const T*>(a.grad); }
   FEDPEFT_DEVICE int64_t row(int64_t n, int64_t) const { return row_at(a, n); }
   template <int N>
-  FEDPEFT_DEVICE void rows(const int64_t (&n)[N], int64_t, int64_t (&row)[N]) const {
-    rows_at(a, n, row);
+  struct At {
+    int64_t row[N];
+  };
+  template <int N>
+  FEDPEFT_DEVICE At<N> at(const int64_t (&n)[N]) const {
+    At<N> at;
+    rows_at(a, n, at.row);
+    return at;
+  }
+  template <int N>
+  FEDPEFT_DEVICE void rows(const At<N>& at, int, int (&row)[N]) const {
+#pragma unroll
+    for (int u = 0; u < N; ++u) row[u] = int(at.row[u]);
   }
   template <int V>
   FEDPEFT_DEVICE Sum<acc_t<T>, V> value(int64_t n, int64_t, int64_t column) const {

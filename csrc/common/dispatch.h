@@ -91,11 +91,10 @@ void scatter(const gpu::ScatterPlan& plan, Tensor& out, ScalarType accumulator,
   gpu::SortedEntries sorted;
   if (plan.in_tables) {
     const gpu::ScatterTables& tables = plan.tables;
-    Tensor rows =
-        allocate(out, {tables.tiles, plan.slots, int64_t{tables.tile()}}, ScalarType::Short);
-    write_keys(plan, rows.mutable_data_ptr());
-    Tensor partial = allocate(out, {tables.chunks, plan.rows, plan.width}, accumulator);
-    sorted.rows = static_cast<const uint16_t*>(rows.const_data_ptr());
+    Tensor lists = allocate(out, {tables.tiles, int64_t{tables.pairs}, 2}, ScalarType::Short);
+    write_keys(plan, lists.mutable_data_ptr());
+    Tensor partial = allocate(out, {tables.chunks, int64_t{tables.rows}, plan.width}, accumulator);
+    sorted.lists = static_cast<const uint16_t*>(lists.const_data_ptr());
     sorted.partial = partial.mutable_data_ptr();
     run(plan, sorted);
     return;

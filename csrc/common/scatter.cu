@@ -5,67 +5,92 @@
 namespace fedpeft::gpu {
 namespace {
 
-// The slice of columns and the parts with which most cells are under way on a multiprocessor, or,
-// of those with enough, the widest slice. False where none fits.
-bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables* best) {
-  constexpr int kMaxThreads = ScatterTables::kMaxThreads - kWarp;
-  constexpr int64_t kEnough = 192;      // units, times slots at once: shared memory does no more
-  constexpr int64_t kNarrowest = 32;    // bytes of a slice: a sector
-  constexpr int64_t kAhead = 32;        // bytes of rows that are read past the last
-  constexpr int64_t kTileBytes = 2048;  // of the gradient
-  constexpr int64_t kReserved = 1024;   // of a block, by CUDA
-  constexpr int kMaxBlocks = 16;        // of a multiprocessor
+// False where the sort is faster, or shared memory is too small.
+bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables* tables) {
+  constexpr int64_t kThreads = ScatterTables::kThreads;
+  constexpr int64_t kSortBytes = 256;  // of the gradient, read while an entry is sorted otherwise
+  constexpr int64_t kEntries = 8192;   // of a tile
+  constexpr int64_t kNumbers = 0xffff;
+  constexpr int64_t kOwn = 64;         // bytes of the kernels' own arrays
+  constexpr int64_t kReserved = 1024;  // of a block, by CUDA
   if (shape.clients != 1 || shape.bytes == 0 || shape.rows == 0 || shape.width == 0) return false;
-  const int64_t bytes = shape.bytes, accumulator = bytes == 8 ? 8 : 4, slots = shape.slots;
-  const int64_t wide = shape.width * bytes % 16 == 0 ? 16 / bytes : 1;
-  const bool apart = shape.disjoint_slots && shape.rows % slots == 0;
-  const int64_t ways[] = {apart && slots % 2 == 0 ? slots / 2 : 1, apart ? slots : 1, 1};
-  int64_t most = 0, blocks = 0;
-  for (int64_t slices = 1;; slices *= 2) {
-    const int64_t slice = ((shape.width + slices - 1) / slices + wide - 1) / wide * wide;
-    if (slices > 1 && slice * bytes < kNarrowest) break;
-    int bits = 3;
-    while (bits < 6 && (slice * bytes << (bits + 1)) <= kTileBytes) ++bits;
-    for (const int64_t parts : ways) {
-      ScatterTables t{};
-      const int64_t units = parts * slice, threads = (units + kWarp - 1) / kWarp * kWarp;
-      const int64_t part_rows = shape.rows / parts;
-      if (threads > kMaxThreads || part_rows >= ScatterTables::kRowLimit) continue;
-      t.table_bytes = ((part_rows + 1) * units * accumulator + 15) / 16 * 16;
-      t.stage_bytes = (((slice * bytes << bits) + 15) / 16 * 16) + (slots * 2 << bits);
-      t.shared_bytes = t.table_bytes + ScatterTables::kStages * t.stage_bytes + kAhead;
-      if (t.shared_bytes > device.shared_bytes) continue;
-      int64_t fit = (device.shared_bytes + kReserved) / (t.shared_bytes + kReserved);
-      if (fit > kMaxBlocks) fit = kMaxBlocks;
-      const int64_t each = units * (slots / parts > 1 ? 2 : 1);
-      // A warp with idle lanes takes as long as a whole one.
-      const int64_t busy = (fit * each < kEnough ? fit * each : kEnough) * units / threads;
-      if (busy <= most) continue;
-      most = busy;
-      blocks = (4 * kEnough + each - 1) / each;
-      if (fit < blocks) blocks = fit;
-      t.parts = int(parts);
-      t.part_slots = int(slots / parts);
-      t.part_rows = int(part_rows);
-      t.slice = int(slice);
-      t.slices = int((shape.width + slice - 1) / slice);
-      t.units = int(units);
-      t.threads = int(threads) + kWarp;  // the last warp copies
-      t.tile_bits = bits;
-      *best = t;
-    }
+  if (shape.positions < shape.rows || shape.rows >= kNumbers || shape.slots > kEntries / kWarp)
+    return false;
+  ScatterTables& t = *tables;
+  const int64_t wide = 16 / shape.bytes, vectors = (shape.width + wide - 1) / wide;
+  const int64_t group_rows = ScatterTables::group_rows(shape.bytes);
+  // Slices of 128 bytes, or of 64 where all rows are then the block's.
+  int64_t slices, ranges;
+  for (const int64_t most : {8, 4}) {
+    slices = (vectors + most - 1) / most;
+    const int64_t slice = (vectors + slices - 1) / slices;
+    t.slice = int(slice * wide);
+    t.stride = int(slice * 16);
+    t.lanes = lanes_for(slice);
+    t.groups = int(kThreads) / t.lanes;
+    ranges = (shape.rows + t.groups * group_rows - 1) / (t.groups * group_rows);
+    if (ranges == 1) break;
   }
-  if (most < kEnough / 2) return false;  // the sort is faster then
-  // A block for every place on the device; chunks of as many positions as rows at least, so that
-  // tables are written and read no more than the gradient is read.
-  ScatterTables& t = *best;
-  t.tiles = (shape.positions + t.tile() - 1) >> t.tile_bits;
-  const int64_t places = blocks * device.multiprocessors, least = shape.rows >> t.tile_bits;
-  const int64_t chunks = places > t.slices ? places / t.slices : 1;
-  t.chunk_tiles = (t.tiles + chunks - 1) / chunks;
-  if (t.chunk_tiles <= least) t.chunk_tiles = least + 1;
+  // Each range reads the gradient again.
+  const int64_t bytes = shape.width * shape.bytes;
+  if (ranges * bytes > shape.slots * (bytes + kSortBytes)) return false;
+  t.slices = int((vectors * wide + t.slice - 1) / t.slice);
+  t.ranges = int(ranges);
+  t.copies = 1;
+  while (shape.rows * t.copies * 2 <= t.groups) t.copies *= 2;
+  t.rows = int(shape.rows) * t.copies;
+  t.each = int((t.rows + t.groups * ranges - 1) / (t.groups * ranges));
+
+  // A block a multiprocessor, or four in turn where that leaves too many idle; chunks of as many
+  // positions as rows at least, so that tables are written and read no more than the gradient is.
+  const int64_t parts = t.slices * ranges, places = device.multiprocessors;
+  int64_t chunks = (8 * parts <= places ? places : 4 * places) / parts;
+  const int64_t most_chunks = shape.positions / t.rows;
+  if (chunks > most_chunks) chunks = most_chunks;
+  if (chunks < 1) chunks = 1;
+  const int64_t chunk = (shape.positions + chunks - 1) / chunks;
+
+  // Tiles as large as shared memory holds, and the sort's; a chunk's of equal size.
+  const auto pairs = [&](int64_t tile, int64_t rows) { return rows + tile * shape.slots / 2; };
+  const auto stage_bytes = [&](int64_t tile) {
+    const int64_t list = t.groups / 2 + pairs(tile, t.range_rows()) + 2;
+    return ((tile + 1) * t.stride + list * 4 + 15) / 16 * 16;
+  };
+  const auto sort_bytes = [&](int64_t tile, int64_t warps) {
+    return warps * t.sort_stride() * 2 +
+           (t.head() + pairs(tile, t.rows) + t.rows + tile * shape.slots) * 4;
+  };
+  const auto fits = [&](int64_t tile) {
+    return ScatterTables::kStages * stage_bytes(tile) + kOwn <= device.shared_bytes &&
+           sort_bytes(tile, 1) + kOwn <= device.shared_bytes && tile * shape.slots <= kEntries &&
+           t.head() + pairs(tile, t.rows) <= kNumbers;
+  };
+  constexpr int64_t kEven = ScatterTables::kSortWarps * kWarp;
+  int64_t tile = 0;
+  while (tile < chunk && fits(tile + kEven)) tile += kEven;
+  const int64_t step = tile > kEven ? kEven : kWarp;
+  while (step == kWarp && tile < chunk && fits(tile + step)) tile += step;
+  if (tile == 0) return false;
+  t.chunk_tiles = (chunk + tile - 1) / tile;
+  tile = ((chunk + t.chunk_tiles - 1) / t.chunk_tiles + step - 1) / step * step;
+  t.tile = int(tile);
+  t.pairs = int(t.head() + pairs(tile, t.rows));
+  t.stage_bytes = stage_bytes(tile);
+  t.shared_bytes = ScatterTables::kStages * t.stage_bytes;
+  // As many warps on a multiprocessor as can be.
+  int64_t most_warps = 0;
+  for (int warps = ScatterTables::kSortWarps; warps > 0; warps /= 2) {
+    const int64_t needed = sort_bytes(tile, warps) + kOwn;
+    if (needed > device.shared_bytes) continue;
+    const int64_t fit = (device.shared_bytes + kReserved) / (needed + kReserved);
+    if (warps * (fit < 4 ? fit : 4) <= most_warps) continue;
+    most_warps = warps * (fit < 4 ? fit : 4);
+    t.sort_warps = warps;
+    t.sort_bytes = sort_bytes(tile, warps);
+  }
+  t.tiles = (shape.positions + tile - 1) / tile;
   t.chunks = (t.tiles + t.chunk_tiles - 1) / t.chunk_tiles;
-  return t.chunk_tiles < INT32_MAX && shape.positions >= shape.rows;
+  return t.chunk_tiles * tile < INT32_MAX;
 }
 
 // Joins the rows that cross tiles, from the tile in which a row begins.
@@ -118,9 +143,9 @@ void launch_scatter_tables(const ScatterPlan& plan, const T* grad, const SortedE
                            T* out, Stream stream) {
   const ScatterTables& tables = plan.tables;
   acc_t<T>* partial = static_cast<acc_t<T>*>(entries.partial);
-  launch(scatter_tables<T, V>, tables.chunks * tables.slices, unsigned(tables.threads),
-         tables.shared_bytes, stream, grad, entries.rows, partial, plan);
-  launch(scatter_total<T>, (plan.rows * plan.width + 63) / 64, 256, 0, stream,
+  launch(scatter_tables<T, V>, tables.chunks * tables.slices * tables.ranges,
+         ScatterTables::kThreads, tables.shared_bytes, stream, grad, entries.lists, partial, plan);
+  launch(scatter_total<T>, (plan.rows * plan.width + 31) / 32, 256, 0, stream,
          static_cast<const acc_t<T>*>(partial), out, plan);
 }
 

@@ -5,9 +5,9 @@
 //   const T* values(): where value() is no more than a load, the array [clients, positions, width]
 //   that it reads
 //   int kRowsAtOnce: rows that a group sums at a time, where value() is more than a load
-// and with values(), so that tables can do it:
-//   void rows<N>(const int64_t (&n)[N], int64_t slot, int64_t (&row)[N]): N rows, their loads under
-//   way together; n is -1 where there is no position
+// and with values(), so that tables can do it, loads for several positions and slots together:
+//   At<N> at<N>(const int64_t (&n)[N]): what N positions read by; n is -1 where there is no
+//   position void rows(const At<N>& at, int slot, int (&row)[N]): the rows that they read, -1: none
 #pragma once
 
 #include "common/device.cuh"
@@ -235,71 +235,165 @@ __global__ void __launch_bounds__(256, 2)
   }
 }
 
-// A bit for each of those rows that are there (at least 0) and come again: later in `row`, or, with
-// `also`, anywhere in `others`.
-template <int N>
-FEDPEFT_DEVICE unsigned rows_again(const int (&row)[N], const int (&others)[N], bool also) {
-  unsigned lost = 0;
+// The sum of `x` over the threads of the block before this one, and over all in `total`. `sums`:
+// one a warp.
+FEDPEFT_DEVICE int sum_before(int x, int* sums, int* total) {
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  int before = x;
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    bool again = false;
-#pragma unroll
-    for (int j = i + 1; j < N; ++j) again |= row[i] == row[j];
-#pragma unroll
-    for (int j = 0; j < N; ++j) again |= also && row[i] == others[j];
-    if (again && row[i] >= 0) lost |= 1u << i;
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int other = __shfl_up_sync(kFullMask, before, step);
+    if (lane >= step) before += other;
   }
-  return lost;
+  if (lane == kWarp - 1) sums[warp] = before;
+  __syncthreads();
+  before -= x;
+  *total = 0;
+  for (int w = 0; w < int(blockDim.x) / kWarp; ++w) {
+    if (w < warp) before += sums[w];
+    *total += sums[w];
+  }
+  return before;
 }
 
-// Rows of the entries for tables, within their part; that of padding, and past the last position,
-// is one past a part's rows. A thread takes a batch of positions in one slot or, where slots share
-// rows, in two that are added together. Of rows that come again among these, all but the last are
-// lost: each even row's upper bits tell whether it and the next are. All eight are marked where
-// more than kMostLost are lost.
-template <typename Source, int Slots>
-__global__ void __launch_bounds__(256, 2)
-    scatter_rows(Source source, uint16_t* rows, ScatterPlan plan) {
-  constexpr int N = ScatterTables::kBatch;
+// Two 16-bit numbers side by side, the first in the lower bits.
+FEDPEFT_DEVICE uint32_t load_two(const uint16_t* p) {
+#if defined(__CUDACC__)
+  return *reinterpret_cast<const uint32_t*>(p);
+#else
+  uint32_t two;
+  std::memcpy(&two, p, sizeof(two));
+  return two;
+#endif
+}
+FEDPEFT_DEVICE void store_two(uint16_t* p, uint32_t two) {
+#if defined(__CUDACC__)
+  *reinterpret_cast<uint32_t*>(p) = two;
+#else
+  std::memcpy(p, &two, sizeof(two));
+#endif
+}
+
+// The lists of tiles (ScatterTables), a block a tile: a stable counting sort of its entries by row.
+// Warps take ranges of positions, a lane a position; the entries of a warp are in the order of
+// N * 32 positions, slot, position.
+template <typename Source>
+__global__ void __launch_bounds__(ScatterTables::kSortWarps* kWarp, 4)
+    scatter_sort(Source source, uint16_t* lists, ScatterPlan plan) {
+  constexpr int N = 3;
+  constexpr uint32_t kNone = 0xffff;
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  FEDPEFT_SHARED(int, sums, ScatterTables::kSortWarps);
   const ScatterTables& tables = plan.tables;
-  const int slots = int(plan.slots), tile = tables.tile();
-  const int64_t each = (slots + Slots - 1) / Slots;
-  const int64_t tasks = (tables.tiles << tables.tile_bits) / N * each;
-  const int64_t step = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t task = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; task < tasks; task += step) {
-    const int64_t batch = divide(task, each), first = batch * N;
-    const int first_slot = int(task - batch * each) * Slots;
-    int64_t n[N];
-#pragma unroll
-    for (int j = 0; j < N; ++j) n[j] = first + j < plan.positions ? first + j : -1;
-    int local[Slots][N];
-#pragma unroll
-    for (int s = 0; s < Slots; ++s) {
-      const int slot = first_slot + s < slots ? first_slot + s : first_slot;
-      const int part_first = slot / tables.part_slots * tables.part_rows;
-      int64_t row[N];
-      source.template rows<N>(n, slot, row);
-#pragma unroll
-      for (int j = 0; j < N; ++j) local[s][j] = row[j] < 0 ? -1 : int(row[j]) - part_first;
-    }
-#pragma unroll
-    for (int s = 0; s < Slots; ++s) {
-      if (first_slot + s >= slots) break;
-      unsigned lost =
-          rows_again(local[s], local[Slots - 1], s + 1 < Slots && first_slot + 1 < slots);
-      if (__popc(lost) > ScatterTables::kMostLost) lost = (1u << N) - 1;
-      Pack<uint16_t, N> pack;
+  const int rows = tables.rows, slots = int(plan.slots), threads = int(blockDim.x);
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  const int warps = threads / kWarp, rounds = tables.tile / kWarp;
+  const int begin = warp * rounds / warps, end = (warp + 1) * rounds / warps;
+  const int stride = tables.sort_stride();
+  uint16_t* const counts = reinterpret_cast<uint16_t*>(shared);  // of a warp's entries of a row
+  uint16_t* const mine = counts + warp * stride;
+  uint16_t* const list = counts + warps * stride;
+  // Of rows: the place in the list, and above it the number of entries.
+  uint32_t* const places = reinterpret_cast<uint32_t*>(list + 2 * tables.pairs);
+  // [rounds, slots, 32]: a row, and above it the number of its entries before in the warp.
+  uint32_t* const entries = places + rows;
+
+  for (int64_t tile = blockIdx.x; tile < tables.tiles; tile += gridDim.x) {
+    for (int i = int(threadIdx.x) * 8; i < warps * stride; i += threads * 8)
+      store_pack<8>(counts + i, Pack<uint16_t, 8>{});
+    __syncthreads();
+
+    for (int round = begin; round < end; round += N) {
+      int64_t n[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const int row = local[s][j] < 0 ? tables.part_rows : local[s][j];
-        const unsigned bits = j % 2 == 0 ? lost >> j & 3u : 0u;
-        pack.at[j] = uint16_t(unsigned(row) | bits * unsigned(ScatterTables::kRowLimit));
+        n[j] = tile * tables.tile + (round + j) * kWarp + lane;
+        if (round + j >= end || n[j] >= plan.positions) n[j] = -1;
       }
-      const int part = (first_slot + s) / tables.part_slots;
-      const int64_t of_part = (first >> tables.tile_bits) * tables.parts + part;
-      const int64_t to = (of_part * tile + (first & (tile - 1))) * tables.part_slots;
-      store_pack<N>(rows + to + (first_slot + s - part * tables.part_slots) * N, pack);
+      const auto at = source.at(n);
+      for (int slot = 0; slot < slots; ++slot) {
+        int row[N];
+        source.rows(at, slot, row);
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          if (round + j >= end) break;
+          const int copy = ((round + j) * kWarp + lane) & (tables.copies - 1);
+          if (row[j] >= 0) row[j] += copy * int(plan.rows);
+          const unsigned same = __match_any_sync(kFullMask, row[j]);
+          const unsigned lower = same & ((1u << lane) - 1);
+          const int before = row[j] < 0 ? 0 : mine[row[j]];
+          __syncwarp();
+          if (row[j] >= 0 && lower == 0) mine[row[j]] = uint16_t(before + __popc(same));
+          __syncwarp();
+          entries[((round + j) * slots + slot) * kWarp + lane] =
+              (uint32_t(row[j]) & kNone) | uint32_t(before + __popc(lower)) << 16;
+        }
+      }
     }
+    __syncthreads();
+
+    // Each warp's numbers become those of the warps before. A thread takes some rows, side by side,
+    // two at a time.
+    const int each = (stride / 2 + threads - 1) / threads * 2;
+    const int first_row = int(threadIdx.x) * each < rows ? int(threadIdx.x) * each : rows;
+    const int last_row = first_row + each < rows ? first_row + each : rows;
+    int pairs = 0;
+    for (int r = first_row; r < last_row; r += 2) {
+      uint32_t of_warp[ScatterTables::kSortWarps], two = 0;
+#pragma unroll
+      for (int w = 0; w < ScatterTables::kSortWarps; ++w)
+        of_warp[w] = w < warps ? load_two(counts + w * stride + r) : 0;
+#pragma unroll
+      for (int w = 0; w < ScatterTables::kSortWarps; ++w) {
+        if (w < warps) store_two(counts + w * stride + r, two);
+        two += of_warp[w];
+      }
+      places[r] = two << 16;
+      pairs += ScatterTables::pairs_of(int(two & 0xffff));
+      if (r + 1 < last_row) {
+        places[r + 1] = two & 0xffff0000u;
+        pairs += ScatterTables::pairs_of(int(two >> 16));
+      }
+    }
+    int all, at = sum_before(pairs, sums, &all) + tables.head();
+    for (int r = first_row; r < last_row; ++r) {
+      const int number = int(places[r] >> 16), needed = ScatterTables::pairs_of(number);
+      places[r] |= uint32_t(at);
+      if (number < 2 * needed) list[2 * at + 2 * needed - 1] = uint16_t(tables.tile);
+      if (number == 0) list[2 * at] = uint16_t(tables.tile);
+      at += needed;
+    }
+    __syncthreads();
+
+    const auto place_of = [&](int row) { return int(places[row] & 0xffff); };
+    for (int q = int(threadIdx.x); q < tables.ranges; q += threads) {
+      const int next = (q + 1) * tables.range_rows(), to = place_of(q * tables.range_rows());
+      list[2 * q] = uint16_t(to);
+      list[2 * q + 1] = uint16_t((next < rows ? place_of(next) : tables.head() + all) - to);
+    }
+    for (int g = int(threadIdx.x); g < tables.ranges * tables.groups; g += threads) {
+      const int row = g * tables.each, range_first = row - g % tables.groups * tables.each;
+      list[2 * tables.ranges + g] =
+          uint16_t(row < rows ? place_of(row) - place_of(range_first) : 0);
+    }
+    for (int round = begin, i = begin * slots * kWarp + lane; round < end; ++round) {
+      const int position = round * kWarp + lane;
+#pragma unroll 4
+      for (int slot = 0; slot < slots; ++slot, i += kWarp) {
+        const uint32_t entry = entries[i];
+        const int row = int(entry & kNone);
+        if (row == int(kNone)) continue;
+        const uint32_t place = places[row];
+        const int number = mine[row] + int(entry >> 16);
+        const bool more = number % 2 == 0 && number + 2 < int(place >> 16);
+        const int bits = position | (more ? ScatterTables::kMore : 0);
+        list[2 * (place & 0xffff) + number] = uint16_t(bits);
+      }
+    }
+    __syncthreads();
+    uint16_t* const to = lists + tile * tables.pairs * 2;
+    for (int i = int(threadIdx.x); i < tables.head() + all; i += threads)
+      store_pack<2>(to + 2 * i, load_pack<2>(list + 2 * i));
   }
 }
 
@@ -307,11 +401,9 @@ template <typename Source>
 void launch_scatter_keys(const Source& source, const ScatterPlan& plan, void* keys, Stream stream) {
   if (plan.in_tables) {
     if constexpr (requires { source.values(); }) {
-      const bool joint = !plan.disjoint_slots && plan.slots > 1;
-      const int64_t batches = (plan.tables.tiles << plan.tables.tile_bits) / ScatterTables::kBatch;
-      const int64_t tasks = batches * (joint ? (plan.slots + 1) / 2 : plan.slots);
-      launch(joint ? scatter_rows<Source, 2> : scatter_rows<Source, 1>, (tasks + 255) / 256, 256, 0,
-             stream, source, static_cast<uint16_t*>(keys), plan);
+      const ScatterTables& tables = plan.tables;
+      launch(scatter_sort<Source>, tables.tiles, unsigned(tables.sort_warps * kWarp),
+             tables.sort_bytes, stream, source, static_cast<uint16_t*>(keys), plan);
     }
     return;
   }
@@ -323,7 +415,7 @@ template <typename T, int V>
 void launch_scatter_join(const ScatterPlan& plan, const SortedEntries& sorted, T* out,
                          Stream stream);
 
-// Sums of the blocks' chunks into tables of their own, and their sum (scatter.cu).
+// Sums of the blocks' chunks in tables of their own, and their sum (scatter.cu).
 template <typename T, int V>
 void launch_scatter_tables(const ScatterPlan& plan, const T* grad, const SortedEntries& entries,
                            T* out, Stream stream);

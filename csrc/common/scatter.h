@@ -9,10 +9,11 @@
 // (stably, by
 //         torch); each tile of entries is summed by one group, and rows that cross tiles are joined
 //         in order.
-// tables  the same where a table, or some of its columns, fits in shared memory: each block adds a
-//         chunk of the positions to a table of its own, and the blocks' tables are added in order.
-//         What decides the bits is the number of chunks: that of blocks that the device has room
-//         for.
+// tables  the same where all positions share a table and the values lie in memory: tiles of
+//         positions sort their entries by row; then each block adds a chunk of the tiles to a table
+//         of its own, in registers, and the blocks' tables are added in order. What decides the
+//         bits is the sizes of tiles and chunks: what shared memory holds, and the number of
+//         multiprocessors.
 #pragma once
 
 #include <cstdint>
@@ -31,22 +32,38 @@ struct ScatterShape {
   int bytes = 0;  // of an element of the gradient, where entries add their position's row of it
 };
 
-// A thread owns one column of the rows that some slots read (a part), and so one bank of shared
-// memory, and alone adds to them.
+// A block takes a chunk of tiles, a slice of columns and a range of rows. A group of lanes owns
+// some of the rows, a lane 16 bytes' worth of their columns, and keeps the sums in registers.
+//
+// A tile's list is of pairs of 16-bit numbers: where each range's pairs begin, and how many they
+// are; from there on, where each group's begin; then the pairs of row after row. A row has one at
+// least: positions of two of its entries, with kMore at the first where another pair follows, and
+// `tile` for no entry.
 struct ScatterTables {
-  static constexpr int kMaxThreads = 288;
-  static constexpr int kStages = 4;         // tiles of positions in shared memory at a time
-  static constexpr int kBatch = 8;          // positions whose rows a thread has under way
-  static constexpr int kRowLimit = 0x4000;  // rows of a part; the bits above are marks
-  static constexpr int kMostLost = 2;       // rows of a batch that are added one by one
-  int parts, part_slots, part_rows;
-  int slice, slices;   // columns of a block
-  int units, threads;  // parts * slice; the threads of a block
-  int tile_bits;       // log2 of the positions of a tile
+  static constexpr int kThreads = 1024;
+  static constexpr int kStages = 2;  // tiles in shared memory at a time
+  static constexpr int kMore = 0x8000;
+  static constexpr int kSortWarps = 8;
+  int copies;         // of a table in a block, where it has few rows; positions take turns
+  int rows;           // of the copies together, fewer than 0xffff
+  int lanes, groups;  // of a group; of a block
+  int slice, slices;  // columns of a block
+  int ranges;         // of rows
+  int each;           // rows of a group, groups * each of a range
+  int tile;           // positions, a multiple of a warp
+  int pairs;          // of a tile's list at most
+  int stride;         // bytes of a position in shared memory
+  int sort_warps;     // that sort a tile, at most kSortWarps
   int64_t tiles, chunk_tiles, chunks;
-  int64_t table_bytes, stage_bytes, shared_bytes;
+  int64_t stage_bytes, shared_bytes, sort_bytes;
 
-  FEDPEFT_HD int tile() const { return 1 << tile_bits; }
+  // That a group may have: 32 registers of sums.
+  static constexpr int group_rows(int bytes) { return bytes == 2 ? 4 : 8; }
+  FEDPEFT_HD static int pairs_of(int entries) { return entries > 0 ? (entries + 1) / 2 : 1; }
+  FEDPEFT_HD int sort_stride() const { return (rows + 7) / 8 * 8; }  // of a warp's counts
+  FEDPEFT_HD int range_rows() const { return groups * each; }
+  FEDPEFT_HD int list_place() const { return (tile + 1) * stride; }     // in a stage
+  FEDPEFT_HD int head() const { return ranges + ranges * groups / 2; }  // pairs before the first
 };
 
 struct ScatterPlan : ScatterShape {
@@ -70,13 +87,13 @@ struct ScatterPlan : ScatterShape {
 ScatterPlan plan_scatter(const ScatterShape& shape);
 
 // What the launches before leave for the sums: the sorted entries, padding last; or, for tables,
-// the rows that positions read.
+// the tiles' lists.
 struct SortedEntries {
   IndexArray keys;
   const int64_t* order = nullptr;
-  const uint16_t* rows = nullptr;  // [tiles, parts, batches, slots, kBatch], within a part's rows
+  const uint16_t* lists = nullptr;  // [tiles, pairs, 2]
   void* partial = nullptr;  // accumulators. Sorted: [tiles, 2, width], sums of the rows that cross
-                            // into and out of a tile; tables: [chunks, rows, width]
+                            // into and out of a tile; tables: [chunks, copies, rows, width]
 };
 
 }  // namespace fedpeft::gpu

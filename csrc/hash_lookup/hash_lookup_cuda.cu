@@ -800,14 +800,26 @@ struct Source {
     return item < 0 ? -1 : bucket_of(a.hashes, modulus, item, slot);
   }
   template <int N>
-  FEDPEFT_DEVICE void rows(const int64_t (&n)[N], int64_t slot, int64_t (&row)[N]) const {
+  struct At {
     int64_t item[N];
-    gather(a.items, n, item);
+  };
+  template <int N>
+  FEDPEFT_DEVICE At<N> at(const int64_t (&n)[N]) const {
+    At<N> at;
+    gather(a.items, n, at.item);
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      if (n[u] >= 0) check_item(a, at.item[u], n[u]);
+    }
+    return at;
+  }
+  template <int N>
+  FEDPEFT_DEVICE void rows(const At<N>& at, int slot, int (&row)[N]) const {
     const Hash hash(a.hashes, slot);
 #pragma unroll
     for (int u = 0; u < N; ++u) {
-      if (n[u] >= 0) check_item(a, item[u], n[u]);
-      row[u] = item[u] < 0 ? -1 : modulus(hash_of(hash.a, hash.b, uint64_t(item[u])));
+      const int64_t bucket = modulus(hash_of(hash.a, hash.b, uint64_t(at.item[u])));
+      row[u] = at.item[u] < 0 ? -1 : int(bucket);
     }
   }
   FEDPEFT_HD const T* values() const

@@ -386,6 +386,7 @@ int64_t shared_slices(const RqLookupArgs& a, int64_t total, int64_t bytes, int64
 template <typename T>
 struct Source {
   RqLookupArgs a;
+  bool words;  // codes_in_words
 
   FEDPEFT_HD const T* values() const { return static_cast<const T*>(a.grad); }
   FEDPEFT_DEVICE int64_t row(int64_t n, int64_t slot) const {
@@ -393,12 +394,36 @@ struct Source {
     return item < 0 ? -1 : slot * a.K + code_at(a, item, slot);
   }
   template <int N>
-  FEDPEFT_DEVICE void rows(const int64_t (&n)[N], int64_t slot, int64_t (&row)[N]) const {
+  struct At {
     int64_t item[N];
-    items_at(a, n, item);
-    codes_at(a, item, slot, row);
+    uint32_t word[N];  // of the item's codes, where they are one
+  };
+  template <int N>
+  FEDPEFT_DEVICE At<N> at(const int64_t (&n)[N]) const {
+    At<N> at;
+    items_at(a, n, at.item);
+    const char* const codes = static_cast<const char*>(a.codes.data);
 #pragma unroll
-    for (int u = 0; u < N; ++u) row[u] = item[u] < 0 ? -1 : slot * a.K + row[u];
+    for (int u = 0; u < N; ++u) {
+      at.word[u] = 0;
+      if (words) at.word[u] = load_word(codes + at.item[u] * a.L, int(a.L), at.item[u] >= 0);
+    }
+    return at;
+  }
+  template <int N>
+  FEDPEFT_DEVICE void rows(const At<N>& at, int slot, int (&row)[N]) const {
+    int64_t code[N];
+    if (words) {
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        code[u] = at.word[u] >> (8 * slot) & 255;
+        if (code[u] >= a.K) FEDPEFT_BAD_INDEX("codes", code[u], at.item[u] * a.L + slot, a.K);
+      }
+    } else {
+      codes_at(a, at.item, slot, code);
+    }
+#pragma unroll
+    for (int u = 0; u < N; ++u) row[u] = at.item[u] < 0 ? -1 : slot * int(a.K) + int(code[u]);
   }
   template <int V>
   FEDPEFT_DEVICE Sum<acc_t<T>, V> value(int64_t n, int64_t, int64_t column) const {
@@ -455,7 +480,7 @@ ScatterShape rq_lookup_shape(const RqLookupArgs& a, DType dtype, int64_t clients
 }
 
 void rq_lookup_keys(const RqLookupArgs& a, const ScatterPlan& plan, void* keys, Stream stream) {
-  launch_scatter_keys(Source<float>{a}, plan, keys, stream);
+  launch_scatter_keys(Source<float>{a, codes_in_words(a)}, plan, keys, stream);
 }
 
 void rq_lookup_backward(const RqLookupArgs& a, DType dtype, const ScatterPlan& plan,
@@ -465,7 +490,8 @@ void rq_lookup_backward(const RqLookupArgs& a, DType dtype, const ScatterPlan& p
     with_width<T>(
         a.D,
         [&](auto width) {
-          launch_scatter<T, decltype(width)::value>(Source<T>{a}, plan, sorted, out, stream);
+          launch_scatter<T, decltype(width)::value>(Source<T>{a, codes_in_words(a)}, plan, sorted,
+                                                    out, stream);
         },
         a.grad, out, sorted.partial);
   });
