@@ -220,7 +220,7 @@ static_assert(kDepthStride<float> == kTileStride && kCopied == kTile * kTileStri
 // items of the tile behind come meanwhile. A block goes through `span` tiles of its client's
 // positions. Inputs pass by 64 at a time (Deep), or there are no more, and the weights stay.
 template <int V, bool Deep>
-__global__ void __launch_bounds__(kTileThreads, Deep ? 3 : 4)
+__global__ void __launch_bounds__(kTileThreads, Deep || V == 1 ? 3 : 4)
     forward_spans(ClientLayerArgs a, int64_t work, int64_t span) {
   using Copy = RowCopy<V, kTileThreads>;
   FEDPEFT_DYNAMIC_SHARED(shared);
@@ -488,9 +488,17 @@ FEDPEFT_DEVICE void store_rows(float* to, TileSums<float>& sums, uint64_t items,
 // block works on the one before. Outputs pass by 64 at a time; the sums of x's gradient wait in its
 // place.
 constexpr int kTogetherThreads = 2 * kTileThreads;
+constexpr int64_t kTogetherBytes = 5 * kCopied * int64_t(sizeof(float));
+// Where their shared memory is enough for two blocks; compilers for other architectures would
+// spill.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr int kTogetherBlocks = 1;
+#else
+constexpr int kTogetherBlocks = 2;
+#endif
 
 template <int V>
-__global__ void __launch_bounds__(kTogetherThreads, 2)
+__global__ void __launch_bounds__(kTogetherThreads, kTogetherBlocks)
     backward_together(ClientLayerArgs a, int64_t work) {
   using Copy = RowCopy<V, kTogetherThreads>;
   FEDPEFT_DYNAMIC_SHARED(shared);
@@ -513,9 +521,7 @@ __global__ void __launch_bounds__(kTogetherThreads, 2)
       const float* x = Copy::own(static_cast<const float*>(a.x) + c * P * I + i0, I, first);
       const float* grad = Copy::own(static_cast<const float*>(a.grad) + c * P * O + o0, O, first);
       const float* kept = Copy::own(static_cast<const float*>(a.kept) + c * P * O + o0, O, first);
-      float* to_x = static_cast<float*>(a.grad_x) + (c * P + tile_down(first % kTileThreads)) * I +
-                    i0 + tile_across(first % kTileThreads) * kTileColumns;
-      int64_t n0 = c * P;
+      const int64_t behind = c * P + P;
       // Of `kept`; what does not come is not used, since the gradient is zero there.
       Pack<float, V> came[Copy::kTurns];
 #pragma unroll
@@ -534,8 +540,8 @@ __global__ void __launch_bounds__(kTogetherThreads, 2)
         }
       };
       TileItems now, next;
-      now.load(a, n0, at_most(P, kTile));
-      next.load(a, n0 + kTile, at_most(P - kTile, kTile));
+      now.load(a, c * P, at_most(P, kTile));
+      next.load(a, c * P + kTile, at_most(P - kTile, kTile));
       const float* weight =
           Copy::own(static_cast<const float*>(a.weight) + (c * O + o0) * I + i0, I, first);
       Copy::start(weights, weight, I, ~uint64_t{0} >> (kTile - outputs), columns, first);
@@ -549,13 +555,17 @@ __global__ void __launch_bounds__(kTogetherThreads, 2)
       int tile = 0;
       for (int64_t left = P; left > 0; left -= kTile, ++tile) {
         const int rows = at_most(left, kTile);
+        const auto to_x = [&](int thread) {
+          return static_cast<float*>(a.grad_x) + (behind - left + tile_down(thread)) * I + i0 +
+                 tile_across(thread) * kTileColumns;
+        };
         if (of_x) {
           sums.clear();
           const int thread = opaque_thread() % kTileThreads;
           const int own_rows = rows - tile_down(thread),
                     own_columns = columns - tile_across(thread) * kTileColumns;
           if (o0 > 0 && own_columns > 0) {
-            const float* from = to_x;
+            const float* from = to_x(thread);
 #pragma unroll
             for (int r = 0; r < kTileRows; ++r) {
               if (r * kDown < own_rows) load_columns<V>(sums.row[r], from, own_columns);
@@ -575,7 +585,7 @@ __global__ void __launch_bounds__(kTogetherThreads, 2)
         __syncthreads();
         const uint64_t items = TileItems::bits(words_of(tile));
         if (left > kTile) copy(tile + 1, left - kTile);
-        next.load(a, n0 + 2 * kTile, at_most(left - 2 * kTile, kTile));
+        next.load(a, behind - left + 2 * kTile, at_most(left - 2 * kTile, kTile));
         if (items && of_x) {
           multiply(sums, grads(tile), weights, outputs, opaque_thread() % kTileThreads);
         } else if (items) {
@@ -591,12 +601,10 @@ __global__ void __launch_bounds__(kTogetherThreads, 2)
           }
         }
         next.keep(a, words_of(tile + 2));
-        n0 += kTile;
         if (of_x) {
           const int thread = opaque_thread() % kTileThreads;
-          store_rows<V>(to_x, sums, items >> tile_down(thread), I, rows - tile_down(thread),
+          store_rows<V>(to_x(thread), sums, items >> tile_down(thread), I, rows - tile_down(thread),
                         columns - tile_across(thread) * kTileColumns);
-          to_x += kTile * I;
         }
       }
       if (!of_x) {
@@ -621,7 +629,6 @@ int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
 constexpr int64_t kLongestSpan = 1 << 20;  // its positions are counted in 32 bits
 template <bool Deep>
 constexpr int64_t kSpanBytes = (Deep ? 4 : 3) * kCopied * int64_t(sizeof(float));
-constexpr int64_t kTogetherBytes = 5 * kCopied * int64_t(sizeof(float));
 
 }  // namespace
 
@@ -670,7 +677,7 @@ void client_layer_backward(const ClientLayerArgs& a, DType dtype, int64_t client
           constexpr int V = decltype(width)::value;
           if constexpr (std::is_same_v<T, float>) {
             // Few clients with many outputs fill the device only where these are not one sum.
-            if (a.in > 0 && kTogetherBytes <= limits().shared_bytes &&
+            if (a.in > 0 && a.positions > 0 && 2 * kTogetherBytes <= limits().shared_bytes &&
                 (a.out_width <= kTile || clients * across >= 2 * limits().multiprocessors)) {
               launch(backward_together<V>, clients * across, kTogetherThreads, kTogetherBytes,
                      stream, a, clients * across);
