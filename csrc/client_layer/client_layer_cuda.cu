@@ -1,8 +1,9 @@
 // CUDA kernels of client_layer: small matrix products, one client's each. A block makes a tile of
 // 64 x 64 elements of a result, a thread 8 x 4 of them in registers; the operands pass through
 // shared memory. Every element is one chain in the order of the summed index. Padding is zero in
-// shared memory, and tiles of nothing else are skipped, so that it changes no bit. Where one tile
-// holds all inputs, the forward keeps the weights there and goes through a client's positions.
+// shared memory, and tiles of nothing else are skipped, so that it changes no bit. Of float, a
+// block goes through a client's positions, with the next tile's operands on their way to shared
+// memory.
 #include <type_traits>
 
 #include "client_layer/client_layer_cuda.h"
