@@ -224,6 +224,7 @@ template <int V, bool Deep>
 __global__ void __launch_bounds__(kTileThreads, Deep || V == 1 ? 3 : 4)
     forward_spans(ClientLayerArgs a, int64_t work, int64_t span) {
   using Copy = RowCopy<V, kTileThreads>;
+  constexpr int kTurns = kTwoTurns;
   FEDPEFT_DYNAMIC_SHARED(shared);
   FEDPEFT_SHARED(unsigned, words, 4 * TileItems::kWords);  // of four tiles in turn
   float* const operands = reinterpret_cast<float*>(shared);
@@ -286,7 +287,8 @@ __global__ void __launch_bounds__(kTileThreads, Deep || V == 1 ? 3 : 4)
             if (count > kTile) copy(tile + 1, 0, parity ^ 1);
             next.load(a, n0 + 2 * kTile, count - 2 * kTile);
           }
-          if (items) multiply_rows(sums, left(parity), right(parity), at_most(I - i0, kTile));
+          if (items)
+            multiply_rows<kTurns>(sums, left(parity), right(parity), at_most(I - i0, kTile));
           parity ^= 1;
         }
       } else {
@@ -300,7 +302,7 @@ __global__ void __launch_bounds__(kTileThreads, Deep || V == 1 ? 3 : 4)
         if (!Deep) {
 #pragma unroll
           for (int r = 0; r < kTileRows; ++r) sums.row[r] = bias;
-          multiply_rows(sums, left(tile & 1), right(0), int(I));
+          multiply_rows<kTurns>(sums, left(tile & 1), right(0), int(I));
         }
         finish<float, V>(a, sums, to, client, count, columns, items);
       } else {
@@ -502,6 +504,7 @@ template <int V>
 __global__ void __launch_bounds__(kTogetherThreads, kTogetherBlocks)
     backward_together(ClientLayerArgs a, int64_t work) {
   using Copy = RowCopy<V, kTogetherThreads>;
+  constexpr int kTurns = V == 1 ? 1 : kTwoTurns;
   FEDPEFT_DYNAMIC_SHARED(shared);
   FEDPEFT_SHARED(unsigned, words, 4 * TileItems::kWords);   // of four tiles in turn
   float* const weights = reinterpret_cast<float*>(shared);  // [outputs, inputs]
@@ -520,18 +523,19 @@ __global__ void __launch_bounds__(kTogetherThreads, kTogetherBlocks)
       // Of the thread in the tile that is copied next.
       const int first = opaque_thread();
       const float* x = Copy::own(static_cast<const float*>(a.x) + c * P * I + i0, I, first);
-      const float* grad = Copy::own(static_cast<const float*>(a.grad) + c * P * O + o0, O, first);
-      const float* kept = Copy::own(static_cast<const float*>(a.kept) + c * P * O + o0, O, first);
-      const int64_t behind = c * P + P;
+      int64_t at = (c * P + Copy::row(first)) * O + o0 + Copy::column(first);  // of grad and kept
       // Of `kept`; what does not come is not used, since the gradient is zero there.
       Pack<float, V> came[Copy::kTurns];
 #pragma unroll
       for (int j = 0; j < Copy::kTurns; ++j) came[j] = zero_pack<V, float>();
-      const auto copy = [&](int tile, int64_t left) {
+      const auto copy = [&](int tile, int left) {
         const uint64_t items = TileItems::bits(words_of(tile));
         const int thread = opaque_thread();
         Copy::start(inputs(tile), x, I, items, columns, thread);
+        const float* grad = static_cast<const float*>(a.grad) + at;
         Copy::start(grads(tile), grad, O, items, outputs, thread);
+        const float* kept = static_cast<const float*>(a.kept) + at;
+        at += kTile * O;
         const int rows =
             Copy::column(thread) < outputs ? at_most(left, kTile) - Copy::row(thread) : 0;
 #pragma unroll
@@ -541,23 +545,23 @@ __global__ void __launch_bounds__(kTogetherThreads, kTogetherBlocks)
         }
       };
       TileItems now, next;
-      now.load(a, c * P, at_most(P, kTile));
-      next.load(a, c * P + kTile, at_most(P - kTile, kTile));
+      now.load(a, c * P, int(P));
+      next.load(a, c * P + kTile, int(P) - kTile);
       const float* weight =
           Copy::own(static_cast<const float*>(a.weight) + (c * O + o0) * I + i0, I, first);
       Copy::start(weights, weight, I, ~uint64_t{0} >> (kTile - outputs), columns, first);
       now.keep(a, words_of(0));
       next.keep(a, words_of(1));
       __syncthreads();
-      copy(0, P);
+      copy(0, int(P));
       TileSums<float> sums;
       sums.clear();
       float bias = 0;
       int tile = 0;
-      for (int64_t left = P; left > 0; left -= kTile, ++tile) {
+      for (int left = int(P); left > 0; left -= kTile, ++tile) {
         const int rows = at_most(left, kTile);
         const auto to_x = [&](int thread) {
-          return static_cast<float*>(a.grad_x) + (behind - left + tile_down(thread)) * I + i0 +
+          return static_cast<float*>(a.grad_x) + ((c + 1) * P - left + tile_down(thread)) * I + i0 +
                  tile_across(thread) * kTileColumns;
         };
         if (of_x) {
@@ -586,12 +590,12 @@ __global__ void __launch_bounds__(kTogetherThreads, kTogetherBlocks)
         __syncthreads();
         const uint64_t items = TileItems::bits(words_of(tile));
         if (left > kTile) copy(tile + 1, left - kTile);
-        next.load(a, behind - left + 2 * kTile, at_most(left - 2 * kTile, kTile));
+        next.load(a, (c + 1) * P - left + 2 * kTile, left - 2 * kTile);
         if (items && of_x) {
           multiply(sums, grads(tile), weights, outputs, opaque_thread() % kTileThreads);
         } else if (items) {
           const int thread = opaque_thread();
-          multiply_transposed(sums, grads(tile), inputs(tile), rows, thread);
+          multiply_transposed<kTile, kTurns>(sums, grads(tile), inputs(tile), rows, thread);
           if (i0 == 0 && thread < outputs) {
             const float* column = grads(tile) + thread;
 #pragma unroll 1
@@ -627,7 +631,7 @@ __global__ void __launch_bounds__(kTogetherThreads, kTogetherBlocks)
 
 int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
 
-constexpr int64_t kLongestSpan = 1 << 20;  // its positions are counted in 32 bits
+constexpr int64_t kMostCounted = 1 << 30;  // positions, in 32 bits
 template <bool Deep>
 constexpr int64_t kSpanBytes = (Deep ? 4 : 3) * kCopied * int64_t(sizeof(float));
 
@@ -651,7 +655,7 @@ void client_layer(const ClientLayerArgs& a, DType dtype, int64_t clients, Stream
               const int64_t wanted = 16 * limits().multiprocessors;
               int64_t span = work / wanted;
               span = span < 1 ? 1 : span < all ? span : all;
-              if (span > kLongestSpan) span = kLongestSpan;
+              if (span > kMostCounted / kTile) span = kMostCounted / kTile;
               const int64_t tasks = clients * ((all + span - 1) / span) * across;
               launch(forward_spans<V, kDeep>, tasks, kTileThreads, kSpanBytes<kDeep>, stream, a,
                      tasks, span);
@@ -678,7 +682,8 @@ void client_layer_backward(const ClientLayerArgs& a, DType dtype, int64_t client
           constexpr int V = decltype(width)::value;
           if constexpr (std::is_same_v<T, float>) {
             // Few clients with many outputs fill the device only where these are not one sum.
-            if (a.in > 0 && a.positions > 0 && 2 * kTogetherBytes <= limits().shared_bytes &&
+            if (a.in > 0 && a.positions > 0 && a.positions <= kMostCounted &&
+                2 * kTogetherBytes <= limits().shared_bytes &&
                 (a.out_width <= kTile || clients * across >= 2 * limits().multiprocessors)) {
               launch(backward_together<V>, clients * across, kTogetherThreads, kTogetherBytes,
                      stream, a, clients * across);

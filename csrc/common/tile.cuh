@@ -201,6 +201,14 @@ FEDPEFT_DEVICE void multiply(TileSums<A>& sums, const A* a, const A* b, int dept
   }
 }
 
+// Turns of a product's loop made one where registers are left for it: loads for the second are
+// under way during the first.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kTwoTurns = 1;
+#else
+constexpr int kTwoTurns = 2;
+#endif
+
 // Where row `column` of an operand of `multiply_rows` is, so that the lanes of a warp, which read
 // rows four apart, meet different banks.
 FEDPEFT_DEVICE int place_of_row(int column) {
@@ -208,8 +216,8 @@ FEDPEFT_DEVICE int place_of_row(int column) {
 }
 
 // sums += a b^T for a [kTile, depth] and b [kTile, depth], whose rows are at place_of_row; zeros up
-// to a multiple of four of depth, which is at least 1. Thread rows are those of `multiply`.
-template <typename A>
+// to a multiple of 4 Turns of depth, which is at least 1. Thread rows are those of `multiply`.
+template <int Turns = 1, typename A>
 FEDPEFT_DEVICE void multiply_rows(TileSums<A>& sums, const A* a, const A* b, int depth,
                                   int thread = int(threadIdx.x)) {
   constexpr int K = 4;
@@ -218,30 +226,34 @@ FEDPEFT_DEVICE void multiply_rows(TileSums<A>& sums, const A* a, const A* b, int
   const A* const end = a + depth;
 #pragma unroll 1
   do {
-    Sum<A, K> right[kTileColumns];
 #pragma unroll
-    for (int v = 0; v < kTileColumns; ++v) right[v].set(b + v * kAcross * kDepthStride<A>);
+    for (int k = 0; k < Turns * K; k += K) {
+      Sum<A, K> right[kTileColumns];
 #pragma unroll
-    for (int r = 0; r < kTileRows; ++r) {
-      Sum<A, K> left;
-      left.set(a + r * kDown * kDepthStride<A>);
+      for (int v = 0; v < kTileColumns; ++v) right[v].set(b + v * kAcross * kDepthStride<A> + k);
 #pragma unroll
-      for (int j = 0; j < K; ++j) {
+      for (int r = 0; r < kTileRows; ++r) {
+        Sum<A, K> left;
+        left.set(a + r * kDown * kDepthStride<A> + k);
 #pragma unroll
-        for (int v = 0; v < kTileColumns; ++v) sums.row[r].at[v] += left.at[j] * right[v].at[j];
+        for (int j = 0; j < K; ++j) {
+#pragma unroll
+          for (int v = 0; v < kTileColumns; ++v) sums.row[r].at[v] += left.at[j] * right[v].at[j];
+        }
       }
     }
-    a += K;
-    b += K;
+    a += Turns * K;
+    b += Turns * K;
   } while (a < end);
 }
 
-// sums += a^T b for a [depth, Rows] and b [depth, kTile], zeros up to a multiple of four of depth.
-// Thread rows are 8 tile_down() + r.
-template <int Rows = kTile, typename A>
+// sums += a^T b for a [depth, Rows] and b [depth, kTile], zeros up to a multiple of 4 Turns of
+// depth. Thread rows are 8 tile_down() + r.
+template <int Rows = kTile, int Turns = 1, typename A>
 FEDPEFT_DEVICE void multiply_transposed(TileSums<A>& sums, const A* a, const A* b, int depth,
                                         int thread = int(threadIdx.x)) {
-  constexpr int K = Rows == kTile ? 4 : 2;  // beside what a larger block keeps in registers
+  constexpr int K =
+      (Rows == kTile ? 4 : 2) * Turns;  // beside what a larger block keeps in registers
   const A* const end = b + depth * kTileStride;
   a += tile_down(thread) * kTileRows;
 #pragma unroll 1
