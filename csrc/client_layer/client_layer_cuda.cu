@@ -492,16 +492,9 @@ FEDPEFT_DEVICE void store_rows(float* to, TileSums<float>& sums, uint64_t items,
 // place.
 constexpr int kTogetherThreads = 2 * kTileThreads;
 constexpr int64_t kTogetherBytes = 5 * kCopied * int64_t(sizeof(float));
-// Where their shared memory is enough for two blocks; compilers for other architectures would
-// spill.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
-constexpr int kTogetherBlocks = 1;
-#else
-constexpr int kTogetherBlocks = 2;
-#endif
 
 template <int V>
-__global__ void __launch_bounds__(kTogetherThreads, kTogetherBlocks)
+__global__ void __launch_bounds__(kTogetherThreads, 2)
     backward_together(ClientLayerArgs a, int64_t work) {
   using Copy = RowCopy<V, kTogetherThreads>;
   constexpr int kTurns = V == 1 ? 1 : kTwoTurns;
