@@ -1341,7 +1341,7 @@ template <typename T, int V>
 void launch_plain(const HashLookupArgs& a, int64_t clients, Stream stream) {
   const int lanes = lanes_for(a.D / V);
   const bool suits = suits_lane_rows<V>(a.H, (a.per_client ? clients : 1) * a.M * a.D, lanes);
-  if (StagedPlan plan; stages(a) && plan.plan<T, V>(a.positions, a.M, a.H, a.D, 64)) {
+  if (StagedPlan plan{}; stages(a) && plan.plan<T, V>(a.positions, a.M, a.H, a.D, 64)) {
     const int64_t blocks = clients * plan.slices;
     if (!suits || staging_beats_lanes<V>(blocks)) {
       launch(forward_staged<T, V>, blocks, plan.threads, plan.bytes, stream, a, blocks,
@@ -1366,7 +1366,7 @@ void launch_gated(const HashLookupArgs& a, int64_t clients, void* memory, Stream
            Modulus(a.M));
     return;
   }
-  if (GatedStagedPlan staged; stages(a) && plan_gated_stage<T>(a, &staged)) {
+  if (GatedStagedPlan staged{}; stages(a) && plan_gated_stage<T>(a, &staged)) {
     launch(forward_staged_gated<T, V>, clients, staged.rows.threads, staged.rows.bytes, stream, a,
            clients, Modulus(a.M), staged);
     return;

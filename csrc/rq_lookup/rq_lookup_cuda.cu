@@ -454,9 +454,9 @@ void rq_lookup(const RqLookupArgs& a, DType dtype, int64_t clients, Stream strea
           const int lanes = lanes_for(a.D / V);
           const bool suits =
               suits_lane_rows<V>(a.L, (a.per_client ? clients : 1) * a.L * a.K * a.D, lanes);
-          if (StagedPlan plan; a.per_client && a.L > 0 &&
-                               StagedPlan::pays(a.positions, a.L, a.L * a.K, a.D) &&
-                               plan.plan<T, V>(a.positions, a.L * a.K, a.L, a.D, 128)) {
+          if (StagedPlan plan{}; a.per_client && a.L > 0 &&
+                                 StagedPlan::pays(a.positions, a.L, a.L * a.K, a.D) &&
+                                 plan.plan<T, V>(a.positions, a.L * a.K, a.L, a.D, 128)) {
             const int64_t blocks = clients * plan.slices;
             if (!suits || staging_beats_lanes<V>(blocks)) {
               launch(forward_staged<T, V>, blocks, plan.threads, plan.bytes, stream, a, blocks,
