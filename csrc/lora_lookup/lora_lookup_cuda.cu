@@ -11,6 +11,8 @@ namespace fedpeft::gpu {
 namespace {
 
 constexpr int kThreads = 128;                // of the forward: small blocks use up registers
+constexpr int64_t kMostPositions = 512;      // of a block at a time,
+constexpr int64_t kPlaceBytes = 16;          // for each of which it keeps two places
 constexpr int64_t kStagedBytes = 48 * 1024;  // so that several blocks share a multiprocessor
 
 // The row of A that position n reads, -1 at padding.
@@ -20,81 +22,83 @@ FEDPEFT_DEVICE int64_t row_at(const LoraLookupArgs& a, int64_t n) {
   return row;
 }
 
-// Blocks of one client take `span` positions each. VA: columns of a row of A that a load takes.
+// Blocks of one client take `span` positions each, whose places are found together and stay in
+// shared memory; -1 for a row: padding. VA: columns of a row of A that a load takes.
 template <typename T, int V, int VA, bool Staged>
-__global__ void __launch_bounds__(kThreads, Staged ? FEDPEFT_TWO_OR_THREE + 2 : 4)
+__global__ void __launch_bounds__(kThreads, Staged ? (sizeof(T) < 8 ? FEDPEFT_TWO_OR_THREE + 2 : 4)
+                                                   : (V > 1 ? 4 : 3))
     forward(LoraLookupArgs a, int64_t clients, int64_t span) {
   using A = acc_t<T>;
   constexpr int N = kAtOnce<T, V>;
   FEDPEFT_DYNAMIC_SHARED(shared);
-  A* transposed = reinterpret_cast<A*>(shared);  // [rank, D]
+  int64_t* places = reinterpret_cast<int64_t*>(shared);               // [span, 2]: base, row
+  A* transposed = reinterpret_cast<A*>(shared + span * kPlaceBytes);  // [rank, D]
   const int lanes = lanes_for(a.D / V), groups = kThreads / lanes, lane = int(threadIdx.x) % lanes;
+  const int D = int(a.D), rank = a.num_rows > 0 ? int(a.rank) : 0;
   const int64_t spans = (a.positions + span - 1) / span, tasks = clients * spans;
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t client = divide(task, spans), begin = (task - client * spans) * span;
-    const int64_t end = begin + span < a.positions ? begin + span : a.positions;
-    const int64_t c = a.per_client ? client : 0;
+    const int count = int(begin + span < a.positions ? span : a.positions - begin);
+    const int64_t c = a.per_client ? client : 0, first = client * a.positions + begin;
     const T* B = static_cast<const T*>(a.B) + c * a.D * a.rank;
+    const T* factors = static_cast<const T*>(a.A) + c * a.num_rows * a.rank;
+    if constexpr (Staged)  // comes while the items do
+      ask_ahead(B, a.D * a.rank * int64_t(sizeof(T)), int(threadIdx.x), kThreads);
+    __syncthreads();  // the readers of the task before
+    for (int p = int(threadIdx.x); p < count; p += kThreads) {
+      const int64_t item = a.items[first + p];
+      const int64_t row = a.separate_rows ? a.rows[first + p] : item;
+      if (classify(item, a.num_items) == Position::bad)
+        FEDPEFT_BAD_INDEX("items", item, first + p, a.num_items);
+      if (classify(row, a.num_rows) == Position::bad || (row < 0) != (item < 0))
+        FEDPEFT_BAD_INDEX("rows", row, first + p, a.num_rows);
+      store_pack<2>(places + 2 * p, {{item < 0 ? 0 : item * D, row < 0 ? -1 : row * a.rank}});
+      if (row >= 0) ask_ahead(factors + row * a.rank, rank * int64_t(sizeof(T)), 0, 1);
+    }
     if constexpr (Staged) {
-      __syncthreads();  // the readers of the task before
-      const int size = int(a.D * a.rank), rank = int(a.rank), D = int(a.D);
+      const int size = D * int(a.rank);
       for (int i = int(threadIdx.x); i < size; i += 4 * kThreads) {
         T x[4];
 #pragma unroll
         for (int u = 0; u < 4; ++u) x[u] = B[i + u * kThreads < size ? i + u * kThreads : i];
 #pragma unroll
         for (int u = 0; u < 4; ++u) {
-          const int at = i + u * kThreads, d = at / rank;
-          if (at < size) transposed[(at - d * rank) * D + d] = to_acc(x[u]);
+          const int at = i + u * kThreads, d = at / int(a.rank);
+          if (at < size) transposed[(at - d * int(a.rank)) * D + d] = to_acc(x[u]);
         }
       }
-      __syncthreads();
     }
-    for (int64_t p = begin + threadIdx.x / lanes; p < end; p += groups * N) {
-      int64_t at[N], item[N], row[N];
-#pragma unroll
-      for (int u = 0; u < N; ++u)
-        at[u] = p + u * groups < end ? client * a.positions + p + u * groups : -1;
-      gather(a.items, at, item);
-      if (a.separate_rows) gather(a.rows, at, row);
-#pragma unroll
-      for (int u = 0; u < N; ++u) {
-        if (at[u] >= 0 && classify(item[u], a.num_items) == Position::bad)
-          FEDPEFT_BAD_INDEX("items", item[u], at[u], a.num_items);
-        if (!a.separate_rows) row[u] = item[u];
-        if ((at[u] >= 0 && classify(row[u], a.num_rows) == Position::bad) ||
-            (row[u] < 0) != (item[u] < 0))
-          FEDPEFT_BAD_INDEX("rows", row[u], at[u], a.num_rows);
-      }
-      const T* factors = static_cast<const T*>(a.A) + c * a.num_rows * a.rank;
-      for (int64_t column = lane * V; column < a.D; column += lanes * V) {
+    __syncthreads();
+    for (int p = int(threadIdx.x) / lanes; p < count; p += groups * N) {
+      int64_t row[N];
+      for (int column = lane * V; column < D; column += lanes * V) {
         // At padding the first item and row, for nothing: loads under a condition wait for each
         // other.
+        Sum<A, V> sum[N];
         Pack<T, V> under[N];
 #pragma unroll
         for (int u = 0; u < N; ++u) {
+          const Pack<int64_t, 2> place =
+              load_pack<2>(places + 2 * (p + u * groups < count ? p + u * groups : p));
           under[u] = zero_pack<V, T>();
-          if (a.base && a.num_items > 0) {
-            under[u] = load_pack<V>(static_cast<const T*>(a.base) +
-                                    (item[u] >= 0 ? item[u] : 0) * a.D + column);
-          }
+          if (a.base && a.num_items > 0)
+            under[u] = load_pack<V>(static_cast<const T*>(a.base) + place.at[0] + column);
+          row[u] = place.at[1];
         }
-        Sum<A, V> sum[N];
 #pragma unroll
         for (int u = 0; u < N; ++u) sum[u].set(under[u]);
-        const int rank = a.num_rows > 0 ? int(a.rank) : 0;
         const A* b_at = transposed + column;
         for (int j = 0; j < rank; j += VA) {
           Pack<T, VA> factor[N];
 #pragma unroll
           for (int u = 0; u < N; ++u)
-            factor[u] = load_pack<VA>(factors + (row[u] >= 0 ? row[u] : 0) * a.rank + j);
+            factor[u] = load_pack<VA>(factors + (row[u] >= 0 ? row[u] : 0) + j);
 #pragma unroll
           for (int i = 0; i < VA; ++i) {
             Sum<A, V> b;
             if constexpr (Staged) {
               b.set(b_at);
-              b_at += a.D;
+              b_at += D;
             } else {
 #pragma unroll
               for (int v = 0; v < V; ++v) b.at[v] = to_acc(B[(column + v) * a.rank + j + i]);
@@ -109,10 +113,9 @@ __global__ void __launch_bounds__(kThreads, Staged ? FEDPEFT_TWO_OR_THREE + 2 : 
 #pragma unroll
         for (int u = 0; u < N; ++u) {
           if (row[u] < 0) sum[u].clear();
-          if (p + u * groups < end) {
-            sum[u].store_once(static_cast<T*>(a.out) +
-                              (client * a.positions + p + u * groups) * a.D + column);
-          }
+          if (p + u * groups < count)
+            sum[u].store_once(static_cast<T*>(a.out) + first * D + int64_t(p + u * groups) * D +
+                              column);
         }
       }
     }
@@ -498,19 +501,23 @@ void lora_lookup(const LoraLookupArgs& a, DType dtype, int64_t clients, Stream s
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t bytes = a.rank * a.D * int64_t(sizeof(acc_t<T>));
-    const bool staged = bytes <= kStagedBytes && bytes <= device.shared_bytes;
     with_width<T>(
         a.D,
         [&](auto width) {
           constexpr int V = decltype(width)::value;
-          const int64_t span = span_for(total, 4 * (kThreads / lanes_for(a.D / V)));
+          int64_t span = span_for(total, 4 * (kThreads / lanes_for(a.D / V)));
+          if (span > kMostPositions) span = kMostPositions;
+          if (span > a.positions) span = a.positions;
+          span += span % 2;  // B stands behind their places, at a multiple of 32 bytes
+          const int64_t places = span * kPlaceBytes;
+          const bool staged = bytes <= kStagedBytes && places + bytes <= device.shared_bytes;
           const int64_t grid = clients * ((a.positions + span - 1) / span);
           with_width<T>(
               a.rank,
               [&](auto factors) {
                 constexpr int VA = decltype(factors)::value;
                 launch(staged ? forward<T, V, VA, true> : forward<T, V, VA, false>, grid, kThreads,
-                       staged ? bytes : 0, stream, a, clients, span);
+                       places + (staged ? bytes : 0), stream, a, clients, span);
               },
               a.A);
         },
