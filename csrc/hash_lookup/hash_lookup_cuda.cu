@@ -904,53 +904,68 @@ struct WholePlan {
 
 // What an entry adds to its row: gate times the gradient of its position, and shift.
 template <typename A>
-struct Coefficients {
+struct alignas(2 * sizeof(A)) Coefficients {
   A gate, shift;
 };
 
 // scale times the sum of each row of a client, by a whole block; its entries in order. `values` are
-// the gradients of its positions. Of entries and of H there are fewer than 2^16.
-template <int V, typename T, typename Entry>
+// the gradients of its positions. Of entries and of H there are fewer than 2^16. A group takes N
+// rows at a time, whose chains of loads are then under way together: more than one pays where
+// values come from memory.
+template <int V, int N = 2, typename T, typename Entry>
 FEDPEFT_DEVICE void sum_rows(T* out, const T* values, const HashLookupArgs& a, const int* head,
                              const int* next, int lanes, const Entry& entry, acc_t<T> scale) {
   using A = acc_t<T>;
-  const int H = int(a.H), M = int(a.M), groups = int(blockDim.x) / lanes;
+  const int H = int(a.H), M = int(a.M), D = int(a.D), groups = int(blockDim.x) / lanes;
   const uint32_t reciprocal = 0xffffffffu / uint32_t(H) + 1;  // 2^32 / H, rounded up
-  for (int r = int(threadIdx.x) / lanes; r < M; r += 2 * groups) {
-    for (int64_t column = int(threadIdx.x) % lanes * V; column < a.D; column += lanes * V) {
-      // Two rows at a time, whose chains of loads are then under way together.
-      Sum<A, V> sum[2];
-      A shift[2] = {};
-      int at[2] = {head[r], r + groups < M ? head[r + groups] : -1};
-      sum[0].clear();
-      sum[1].clear();
-      while (at[0] >= 0 || at[1] >= 0) {
-        Pack<T, V> value[2];
-        Coefficients<A> c[2];
+  for (int column = int(threadIdx.x) % lanes * V; column < D; column += lanes * V) {
+    int r = int(threadIdx.x) / lanes;
+    const T* const from = values + column;
+    T* to = out + (uint32_t(r) * uint32_t(D) + uint32_t(column));
+    const int64_t step = int64_t(groups) * D;
+#pragma unroll 1
+    for (; r < M; r += N * groups, to += N * step) {
+      Sum<A, V> sum[N];
+      A shift[N] = {};
+      int at[N];
+      int all = -1;  // negative where there is no entry left
 #pragma unroll
-        for (int u = 0; u < 2; ++u) {
+      for (int u = 0; u < N; ++u) {
+        sum[u].clear();
+        at[u] = r + u * groups < M ? head[r + u * groups] : -1;
+        all &= at[u];
+      }
+#pragma unroll 1
+      while (all >= 0) {
+        Pack<T, V> value[N];
+        Coefficients<A> c[N];
+        all = -1;
+#pragma unroll
+        for (int u = 0; u < N; ++u) {
           value[u] = zero_pack<V, T>();
           c[u] = {A(0), A(0)};
-          if (at[u] < 0) continue;
           const int e = at[u];
-          const int p = H == 1 ? e : int(uint64_t(uint32_t(e)) * reciprocal >> 32);
+          if (N > 1 && e < 0) continue;
+          const uint32_t p =
+              H == 1 ? uint32_t(e) : uint32_t(uint64_t(uint32_t(e)) * reciprocal >> 32);
           c[u] = entry(e);
           at[u] = next[e];
-          value[u] = load_pack<V>(values + p * a.D + column);
+          all &= at[u];
+          value[u] = load_pack<V>(from + p * uint32_t(D));
         }
 #pragma unroll
-        for (int u = 0; u < 2; ++u) {
+        for (int u = 0; u < N; ++u) {
           shift[u] += c[u].shift;
 #pragma unroll
           for (int i = 0; i < V; ++i) sum[u].at[i] += c[u].gate * to_acc(value[u].at[i]);
         }
       }
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
+      for (int u = 0; u < N; ++u) {
         if (r + u * groups >= M) continue;
 #pragma unroll
         for (int i = 0; i < V; ++i) sum[u].at[i] = (sum[u].at[i] + shift[u]) * scale;
-        sum[u].store_once(out + (r + u * groups) * a.D + column);
+        sum[u].store_once(to + u * step);
       }
     }
   }
@@ -1275,9 +1290,13 @@ __global__ void __launch_bounds__(kThreads, kLaneBlocks<T, V>)
       for (int j = 0; j < groups; ++j) sum += partial[j * outputs + i];
       *weights(client, i) = from_acc<T>(sum);
     }
-    sum_rows<V>(
-        out + client * a.M * a.D, plan.staged ? staged : grad, a, head, next, lanes,
-        [&](int e) { return coefficients[e]; }, A(1));
+    const auto entry = [&](int e) { return coefficients[e]; };
+    T* to = out + client * a.M * a.D;
+    if (plan.staged) {
+      sum_rows<V, 1>(to, staged, a, head, next, lanes, entry, A(1));
+    } else {
+      sum_rows<V, 2>(to, grad, a, head, next, lanes, entry, A(1));
+    }
     __syncthreads();
   }
 }

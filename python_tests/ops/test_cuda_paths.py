@@ -236,17 +236,17 @@ def test_hash_tables_of_many_clients(limit: int, senet: bool, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("per_client", [False, True])
-def test_low_rank(limit: int, per_client: bool) -> None:
+@pytest.mark.parametrize(("per_client", "width", "rank"), [(False, 60, 4), (True, 131, 11)])
+def test_low_rank(limit: int, per_client: bool, width: int, rank: int) -> None:
     g = torch.Generator().manual_seed(4)
     items = torch.randint(-1, 50, (2, 1100), generator=g)
     lead = (2,) if per_client else ()
-    A = torch.randn(*lead, 50, 4, generator=g, dtype=torch.float64)
-    B = torch.randn(*lead, 60, 4, generator=g, dtype=torch.float64)
+    A = torch.randn(*lead, 50, rank, generator=g, dtype=torch.float64)
+    B = torch.randn(*lead, width, rank, generator=g, dtype=torch.float64)
     cpu, gpu = both("lora_lookup")
-    with shared_limit(limit):  # B takes 1920 bytes
+    with shared_limit(limit):  # B takes 1920 bytes or more
         assert_close(gpu(items, A, B, None, None), cpu(items, A, B, None, None))
-    grad = torch.randn(2, 1100, 60, generator=g, dtype=torch.float64)
+    grad = torch.randn(2, 1100, width, generator=g, dtype=torch.float64)
     cpu, gpu = both("lora_lookup_backward")
     with shared_limit(limit):
         assert_close(gpu(grad, items, A, B), cpu(grad, items, A, B))
