@@ -42,6 +42,23 @@ constexpr int kPhiloxRounds = 10;
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // multipliers
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;  // key increments
 
+struct PhiloxProduct {
+  uint32_t low, high;
+};
+FEDPEFT_HD FEDPEFT_INLINE PhiloxProduct philox_product(uint32_t multiplier, uint32_t c) {
+#if defined(__CUDA_ARCH__)
+  // Of 64-bit integers, compilers would add the high halves, which are zero, to the product.
+  PhiloxProduct product;
+  asm("{\n\t.reg .u64 wide;\n\tmul.wide.u32 wide, %2, %3;\n\tmov.b64 {%0, %1}, wide;\n\t}"
+      : "=r"(product.low), "=r"(product.high)
+      : "r"(c), "r"(multiplier));
+  return product;
+#else
+  const uint64_t product = uint64_t{multiplier} * c;
+  return {uint32_t(product), uint32_t(product >> 32)};
+#endif
+}
+
 // Block of counter (index, client, round, stream) under key `seed`. `index` is a position, or a
 // block of four elements.
 FEDPEFT_HD FEDPEFT_INLINE PhiloxBlock philox(uint32_t index, uint32_t client, uint32_t round,
@@ -49,12 +66,12 @@ FEDPEFT_HD FEDPEFT_INLINE PhiloxBlock philox(uint32_t index, uint32_t client, ui
   uint32_t c0 = index, c1 = client, c2 = round, c3 = stream;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int i = 0; i < kPhiloxRounds; ++i) {
-    const uint64_t product0 = uint64_t{kPhiloxM0} * c0;
-    const uint64_t product1 = uint64_t{kPhiloxM1} * c2;
-    c0 = uint32_t(product1 >> 32) ^ c1 ^ k0;
-    c1 = uint32_t(product1);
-    c2 = uint32_t(product0 >> 32) ^ c3 ^ k1;
-    c3 = uint32_t(product0);
+    const PhiloxProduct product0 = philox_product(kPhiloxM0, c0);
+    const PhiloxProduct product1 = philox_product(kPhiloxM1, c2);
+    c0 = product1.high ^ c1 ^ k0;
+    c1 = product1.low;
+    c2 = product0.high ^ c3 ^ k1;
+    c3 = product0.low;
     k0 += kPhiloxW0;
     k1 += kPhiloxW1;
   }
