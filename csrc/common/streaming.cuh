@@ -28,6 +28,34 @@ FEDPEFT_DEVICE void copy_to_shared(T* to, const T* from) {
 #endif
   store_pack<V>(to, load_pack<V>(from));
 }
+// As copy_to_shared of V floats where `there`, else zeros; `from` is not read then. Without a
+// branch.
+template <int V>
+FEDPEFT_DEVICE void copy_or_clear(float* to, const float* from, bool there) {
+  constexpr int kBytes = sizeof(Pack<float, V>);
+  static_assert(kBytes == 4 || kBytes == 16);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const auto shared = uint32_t(__cvta_generic_to_shared(to));
+  const size_t global = __cvta_generic_to_global(from);
+  const int read = there ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+                 "r"(read)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global),
+                 "r"(read)
+                 : "memory");
+  }
+#elif defined(__CUDACC__)
+  store_pack<V>(to, there ? load_pack<V>(from) : zero_pack<V, float>());
+#else
+  static constexpr Pack<float, V> zeros{};
+  if (there) check_aligned<float, V>(from);
+  check_aligned<float, V>(to);
+  emulator::copy_later(to, there ? from : zeros.at, kBytes);
+#endif
+}
 // Makes the calling thread's copies since the last call a batch, and waits for all batches but the
 // `UnderWay` latest.
 FEDPEFT_DEVICE void commit_copies() {

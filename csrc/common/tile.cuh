@@ -175,8 +175,8 @@ template <int Rows>
 constexpr int kTogether = 4;
 #endif
 
-// sums += a b for a [Rows, depth] and b [depth, kTile]. Thread rows are tile_down() +
-// kDownOf<Rows> r.
+// sums += a b for a [Rows, depth] and b [depth, kTile], zeros up to a multiple of four of depth.
+// Thread rows are tile_down() + kDownOf<Rows> r.
 template <int Rows = kTile, typename A>
 FEDPEFT_DEVICE void multiply(TileSums<A>& sums, const A* a, const A* b, int depth,
                              int thread = int(threadIdx.x)) {
@@ -184,14 +184,14 @@ FEDPEFT_DEVICE void multiply(TileSums<A>& sums, const A* a, const A* b, int dept
   a += tile_down(thread) * kDepthStride<A>;
   b += tile_across(thread) * kTileColumns;
 #pragma unroll 1
-  for (int k = 0; k < depth; k += K) {
+  for (const A* const end = a + depth; a < end; a += K, b += K * kTileStride) {
     Sum<A, kTileColumns> right[K];
 #pragma unroll
-    for (int j = 0; j < K; ++j) right[j].set(b + (k + j) * kTileStride);
+    for (int j = 0; j < K; ++j) right[j].set(b + j * kTileStride);
 #pragma unroll
     for (int r = 0; r < kTileRows; ++r) {
       Sum<A, K> left;
-      left.set(a + r * kDownOf<Rows> * kDepthStride<A> + k);
+      left.set(a + r * kDownOf<Rows> * kDepthStride<A>);
 #pragma unroll
       for (int j = 0; j < K; ++j) {
 #pragma unroll
@@ -201,24 +201,77 @@ FEDPEFT_DEVICE void multiply(TileSums<A>& sums, const A* a, const A* b, int dept
   }
 }
 
-// sums += a^T b for a [depth, Rows] and b [depth, kTile]. Thread rows are 8 tile_down() + r.
-template <int Rows = kTile, typename A>
+// Turns of a product's loop made one where registers are left for it: loads for the second are
+// under way during the first.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kTwoTurns = 1;
+#else
+constexpr int kTwoTurns = 2;
+#endif
+
+// Where row `column` of an operand of `multiply_rows` is, so that the lanes of a warp, which read
+// rows four apart, meet different banks.
+FEDPEFT_DEVICE int place_of_row(int column) {
+  return column % kTileColumns * kAcross + column / kTileColumns;
+}
+
+// sums += a b^T for a [kTile, depth] and b [kTile, depth], whose rows are at place_of_row; zeros up
+// to a multiple of 4 Turns of depth, which is at least 1. Thread rows are those of `multiply`.
+template <int Turns = 1, typename A>
+FEDPEFT_DEVICE void multiply_rows(TileSums<A>& sums, const A* a, const A* b, int depth,
+                                  int thread = int(threadIdx.x)) {
+  constexpr int K = 4;
+  a += tile_down(thread) * kDepthStride<A>;
+  b += tile_across(thread) * kDepthStride<A>;
+  const A* const end = a + depth;
+#pragma unroll 1
+  do {
+#pragma unroll
+    for (int k = 0; k < Turns * K; k += K) {
+      Sum<A, K> right[kTileColumns];
+#pragma unroll
+      for (int v = 0; v < kTileColumns; ++v) right[v].set(b + v * kAcross * kDepthStride<A> + k);
+#pragma unroll
+      for (int r = 0; r < kTileRows; ++r) {
+        Sum<A, K> left;
+        left.set(a + r * kDown * kDepthStride<A> + k);
+#pragma unroll
+        for (int j = 0; j < K; ++j) {
+#pragma unroll
+          for (int v = 0; v < kTileColumns; ++v) sums.row[r].at[v] += left.at[j] * right[v].at[j];
+        }
+      }
+    }
+    a += Turns * K;
+    b += Turns * K;
+  } while (a < end);
+}
+
+// sums += a^T b for a [depth, Rows] and b [depth, kTile], zeros up to a multiple of 4 Turns of
+// depth. Thread rows are 8 tile_down() + r.
+template <int Rows = kTile, int Turns = 1, typename A>
 FEDPEFT_DEVICE void multiply_transposed(TileSums<A>& sums, const A* a, const A* b, int depth,
                                         int thread = int(threadIdx.x)) {
+  constexpr int K =
+      (Rows == kTile ? 4 : 2) * Turns;  // beside what a larger block keeps in registers
+  const A* const end = b + depth * kTileStride;
   a += tile_down(thread) * kTileRows;
-  b += tile_across(thread) * kTileColumns;
-#pragma unroll(Rows == kTile ? 4 : 2)  // beside what a larger block keeps in registers
-  for (int k = 0; k < depth; ++k) {
-    Sum<A, kTileColumns> right;
-    right.set(b + k * kTileStride);
+#pragma unroll 1
+  for (; b < end; a += K * (Rows + kGap), b += K * kTileStride) {
 #pragma unroll
-    for (int half = 0; half < kTileRows; half += 4) {
-      Sum<A, 4> left;
-      left.set(a + k * (Rows + kGap) + half);
+    for (int k = 0; k < K; ++k) {
+      Sum<A, kTileColumns> right;
+      right.set(b + tile_across(thread) * kTileColumns + k * kTileStride);
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
+      for (int half = 0; half < kTileRows; half += 4) {
+        Sum<A, 4> left;
+        left.set(a + k * (Rows + kGap) + half);
 #pragma unroll
-        for (int v = 0; v < kTileColumns; ++v) sums.row[half + r].at[v] += left.at[r] * right.at[v];
+        for (int r = 0; r < 4; ++r) {
+#pragma unroll
+          for (int v = 0; v < kTileColumns; ++v)
+            sums.row[half + r].at[v] += left.at[r] * right.at[v];
+        }
       }
     }
   }
@@ -252,6 +305,19 @@ FEDPEFT_DEVICE void store_columns(T* to, const Sum<acc_t<T>, kTileColumns>& sums
   }
 }
 
+// As store_columns, from memory.
+template <int V, typename T>
+FEDPEFT_DEVICE void load_columns(Sum<acc_t<T>, kTileColumns>& sums, const T* from, int columns) {
+  constexpr int kWidth = V < kTileColumns ? V : kTileColumns;
+#pragma unroll
+  for (int v = 0; v < kTileColumns; v += kWidth) {
+    if (v >= columns) break;
+    const Sum<acc_t<T>, kWidth> part = values_at<kWidth>(from + v);
+#pragma unroll
+    for (int w = 0; w < kWidth; ++w) sums.at[v + w] = part.at[w];
+  }
+}
+
 // The draws of a layer's dropout, as those of client_dropout.
 struct Dropout {
   bool drop;
@@ -261,31 +327,25 @@ struct Dropout {
   uint32_t round, stream;
 };
 
-// ReLU, and dropout of elements [element, element + 4) of a client's output. Whole: `element` is a
-// multiple of four.
-template <bool Whole, typename A>
-FEDPEFT_DEVICE void activate(const Dropout& d, uint32_t client, int64_t element,
-                             Sum<A, kTileColumns>& sums) {
+// Words of elements [4 index + phase, + 4) of a client's output. Whole: `phase` is zero.
+template <bool Whole>
+FEDPEFT_DEVICE PhiloxBlock dropout_words(const Dropout& d, uint32_t client, uint32_t index,
+                                         [[maybe_unused]] int phase) {
+  const PhiloxBlock first = philox(index, client, d.round, d.stream, d.seed);
+  if constexpr (Whole) return first;
+  const PhiloxBlock next = philox(index + 1, client, d.round, d.stream, d.seed);
+  // Moved down in two steps: an index known only at run time would move the words to memory.
+  uint32_t word[8];
 #pragma unroll
-  for (int v = 0; v < kTileColumns; ++v) sums.at[v] = sums.at[v] < A(0) ? A(0) : sums.at[v];
-  if (!d.drop) return;
-  uint32_t word[8] = {};
-  const PhiloxBlock first = philox(uint32_t(element / 4), client, d.round, d.stream, d.seed);
-#pragma unroll
-  for (int w = 0; w < 4; ++w) word[w] = first.word[w];
-  if (!Whole && element % 4) {
-    const PhiloxBlock next = philox(uint32_t(element / 4 + 1), client, d.round, d.stream, d.seed);
-#pragma unroll
-    for (int w = 0; w < 4; ++w) word[4 + w] = next.word[w];
-    // Moved down in two steps: an index known only at run time would move the words to memory.
-#pragma unroll
-    for (int w = 0; w < 7; ++w) word[w] = element & 1 ? word[w + 1] : word[w];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) word[w] = element & 2 ? word[w + 2] : word[w];
+  for (int w = 0; w < 4; ++w) {
+    word[w] = first.word[w];
+    word[4 + w] = next.word[w];
   }
 #pragma unroll
-  for (int v = 0; v < kTileColumns; ++v)
-    sums.at[v] = word[v] >= d.threshold ? sums.at[v] * A(d.scale) : A(0);
+  for (int w = 0; w < 7; ++w) word[w] = phase & 1 ? word[w + 1] : word[w];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) word[w] = phase & 2 ? word[w + 2] : word[w];
+  return {{word[0], word[1], word[2], word[3]}};
 }
 
 }  // namespace fedpeft::gpu

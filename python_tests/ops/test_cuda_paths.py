@@ -252,6 +252,27 @@ def test_layers_whose_blocks_go_through_many_tiles(dropout: float) -> None:
     assert_close(gpu(*arguments), cpu(*arguments))
 
 
+# One and several tiles of outputs, of inputs; vectors and single elements.
+@pytest.mark.parametrize("shape", [(2, 200, 64, 64), (4, 150, 72, 68), (9, 70, 5, 130)])
+def test_both_gradients_of_a_layer_from_one_read(shape: tuple[int, int, int, int]) -> None:
+    """The bits of the kernel of devices with less shared memory, in which each tile is a block's."""
+    cpu, gpu = both("client_layer_backward")
+    clients, positions, inputs, outputs = shape
+    g = torch.Generator().manual_seed(7)
+    grad, out = torch.randn(2, clients, positions, outputs, generator=g)
+    x = torch.randn(clients, positions, inputs, generator=g)
+    weight = torch.randn(clients, outputs, inputs, generator=g)
+    items = torch.randint(-1, 9, (clients, positions), generator=g)
+    items[0, :64] = -1
+    items[1, 10:] = -1
+    arguments = (grad, x.where(items[..., None] >= 0, torch.nan), weight, out, items, 0.5)
+    apart = gpu(*arguments)
+    with shared_limit(227 << 10), grid_limit(3):
+        together = gpu(*arguments)
+    assert all(map(torch.equal, together, apart))
+    assert_close(together, cpu(*arguments))
+
+
 def test_codes_of_wide_rows() -> None:
     g = torch.Generator().manual_seed(6)
     x, codebooks = torch.randn(70, 600, generator=g), torch.randn(2, 300, 600, generator=g)
