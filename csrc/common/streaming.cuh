@@ -50,7 +50,7 @@ FEDPEFT_DEVICE void copy_or_clear(float* to, const float* from, bool there) {
 #elif defined(__CUDACC__)
   store_pack<V>(to, there ? load_pack<V>(from) : zero_pack<V, float>());
 #else
-  static const Pack<float, V> zeros = zero_pack<V, float>();
+  static constexpr Pack<float, V> zeros{};
   if (there) check_aligned<float, V>(from);
   check_aligned<float, V>(to);
   emulator::copy_later(to, there ? from : zeros.at, kBytes);
