@@ -675,7 +675,7 @@ void client_layer_backward(const ClientLayerArgs& a, DType dtype, int64_t client
           constexpr int V = decltype(width)::value;
           if constexpr (std::is_same_v<T, float>) {
             // Few clients with many outputs fill the device only where these are not one sum.
-            if (a.in > 0 && a.positions > 0 && a.positions <= kMostCounted &&
+            if (a.in > 0 && a.out_width > 0 && a.positions > 0 && a.positions <= kMostCounted &&
                 2 * kTogetherBytes <= limits().shared_bytes &&
                 (a.out_width <= kTile || clients * across >= 2 * limits().multiprocessors)) {
               launch(backward_together<V>, clients * across, kTogetherThreads, kTogetherBytes,

@@ -314,13 +314,17 @@ __global__ void __launch_bounds__(ScatterTables::kSortWarps* kWarp, 4)
       for (int slot = 0; slot < slots; ++slot) {
         int row[N];
         source.rows(at, slot, row);
+        unsigned equal[N];  // of all, since they do not wait for each other
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          const int copy = ((round + j) * kWarp + lane) & (tables.copies - 1);
+          if (row[j] >= 0) row[j] += copy * int(plan.rows);
+          equal[j] = __match_any_sync(kFullMask, row[j]);
+        }
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           if (round + j >= end) break;
-          const int copy = ((round + j) * kWarp + lane) & (tables.copies - 1);
-          if (row[j] >= 0) row[j] += copy * int(plan.rows);
-          const unsigned same = __match_any_sync(kFullMask, row[j]);
-          const unsigned lower = same & ((1u << lane) - 1);
+          const unsigned same = equal[j], lower = same & ((1u << lane) - 1);
           const int before = row[j] < 0 ? 0 : mine[row[j]];
           __syncwarp();
           if (row[j] >= 0 && lower == 0) mine[row[j]] = uint16_t(before + __popc(same));

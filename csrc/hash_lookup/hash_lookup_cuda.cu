@@ -268,20 +268,18 @@ FEDPEFT_DEVICE unsigned char* scratch_of(unsigned char* shared, unsigned char* m
   }
 }
 
-// Positions of all clients without SENet, tables through L2. A group takes four positions at a time
-// where its lanes hash for them all at once, so that rows of all four are under way together, and
-// items a turn ahead.
-template <typename T, int V>
+// Positions of all clients without SENet, tables through L2. A group takes N positions at a time
+// where its lanes hash for them all at once, so that rows of all are under way together, and items
+// a turn ahead; one where N is 0.
+template <typename T, int V, int N>
 __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
-    forward_plain(HashLookupArgs a, LaneTurns turns, Modulus modulus, int lanes, bool together) {
-  using A = acc_t<T>;
-  constexpr int kBatch = kLanePositions<V>;
+    forward_plain(HashLookupArgs a, LaneTurns turns, Modulus modulus, int lanes) {
   const int groups = kLaneThreads / lanes;
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
   const int64_t table = a.per_client ? a.M * a.D : 0;
   const T* tables = static_cast<const T*>(a.table);
   const int64_t total = turns.total;
-  if (!together) {
+  if constexpr (N == 0) {
     for (int64_t first = int64_t(blockIdx.x) * groups; first < total;
          first += int64_t(gridDim.x) * groups) {
       const int64_t n = first + group;
@@ -289,34 +287,34 @@ __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
       const int64_t client = active ? divide(n, a.positions) : 0;
       look_up<T, V>(a, modulus, tables + client * table, n, active, lane, lanes);
     }
-    return;
-  }
-  const A weight = plain_weight<A>(a);
-  const int H = int(a.H), k_mine = lane / H, h_mine = lane - k_mine * H;
-  const int bytes = a.items.bytes;
-  const T* base = static_cast<const T*>(a.base);
-  const Hash hash(a.hashes, h_mine);
-  for (int64_t task = blockIdx.x; task < turns.tasks; task += gridDim.x) {
-    const int64_t begin = turns.first(task), end = turns.end(begin);
-    Late come;  // the item of the lane's own position and hash
-    const auto load_item = [&](int64_t n) {
-      come.load(static_cast<const char*>(a.items.data) + (n + k_mine) * bytes, bytes,
-                k_mine < kBatch && n + k_mine < end);
-    };
-    load_item(begin + group * kBatch);
-    // All lanes of a warp take as many turns, since they exchange rows.
-    for (int64_t first = begin; first < end; first += turns.step()) {
-      const int64_t n = first + group * kBatch, item = come.come(bytes);
-      load_item(n + turns.step());
-      check_item(a, item, n + k_mine);
-      int row = 0;
-      if (item >= 0) {
-        const int64_t client = table == 0 ? 0 : divide(n + k_mine, a.positions);
-        const int64_t bucket = modulus(hash_of(hash.a, hash.b, uint64_t(item)));
-        row = int(uint64_t(client * table + bucket * a.D) / V);
+  } else {
+    const acc_t<T> weight = plain_weight<acc_t<T>>(a);
+    const int H = int(a.H), k_mine = lane / H, h_mine = lane - k_mine * H;
+    const int bytes = a.items.bytes;
+    const T* base = static_cast<const T*>(a.base);
+    const Hash hash(a.hashes, h_mine);
+    for (int64_t task = blockIdx.x; task < turns.tasks; task += gridDim.x) {
+      const int64_t begin = turns.first(task), end = turns.end(begin);
+      Late come;  // the item of the lane's own position and hash
+      const auto load_item = [&](int64_t n) {
+        come.load(static_cast<const char*>(a.items.data) + (n + k_mine) * bytes, bytes,
+                  k_mine < N && n + k_mine < end);
+      };
+      load_item(begin + group * N);
+      // All lanes of a warp take as many turns, since they exchange rows.
+      for (int64_t first = begin; first < end; first += turns.step()) {
+        const int64_t n = first + group * N, item = come.come(bytes);
+        load_item(n + turns.step());
+        check_item(a, item, n + k_mine);
+        int row = 0;
+        if (item >= 0) {
+          const int64_t client = table == 0 ? 0 : divide(n + k_mine, a.positions);
+          const int64_t bucket = modulus(hash_of(hash.a, hash.b, uint64_t(item)));
+          row = int(uint64_t(client * table + bucket * a.D) / V);
+        }
+        sum_lane_rows<V, N>(tables, base, static_cast<T*>(a.out), n, end, a.D, H, weight, item, row,
+                            lane, lanes);
       }
-      sum_lane_rows<V>(tables, base, static_cast<T*>(a.out), n, end, a.D, H, weight, item, row,
-                       lane, lanes);
     }
   }
 }
@@ -1359,7 +1357,10 @@ bool plan_gated_stage(const HashLookupArgs& a, GatedStagedPlan* plan) {
 template <typename T, int V>
 void launch_plain(const HashLookupArgs& a, int64_t clients, Stream stream) {
   const int lanes = lanes_for(a.D / V);
-  const bool suits = suits_lane_rows<V>(a.H, (a.per_client ? clients : 1) * a.M * a.D, lanes);
+  const auto by_lanes = [&](const auto& call) {
+    return with_lane_positions<V>(a.H, (a.per_client ? clients : 1) * a.M * a.D, lanes, call);
+  };
+  const bool suits = by_lanes([](auto) {});
   if (StagedPlan plan{}; stages(a) && plan.plan<T, V>(a.positions, a.M, a.H, a.D, 64)) {
     const int64_t blocks = clients * plan.slices;
     if (!suits || staging_beats_lanes<V>(blocks)) {
@@ -1368,11 +1369,16 @@ void launch_plain(const HashLookupArgs& a, int64_t clients, Stream stream) {
       return;
     }
   }
-  const int64_t total = clients * a.positions;
-  const int64_t groups = kLaneThreads / lanes;
-  const LaneTurns turns(total, groups * kLanePositions<V>);
-  launch(forward_plain<T, V>, suits ? turns.tasks : (total + groups - 1) / groups, kLaneThreads, 0,
-         stream, a, turns, Modulus(a.M), lanes, suits);
+  const int64_t total = clients * a.positions, groups = kLaneThreads / lanes;
+  const bool done = by_lanes([&](auto at_once) {
+    constexpr int N = decltype(at_once)::value;
+    const LaneTurns turns(total, groups * N);
+    launch(forward_plain<T, V, N>, turns.tasks, kLaneThreads, 0, stream, a, turns, Modulus(a.M),
+           lanes);
+  });
+  if (!done)
+    launch(forward_plain<T, V, 0>, (total + groups - 1) / groups, kLaneThreads, 0, stream, a,
+           LaneTurns(total, groups), Modulus(a.M), lanes);
 }
 
 template <typename T, int V>

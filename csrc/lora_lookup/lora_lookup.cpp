@@ -159,6 +159,9 @@ std::tuple<Tensor, Tensor> lora_lookup_backward(const Tensor& grad, const Tensor
       [&](auto stream) {
         grad_A = allocate(A, shape_A);
         grad_B = allocate(B, shape_B);
+        if (gpu::lora_lookup_backward_clients(a, dtype, layout.clients, grad_A.mutable_data_ptr(),
+                                              grad_B.mutable_data_ptr(), stream))
+          return;
         const gpu::ScatterPlan lists =
             gpu::plan_scatter(gpu::lora_lookup_shape_A(a, layout.clients));
         const gpu::PositionSum sum = gpu::lora_lookup_shape_B(a, layout.clients);

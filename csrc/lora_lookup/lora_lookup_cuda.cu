@@ -546,20 +546,19 @@ void lora_lookup_backward_A(const LoraLookupArgs& a, DType dtype, const ScatterP
   });
 }
 
-namespace {
-
-// Whether it did; it does while a block's shared memory holds a client's lists and products.
-bool lora_lookup_backward_clients(const LoraLookupArgs& a, DType dtype, const ScatterPlan& lists,
+// A block's shared memory has to hold a client's lists and products, and clients to be as many as
+// make up for blocks that are few a multiprocessor then.
+bool lora_lookup_backward_clients(const LoraLookupArgs& a, DType dtype, int64_t clients,
                                   void* out_A, void* out_B, Stream stream) {
-  if (lists.splits != 1 || a.D == 0) return false;
   const Limits device = limits();
+  if (a.D == 0 || (a.positions > 256 && 2 * clients < device.multiprocessors)) return false;
   bool done = false;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
     const auto round = [](int64_t bytes) { return (bytes + 31) / 32 * 32; };
     ClientPlan plan{};
-    plan.clients = lists.clients;
+    plan.clients = clients;
     int across = lanes_for((a.D + kLaneColumns<T> - 1) / kLaneColumns<T>);
     if (across > kWarp / kParts) across = kWarp / kParts;
     while (1 << plan.across_bits < across) ++plan.across_bits;
@@ -592,8 +591,8 @@ bool lora_lookup_backward_clients(const LoraLookupArgs& a, DType dtype, const Sc
         [&](auto factors) {
           constexpr int VA = decltype(factors)::value;
           const bool wide = a.D % kWide<T> == 0 && aligned16(a.grad);
-          launch(wide ? backward_clients<T, VA, true> : backward_clients<T, VA, false>,
-                 lists.clients, kClientThreads, plan.bytes, stream, a, plan, static_cast<T*>(out_A),
+          launch(wide ? backward_clients<T, VA, true> : backward_clients<T, VA, false>, clients,
+                 kClientThreads, plan.bytes, stream, a, plan, static_cast<T*>(out_A),
                  static_cast<T*>(out_B));
         },
         a.A, a.B, out_A, out_B);
@@ -602,11 +601,8 @@ bool lora_lookup_backward_clients(const LoraLookupArgs& a, DType dtype, const Sc
   return done;
 }
 
-}  // namespace
-
 void lora_lookup_backward(const LoraLookupArgs& a, DType dtype, const ScatterPlan& plan,
                           const PositionSum& shape, void* out_A, void* out_B, Stream stream) {
-  if (lora_lookup_backward_clients(a, dtype, plan, out_A, out_B, stream)) return;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     with_width<T>(

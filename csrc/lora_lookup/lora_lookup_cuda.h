@@ -11,7 +11,10 @@ namespace fedpeft::gpu {
 void lora_lookup(const LoraLookupArgs& a, DType dtype, int64_t clients, Stream stream);
 
 // Gradient of A: a scatter of one slot. Gradient of B: a sum over positions. Both outputs have the
-// dtype of A. In one launch for lists and one block of positions.
+// dtype of A. A block a client, which reads the gradient once: whether it suits, and did it.
+bool lora_lookup_backward_clients(const LoraLookupArgs& a, DType dtype, int64_t clients,
+                                  void* out_A, void* out_B, Stream stream);
+// Else in one launch for lists and one block of positions.
 void lora_lookup_backward(const LoraLookupArgs& a, DType dtype, const ScatterPlan& plan,
                           const PositionSum& shape, void* out_A, void* out_B, Stream stream);
 ScatterShape lora_lookup_shape_A(const LoraLookupArgs& a, int64_t clients);

@@ -130,10 +130,9 @@ __global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
 
 // Where the lanes of a group find the rows of several positions at once, codes a turn ahead and
 // items two.
-template <typename T, int V>
+template <typename T, int V, int N>
 __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
     forward_lanes(RqLookupArgs a, LaneTurns turns, int lanes) {
-  constexpr int N = kLanePositions<V>;
   const int L = int(a.L), step = turns.step();
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
   const int own = lane / L, level = lane - own * L;
@@ -171,8 +170,9 @@ __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
       }
       load_code(n + step);
       load_item(n + 2 * step);
-      sum_lane_rows<V>(static_cast<const T*>(a.codebooks), static_cast<const T*>(a.base),
-                       static_cast<T*>(a.out), n, end, a.D, L, acc_t<T>(1), item, row, lane, lanes);
+      sum_lane_rows<V, N>(static_cast<const T*>(a.codebooks), static_cast<const T*>(a.base),
+                          static_cast<T*>(a.out), n, end, a.D, L, acc_t<T>(1), item, row, lane,
+                          lanes);
     }
   }
 }
@@ -452,8 +452,11 @@ void rq_lookup(const RqLookupArgs& a, DType dtype, int64_t clients, Stream strea
             return;
           }
           const int lanes = lanes_for(a.D / V);
-          const bool suits =
-              suits_lane_rows<V>(a.L, (a.per_client ? clients : 1) * a.L * a.K * a.D, lanes);
+          const auto by_lanes = [&](const auto& call) {
+            return with_lane_positions<V>(a.L, (a.per_client ? clients : 1) * a.L * a.K * a.D,
+                                          lanes, call);
+          };
+          const bool suits = by_lanes([](auto) {});
           if (StagedPlan plan{}; a.per_client && a.L > 0 &&
                                  StagedPlan::pays(a.positions, a.L, a.L * a.K, a.D) &&
                                  plan.plan<T, V>(a.positions, a.L * a.K, a.L, a.D, 128)) {
@@ -464,12 +467,13 @@ void rq_lookup(const RqLookupArgs& a, DType dtype, int64_t clients, Stream strea
               return;
             }
           }
-          if (suits) {
-            const LaneTurns turns(total, kLaneThreads / lanes * kLanePositions<V>);
-            launch(forward_lanes<T, V>, turns.tasks, kLaneThreads, 0, stream, a, turns, lanes);
-          } else {
+          const bool done = by_lanes([&](auto at_once) {
+            constexpr int N = decltype(at_once)::value;
+            const LaneTurns turns(total, kLaneThreads / lanes * N);
+            launch(forward_lanes<T, V, N>, turns.tasks, kLaneThreads, 0, stream, a, turns, lanes);
+          });
+          if (!done)
             launch_row_batches<kAtOnce<T, V>>(forward<T, V>, total, a.D / V, stream, a, total);
-          }
         },
         a.codebooks, a.base, a.out);
   });

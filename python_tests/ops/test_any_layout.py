@@ -212,7 +212,7 @@ def client_layer(d: Inputs) -> Call:
 
 def client_mlp(d: Inputs) -> Call:
     (lead, positions), widths = clients_and_positions(d), [d.width() for _ in range(d.one_of(2, 3, 4))]
-    return differentiable(
+    made = differentiable(
         d.reals(*lead, positions, widths[0]),
         tuple(d.reals(*lead, outputs, inputs) for inputs, outputs in pairwise(widths)),
         tuple(d.reals(*lead, outputs) for outputs in widths[1:]),
@@ -222,6 +222,9 @@ def client_mlp(d: Inputs) -> Call:
         d.one_of(0.0, 0.3),
         **d.draw_of(),
     )
+    if d.dtype not in (torch.float32, torch.float64):
+        made.terms = 2**18  # layers leave 16 bits
+    return made
 
 
 def loss(d: Inputs) -> Call:
