@@ -208,6 +208,18 @@ FEDPEFT_DEVICE void gather(const IndexArray& a, const int64_t (&at)[N], int64_t 
   }
 }
 
+// The calling thread's number, as one of which the compiler knows little: what depends on it is
+// made where it is used, not before the loops around, where it would hold registers all along. What
+// follows takes it as its last argument.
+FEDPEFT_DEVICE int opaque_thread() {
+  int thread = int(threadIdx.x);
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(thread));
+  __builtin_assume(thread >= 0 && thread < 1024);
+#endif
+  return thread;
+}
+
 // An index on its way from memory, which nothing waits for before it is used: a conversion, or the
 // end of a branch, would.
 struct Late {

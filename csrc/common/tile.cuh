@@ -39,18 +39,6 @@ constexpr int kDownOf = Rows / kTileRows;
 FEDPEFT_DEVICE int tile_down(int thread = int(threadIdx.x)) { return thread / kAcross; }
 FEDPEFT_DEVICE int tile_across(int thread = int(threadIdx.x)) { return thread % kAcross; }
 
-// The calling thread's number, as one of which the compiler knows little: what depends on it is
-// made where it is used, not before the loops around, where it would hold registers all along. What
-// follows takes it as its last argument.
-FEDPEFT_DEVICE int opaque_thread() {
-  int thread = int(threadIdx.x);
-#if defined(__CUDACC__)
-  asm volatile("" : "+r"(thread));
-  __builtin_assume(thread >= 0 && thread < 1024);
-#endif
-  return thread;
-}
-
 FEDPEFT_DEVICE int at_most(int64_t n, int limit) { return n < limit ? int(n) : limit; }
 
 // The sums of a thread: eight rows of four columns.
