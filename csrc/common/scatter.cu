@@ -53,7 +53,7 @@ bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables*
   // Tiles as large as shared memory holds, and the sort's; a chunk's of equal size.
   const auto pairs = [&](int64_t tile, int64_t rows) { return rows + tile * shape.slots / 2; };
   const auto stage_bytes = [&](int64_t tile) {
-    const int64_t list = t.groups / 2 + pairs(tile, t.range_rows()) + 3;
+    const int64_t list = t.groups / 2 + pairs(tile, t.range_rows()) + 2;
     return ((tile + 1) * t.stride + list * 4 + 15) / 16 * 16;
   };
   const auto sort_bytes = [&](int64_t tile, int64_t warps) {
