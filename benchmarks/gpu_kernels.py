@@ -65,6 +65,11 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     )
 
 
+def share_of(mask: Tensor) -> float:
+    """1 if and only if all are true: the mean of ones may be less, since a GPU multiplies by 1 / n."""
+    return int(mask.sum()) / mask.numel() if mask.numel() else 1.0
+
+
 def compare(name: str, case: Case) -> None:
     """Ours against the twin, on the same numbers."""
     for what, function in (("output", run), ("gradient", run_backward)):
@@ -74,14 +79,14 @@ def compare(name: str, case: Case) -> None:
                     continue
                 scale, off = float(twin.abs().max()), (ours.double() - twin.double()).abs()
                 tolerance = max(case.tolerance, 4 * torch.finfo(ours.dtype).eps)
-                share = float((off <= tolerance * max(scale, 1.0)).double().mean())
+                share = share_of(off <= tolerance * max(scale, 1.0))
                 if share < case.agreement or not bool(off.isfinite().all()):
                     raise AssertionError(
                         f"{name}: {what} {i} is {float(off.max()):.3g} off its twin of size {scale:.3g}, "
                         f"and more than {tolerance:.0e} of that at {1 - share:.2%}"
                     )
             else:
-                share = float((ours == twin).double().mean()) if twin.numel() else 1.0
+                share = share_of(ours == twin)
                 if share < case.agreement:
                     raise AssertionError(f"{name}: {share:.2%} of {what} {i} equal the twin's")
 
@@ -290,17 +295,24 @@ def large(device: torch.device, names: list[str], emulated: bool) -> dict[str, A
     return {"elements": rows * D}
 
 
-def seconds(call: Callable[[], Any], device: torch.device, budget: float) -> float:
-    """Time of a call: the median of batches long enough for the launches to be ahead of the device."""
+def seconds(call: Callable[[], Any], device: torch.device, budget: float, queued: bool = True) -> float:
+    """Time of a call: the median of batches. With `queued`, on the device alone: the calls of a batch stand
+    in the stream's queue before the first of them starts (but those that wait for the device)."""
+    host = 0.0  # seconds of a call, to be made
 
     def timed(calls: int) -> float:
+        nonlocal host
         if device.type == "cuda":
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
+            begin = time.perf_counter()
+            if queued:  # the device is kept busy: cycles, of about 2 GHz
+                torch.cuda._sleep(int(2e9 * min(1.5 * host * calls, 0.1)))
             start.record()
             for _ in range(calls):
                 call()
             stop.record()
+            host = (time.perf_counter() - begin) / calls
             stop.synchronize()
             return float(start.elapsed_time(stop)) / 1e3 / calls
         begin = time.perf_counter()
@@ -328,7 +340,12 @@ def launches(call: Callable[[], Any]) -> int:
 
 
 def measure(
-    case: Case, device: torch.device, budget: float, against: Sequence[str], copy: float
+    case: Case,
+    device: torch.device,
+    budget: float,
+    against: Sequence[str],
+    copy: float,
+    queued: bool = True,
 ) -> dict[str, Any]:
     row: dict[str, Any] = {}
     rivals: dict[str, Callable[[], Any]] = {"ours": lambda: case.call(ops)}
@@ -342,7 +359,9 @@ def measure(
     for name, call in rivals.items():
         try:
             with torch.no_grad():
-                row[f"forward_{name}_s"] = seconds(call, device, budget)
+                if name == "compiled":
+                    call()
+                row[f"forward_{name}_s"] = seconds(call, device, budget, queued)
             if case.leaves:
                 out = call()
                 cotangent = torch.ones_like(out)
@@ -351,7 +370,9 @@ def measure(
                     leaves = case.leaves
                     return torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
 
-                row[f"backward_{name}_s"] = seconds(backward, device, budget)
+                if name == "compiled":
+                    backward()
+                row[f"backward_{name}_s"] = seconds(backward, device, budget, queued)
                 if name == "ours" and device.type == "cuda":
                     row["backward_launches"] = launches(backward)
         except Exception as error:
@@ -415,7 +436,7 @@ def benchmark(
                 # Compiling is slow, and says nothing about what launches bind.
                 without = {"eager" if case.slow_twin else ""} if at_large else {"compiled"}
                 others = [r for r in against if r not in without]
-                row = measure(case, device, budget, others, copy)
+                row = measure(case, device, budget, others, copy, queued=label == "large")
                 results[label][name] = row
                 print(f"  {label} {name}: {json.dumps(row)}", flush=True)
                 keep(results)
