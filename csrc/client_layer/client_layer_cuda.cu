@@ -465,8 +465,9 @@ FEDPEFT_DEVICE void load_where(Pack<float, V>& to, const float* from, bool there
         : "l"(__cvta_generic_to_global(from)), "r"(int(there)));
   }
 #else
+  if (!there) return;
   emulator::check_global(from);
-  if (there) to = load_pack<V>(from);
+  to = load_pack<V>(from);
 #endif
 }
 

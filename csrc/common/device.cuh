@@ -185,7 +185,7 @@ FEDPEFT_DEVICE void ask_ahead([[maybe_unused]] const void* p, [[maybe_unused]] i
   for (int64_t at = int64_t(thread) * kLine; at < bytes; at += int64_t(threads) * kLine)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
 #else
-  emulator::check_global(p);
+  if (bytes > 0) emulator::check_global(p);
 #endif
 }
 
@@ -236,7 +236,7 @@ struct Late {
         : "=&r"(low), "=&r"(high)
         : "l"(__cvta_generic_to_global(p)), "r"(there ? bytes : 0));
 #else
-    emulator::check_global(p);
+    if (there) emulator::check_global(p);
     const int64_t value = there ? IndexArray{p, bytes}[0] : -1;
     low = uint32_t(value);
     high = uint32_t(value >> 32);
