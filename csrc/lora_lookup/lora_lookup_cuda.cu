@@ -1,10 +1,9 @@
 // CUDA kernels of lora_lookup. Forward: a block serves a range of one client's positions with B
-// transposed in shared memory where it fits, a group of lanes a position. Backward: A by a scatter,
-// B by a sum over positions.
+// transposed in shared memory where it fits, a group of lanes a position. Backward: a block a
+// client where its lists fit; else A by a scatter, B by a sum over positions.
 #include "common/position_sum.cuh"
 #include "common/scatter.cuh"
 #include "common/streaming.cuh"
-#include "common/tile.cuh"
 #include "lora_lookup/lora_lookup_cuda.h"
 
 namespace fedpeft::gpu {

@@ -11,6 +11,7 @@ namespace fedpeft::gpu {
 namespace {
 
 constexpr int kThreads = 256, kSharedThreads = 512;
+constexpr int64_t kStagedBytes = 48 * 1024;  // more are looked up by lanes in less time
 
 // The item at position n, -1 at padding.
 FEDPEFT_DEVICE int64_t item_at(const RqLookupArgs& a, int64_t n) {
@@ -460,7 +461,8 @@ void rq_lookup(const RqLookupArgs& a, DType dtype, int64_t clients, Stream strea
           const bool suits = by_lanes([](auto) {});
           if (StagedPlan plan{}; a.per_client && a.L > 0 &&
                                  StagedPlan::pays(a.positions, a.L, a.L * a.K, a.D) &&
-                                 plan.plan<T, V>(a.positions, a.L * a.K, a.L, a.D, 128)) {
+                                 plan.plan<T, V>(a.positions, a.L * a.K, a.L, a.D, 128) &&
+                                 plan.bytes <= kStagedBytes) {
             const int64_t blocks = clients * plan.slices;
             if (!suits || staging_beats_lanes<V>(blocks)) {
               launch(forward_staged<T, V>, blocks, plan.threads, plan.bytes, stream, a, blocks,
