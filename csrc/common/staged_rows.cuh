@@ -72,7 +72,7 @@ bool staging_beats_lanes(int64_t blocks) {
   return V > 1 && blocks >= 8 * limits().multiprocessors;
 }
 
-// Blocks of sum_staged_rows take at most so many threads, of which a multiprocessor holds three.
+// Blocks of sum_staged_rows take at most so many threads.
 constexpr int kStagedThreads = 320;
 
 // source.start(client) while the table comes, source.find(n, count, list) to leave the rows of

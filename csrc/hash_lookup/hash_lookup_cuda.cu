@@ -463,7 +463,7 @@ struct GatedEntries {
         width(plan.rows.width) {}
   FEDPEFT_DEVICE void start(int64_t client) { net.load(a, client); }
   FEDPEFT_DEVICE void find(int64_t n, int count, int* bucket) const {
-    hash_entries<4>(a, modulus, n, count * int(a.H), bucket, nullptr);
+    hash_entries<1>(a, modulus, n, count * int(a.H), bucket, nullptr);
   }
   FEDPEFT_DEVICE void ready(const T* rows, const int* bucket, int count, bool first) {
     const int H = int(a.H), M = int(a.M);
@@ -501,7 +501,7 @@ FEDPEFT_HD RowSums row_sums(const HashLookupArgs& a) {
 }
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kStagedThreads, 3)
+__global__ void __launch_bounds__(kStagedThreads, FEDPEFT_TWO_OR_THREE)
     forward_staged(HashLookupArgs a, int64_t tasks, Modulus modulus, StagedPlan plan) {
   FEDPEFT_DYNAMIC_SHARED(shared);
   PlainEntries<T> source{a, modulus, plain_weight<acc_t<T>>(a)};
@@ -513,7 +513,7 @@ __global__ void __launch_bounds__(1024, 1)
     forward_staged_gated(HashLookupArgs a, int64_t tasks, Modulus modulus, GatedStagedPlan plan) {
   FEDPEFT_DYNAMIC_SHARED(shared);
   GatedEntries<T, V> source(a, modulus, plan, shared);
-  sum_staged_rows<V, 2, T>(row_sums(a), tasks, plan.rows, source, shared);
+  sum_staged_rows<V, V == 1 ? 1 : 2, T>(row_sums(a), tasks, plan.rows, source, shared);
 }
 
 constexpr int kLaneHashes = 4, kLaneSlots = 2;

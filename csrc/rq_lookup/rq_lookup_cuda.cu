@@ -214,7 +214,7 @@ struct CodeEntries {
 };
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kStagedThreads, 3)
+__global__ void __launch_bounds__(kStagedThreads, FEDPEFT_TWO_OR_THREE)
     forward_staged(RqLookupArgs a, int64_t tasks, StagedPlan plan) {
   FEDPEFT_DYNAMIC_SHARED(shared);
   CodeEntries<T> source{a};
