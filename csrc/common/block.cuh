@@ -46,6 +46,27 @@ FEDPEFT_DEVICE int block_rank(bool mine, int* shared, int* all) {
   return before;
 }
 
+// The sum over the threads before the calling one, and in `all` over all. `shared` has a value a
+// warp. Ends without a barrier.
+FEDPEFT_DEVICE int block_sum_before(int x, int* shared, int* all) {
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  int before = x;
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int other = __shfl_up_sync(kFullMask, before, step);
+    if (lane >= step) before += other;
+  }
+  if (lane == kWarp - 1) shared[warp] = before;
+  __syncthreads();
+  before -= x;
+  *all = 0;
+  for (int w = 0; w < int(blockDim.x) / kWarp; ++w) {
+    if (w < warp) before += shared[w];
+    *all += shared[w];
+  }
+  return before;
+}
+
 // Sorts by (key, place) ascending: a bitonic sorter whose comparators all point the same way, so
 // that what lies past the end needs no place. Starts after a barrier of the caller, ends with one.
 template <typename Key>

@@ -242,18 +242,20 @@ struct Late {
     high = uint32_t(value >> 32);
 #endif
   }
+  FEDPEFT_DEVICE void load(const IndexArray& a, int64_t at, bool there) {
+    load(static_cast<const char*>(a.data) + at * a.bytes, a.bytes, there);
+  }
   // The same of 1 (unsigned), 2, 4 or 8 bytes.
-  FEDPEFT_DEVICE void load_any(const char* p, int bytes, bool there) {
+  FEDPEFT_DEVICE void load_any(const IndexArray& a, int64_t at, bool there) {
+    load(a, at, there);
 #if defined(__CUDACC__)
-    load(p, bytes, there);
     asm volatile(
         "{\n\t.reg .pred one, two;\n\t"
         "setp.eq.s32 one, %2, 1;\n\tsetp.eq.s32 two, %2, 2;\n\t"
         "@one ld.global.u8 %0, [%1];\n\t@two ld.global.s16 %0, [%1];\n\t}"
         : "+&r"(low)
-        : "l"(__cvta_generic_to_global(p)), "r"(there ? bytes : 0));
-#else
-    load(p, bytes, there);
+        : "l"(__cvta_generic_to_global(static_cast<const char*>(a.data) + at * a.bytes)),
+          "r"(there ? a.bytes : 0));
 #endif
   }
   FEDPEFT_DEVICE int64_t come(int bytes) const {

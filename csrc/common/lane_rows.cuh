@@ -41,9 +41,9 @@ bool with_lane_positions(int64_t slots, int64_t elements, int lanes, const F& f)
 struct LaneTurns {
   static constexpr int kNeighbours = 8;
   int64_t total, tasks;
-  int turn, turns;  // positions of a turn
+  int turn, turns;  // positions of a turn; turns of a block
 
-  LaneTurns(int64_t total_, int64_t turn_) : total(total_), tasks(0), turn(int(turn_)), turns(1) {
+  LaneTurns(int64_t total_, int64_t turn_) : total(total_), turn(int(turn_)) {
     const int64_t many = total / (turn_ * 32 * limits().multiprocessors);
     turns = int(many < 1 ? 1 : many > 4 ? 4 : many);
     const int64_t together = turn_ * turns * kNeighbours;

@@ -1,15 +1,17 @@
 // Kernels behind common/scatter.h. A Source names an op's entries:
 //   int64_t row(int64_t n, int64_t slot): row in the client's table that position n (of all
-//   clients) reads, -1: none Sum<acc, V> value<V>(int64_t n, int64_t slot, int64_t column): what
-//   the entry adds to V columns of that row
+//   clients) reads, -1: none
+//   Sum<acc, V> value<V>(int64_t n, int64_t slot, int64_t column): what the entry adds to V columns
+//   of that row
 //   const T* values(): where value() is no more than a load, the array [clients, positions, width]
 //   that it reads
 //   int kRowsAtOnce: rows that a group sums at a time, where value() is more than a load
 // and with values(), so that tables can do it, loads for several positions and slots together:
-//   At<N> at<N>(const int64_t (&n)[N]): what N positions read by; n is -1 where there is no
-//   position void rows(const At<N>& at, int slot, int (&row)[N]): the rows that they read, -1: none
+//   At<N> at<N>(const int64_t (&n)[N]): what N positions read by; n is -1 where there is none
+//   void rows(const At<N>& at, int slot, int (&row)[N]): the rows that they read, -1: none
 #pragma once
 
+#include "common/block.cuh"
 #include "common/device.cuh"
 #include "common/scatter.h"
 
@@ -235,27 +237,6 @@ __global__ void __launch_bounds__(256, 2)
   }
 }
 
-// The sum of `x` over the threads of the block before this one, and over all in `total`. `sums`:
-// one a warp.
-FEDPEFT_DEVICE int sum_before(int x, int* sums, int* total) {
-  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
-  int before = x;
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int other = __shfl_up_sync(kFullMask, before, step);
-    if (lane >= step) before += other;
-  }
-  if (lane == kWarp - 1) sums[warp] = before;
-  __syncthreads();
-  before -= x;
-  *total = 0;
-  for (int w = 0; w < int(blockDim.x) / kWarp; ++w) {
-    if (w < warp) before += sums[w];
-    *total += sums[w];
-  }
-  return before;
-}
-
 // Two 16-bit numbers side by side, the first in the lower bits.
 FEDPEFT_DEVICE uint32_t load_two(const uint16_t* p) {
 #if defined(__CUDACC__)
@@ -359,7 +340,7 @@ __global__ void __launch_bounds__(ScatterTables::kSortWarps* kWarp, 4)
         pairs += ScatterTables::pairs_of(int(two >> 16));
       }
     }
-    int all, at = sum_before(pairs, sums, &all) + tables.head();
+    int all, at = block_sum_before(pairs, sums, &all) + tables.head();
     for (int r = first_row; r < last_row; ++r) {
       const int number = int(places[r] >> 16), needed = ScatterTables::pairs_of(number);
       places[r] |= uint32_t(at);

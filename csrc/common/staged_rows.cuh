@@ -34,7 +34,7 @@ struct StagedPlan {
   static constexpr int64_t kBytes = 72 * 1024;  // so that three blocks share a multiprocessor
   unsigned threads;
   int slices, width, chunk;
-  int64_t list, bytes;
+  int64_t blocks, list, bytes;
 
   // Copying a table pays where each row is read about twice; else caches do as well.
   static bool pays(int64_t positions, int64_t slots, int64_t rows, int64_t D) {
@@ -44,9 +44,12 @@ struct StagedPlan {
     while (positions > 1 && positions * slots > 2048) positions = (positions + 1) / 2;
     return positions;
   }
-  // False where shared memory does not hold slices of at least `least` bytes a row.
+  // False where it does not pay, or shared memory does not hold slices of at least `least` bytes a
+  // row.
   template <typename T, int V>
-  bool plan(int64_t positions, int64_t rows, int64_t slots, int64_t D, int64_t least) {
+  bool make(int64_t clients, int64_t positions, int64_t rows, int64_t slots, int64_t D,
+            int64_t least) {
+    if (!pays(positions, slots, rows, D)) return false;
     const int64_t device = limits().shared_bytes, most = device < kBytes ? device : kBytes;
     chunk = int(chunk_of(positions, slots));
     for (int64_t some = 1;; some *= 2) {
@@ -58,19 +61,19 @@ struct StagedPlan {
       if (carve.used > most) continue;
       bytes = carve.used;
       slices = int((D + columns - 1) / columns);
+      blocks = clients * slices;
       width = int(columns);
       // About 32 warps a multiprocessor, however many blocks fit.
       threads = bytes > 48 * 1024 ? 320 : 256;
       return true;
     }
   }
+  // They are better at single elements, and where few blocks would be staged (lane_rows.cuh).
+  template <int V>
+  bool beats_lanes() const {
+    return V > 1 && blocks >= 8 * limits().multiprocessors;
+  }
 };
-
-// Lanes (lane_rows.cuh) are better at single elements, and where few blocks would be staged.
-template <int V>
-bool staging_beats_lanes(int64_t blocks) {
-  return V > 1 && blocks >= 8 * limits().multiprocessors;
-}
 
 // Blocks of sum_staged_rows take at most so many threads.
 constexpr int kStagedThreads = 320;
@@ -80,15 +83,15 @@ constexpr int kStagedThreads = 320;
 // they and the table are there, with a barrier behind whatever it writes, and source.scale(entry).
 // kTogether positions of a group are under way at a time.
 template <int V, int kTogether, typename T, typename Source>
-FEDPEFT_DEVICE void sum_staged_rows(const RowSums& a, int64_t tasks, const StagedPlan& plan,
-                                    Source& source, unsigned char* shared) {
+FEDPEFT_DEVICE void sum_staged_rows(const RowSums& a, const StagedPlan& plan, Source& source,
+                                    unsigned char* shared) {
   using A = acc_t<T>;
   T* rows = reinterpret_cast<T*>(shared);
   int* list = reinterpret_cast<int*>(shared + plan.list);
   const int width = plan.width, slots = a.slots;
   const int lanes = lanes_for(width / V), groups = int(blockDim.x) / lanes;
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
-  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
+  for (int64_t task = blockIdx.x; task < plan.blocks; task += gridDim.x) {
     const int64_t client = divide(task, plan.slices);
     const int64_t begin = (task - client * plan.slices) * width;
     const int here = int(a.D - begin < width ? a.D - begin : width);

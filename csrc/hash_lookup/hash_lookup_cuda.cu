@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(256, 4)
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const int64_t n = first + k * step;
-      come[k].load(static_cast<const char*>(items.data) + n * items.bytes, items.bytes, n < count);
+      come[k].load(items, n, n < count);
     }
   };
   load(start);
@@ -290,20 +290,18 @@ __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
   } else {
     const acc_t<T> weight = plain_weight<acc_t<T>>(a);
     const int H = int(a.H), k_mine = lane / H, h_mine = lane - k_mine * H;
-    const int bytes = a.items.bytes;
     const T* base = static_cast<const T*>(a.base);
     const Hash hash(a.hashes, h_mine);
     for (int64_t task = blockIdx.x; task < turns.tasks; task += gridDim.x) {
       const int64_t begin = turns.first(task), end = turns.end(begin);
       Late come;  // the item of the lane's own position and hash
       const auto load_item = [&](int64_t n) {
-        come.load(static_cast<const char*>(a.items.data) + (n + k_mine) * bytes, bytes,
-                  k_mine < N && n + k_mine < end);
+        come.load(a.items, n + k_mine, k_mine < N && n + k_mine < end);
       };
       load_item(begin + group * N);
       // All lanes of a warp take as many turns, since they exchange rows.
       for (int64_t first = begin; first < end; first += turns.step()) {
-        const int64_t n = first + group * N, item = come.come(bytes);
+        const int64_t n = first + group * N, item = come.come(a.items.bytes);
         load_item(n + turns.step());
         check_item(a, item, n + k_mine);
         int row = 0;
@@ -502,18 +500,18 @@ FEDPEFT_HD RowSums row_sums(const HashLookupArgs& a) {
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kStagedThreads, FEDPEFT_TWO_OR_THREE)
-    forward_staged(HashLookupArgs a, int64_t tasks, Modulus modulus, StagedPlan plan) {
+    forward_staged(HashLookupArgs a, Modulus modulus, StagedPlan plan) {
   FEDPEFT_DYNAMIC_SHARED(shared);
   PlainEntries<T> source{a, modulus, plain_weight<acc_t<T>>(a)};
-  sum_staged_rows<V, kLanePositions<V>, T>(row_sums(a), tasks, plan, source, shared);
+  sum_staged_rows<V, kLanePositions<V>, T>(row_sums(a), plan, source, shared);
 }
 
 template <typename T, int V>
 __global__ void __launch_bounds__(1024, 1)
-    forward_staged_gated(HashLookupArgs a, int64_t tasks, Modulus modulus, GatedStagedPlan plan) {
+    forward_staged_gated(HashLookupArgs a, Modulus modulus, GatedStagedPlan plan) {
   FEDPEFT_DYNAMIC_SHARED(shared);
   GatedEntries<T, V> source(a, modulus, plan, shared);
-  sum_staged_rows<V, V == 1 ? 1 : 2, T>(row_sums(a), tasks, plan.rows, source, shared);
+  sum_staged_rows<V, V == 1 ? 1 : 2, T>(row_sums(a), plan.rows, source, shared);
 }
 
 constexpr int kLaneHashes = 4, kLaneSlots = 2;
@@ -1328,14 +1326,11 @@ GatedPlan plan_gated(const HashLookupArgs& a, int lanes, const Limits& device) {
   return {Scratch::memory, kWarp, 4 * kWarp, bytes, 2 * device.multiprocessors};
 }
 
-inline bool stages(const HashLookupArgs& a) {
-  return a.per_client && StagedPlan::pays(a.positions, a.H, a.M, a.D);
-}
-
-// With SENet; false where shared memory does not hold a whole table.
+// With SENet; false where it does not pay, or shared memory does not hold a whole table.
 template <typename T>
-bool plan_gated_stage(const HashLookupArgs& a, GatedStagedPlan* plan) {
+bool plan_gated_stage(const HashLookupArgs& a, int64_t clients, GatedStagedPlan* plan) {
   using A = acc_t<T>;
+  if (!a.per_client || !StagedPlan::pays(a.positions, a.H, a.M, a.D)) return false;
   int64_t chunk = StagedPlan::chunk_of(a.positions, a.H);
   while (chunk > 1 && chunk * a.S > 8192) chunk = (chunk + 1) / 2;
   Carve carve;
@@ -1346,6 +1341,7 @@ bool plan_gated_stage(const HashLookupArgs& a, GatedStagedPlan* plan) {
   plan->hidden = carve.take<A>(chunk * (a.S | 1));
   plan->net = carve.take<A>(BlockNet<T>::size(a.H, a.S));
   plan->rows.bytes = carve.used;
+  plan->rows.blocks = clients;
   plan->rows.slices = 1;
   plan->rows.width = int(a.D);
   plan->rows.chunk = int(chunk);
@@ -1360,14 +1356,11 @@ void launch_plain(const HashLookupArgs& a, int64_t clients, Stream stream) {
   const auto by_lanes = [&](const auto& call) {
     return with_lane_positions<V>(a.H, (a.per_client ? clients : 1) * a.M * a.D, lanes, call);
   };
-  const bool suits = by_lanes([](auto) {});
-  if (StagedPlan plan{}; stages(a) && plan.plan<T, V>(a.positions, a.M, a.H, a.D, 64)) {
-    const int64_t blocks = clients * plan.slices;
-    if (!suits || staging_beats_lanes<V>(blocks)) {
-      launch(forward_staged<T, V>, blocks, plan.threads, plan.bytes, stream, a, blocks,
-             Modulus(a.M), plan);
-      return;
-    }
+  if (StagedPlan plan{}; a.per_client && plan.make<T, V>(clients, a.positions, a.M, a.H, a.D, 64) &&
+                         (plan.beats_lanes<V>() || !by_lanes([](auto) {}))) {
+    launch(forward_staged<T, V>, plan.blocks, plan.threads, plan.bytes, stream, a, Modulus(a.M),
+           plan);
+    return;
   }
   const int64_t total = clients * a.positions, groups = kLaneThreads / lanes;
   const bool done = by_lanes([&](auto at_once) {
@@ -1391,9 +1384,9 @@ void launch_gated(const HashLookupArgs& a, int64_t clients, void* memory, Stream
            Modulus(a.M));
     return;
   }
-  if (GatedStagedPlan staged{}; stages(a) && plan_gated_stage<T>(a, &staged)) {
+  if (GatedStagedPlan staged{}; plan_gated_stage<T>(a, clients, &staged)) {
     launch(forward_staged_gated<T, V>, clients, staged.rows.threads, staged.rows.bytes, stream, a,
-           clients, Modulus(a.M), staged);
+           Modulus(a.M), staged);
     return;
   }
   const GatedPlan plan = plan_gated<T>(a, lanes_for(a.D / V), limits());

@@ -137,7 +137,6 @@ __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
   const int L = int(a.L), step = turns.step();
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
   const int own = lane / L, level = lane - own * L;
-  const int item_bytes = a.items.bytes, code_bytes = a.codes.bytes;
   const int64_t table = a.per_client ? a.L * a.K * a.D : 0;
   for (int64_t task = blockIdx.x; task < turns.tasks; task += gridDim.x) {
     const int64_t begin = turns.first(task), end = turns.end(begin);
@@ -145,15 +144,13 @@ __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
     Late item_come, code_come;
     int64_t next = -1;
     const auto load_item = [&](int64_t n) {
-      item_come.load(static_cast<const char*>(a.items.data) + (n + own) * item_bytes, item_bytes,
-                     own < N && n + own < end);
+      item_come.load(a.items, n + own, own < N && n + own < end);
     };
     const auto load_code = [&](int64_t n) {
-      next = item_come.come(item_bytes);
+      next = item_come.come(a.items.bytes);
       if (classify(next, a.num_items) == Position::bad)
         FEDPEFT_BAD_INDEX("items", next, n + own, a.num_items);
-      code_come.load_any(static_cast<const char*>(a.codes.data) + (next * L + level) * code_bytes,
-                         code_bytes, next >= 0);
+      code_come.load_any(a.codes, next * L + level, next >= 0);
     };
     load_item(begin + group * N);
     load_code(begin + group * N);
@@ -163,7 +160,7 @@ __global__ void __launch_bounds__(kLaneThreads, FEDPEFT_TWO_OR_THREE + 2)
       const int64_t n = first + group * N, item = next;
       int row = 0;
       if (item >= 0) {
-        const int64_t code = code_come.come(code_bytes);
+        const int64_t code = code_come.come(a.codes.bytes);
         if (uint64_t(code) >= uint64_t(a.K))
           FEDPEFT_BAD_INDEX("codes", code, item * L + level, a.K);
         const int64_t client = table == 0 ? 0 : divide(n + own, a.positions);
@@ -215,12 +212,12 @@ struct CodeEntries {
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kStagedThreads, FEDPEFT_TWO_OR_THREE)
-    forward_staged(RqLookupArgs a, int64_t tasks, StagedPlan plan) {
+    forward_staged(RqLookupArgs a, StagedPlan plan) {
   FEDPEFT_DYNAMIC_SHARED(shared);
   CodeEntries<T> source{a};
   const RowSums sums{a.codebooks, a.base, a.out,          a.items, a.num_items,
                      a.positions, a.D,    int(a.L * a.K), int(a.L)};
-  sum_staged_rows<V, kLanePositions<V>, T>(sums, tasks, plan, source, shared);
+  sum_staged_rows<V, kLanePositions<V>, T>(sums, plan, source, shared);
 }
 
 // The word of 2 or 4 bytes at p, 0 unless `there`; as late.
@@ -458,17 +455,12 @@ void rq_lookup(const RqLookupArgs& a, DType dtype, int64_t clients, Stream strea
             return with_lane_positions<V>(a.L, (a.per_client ? clients : 1) * a.L * a.K * a.D,
                                           lanes, call);
           };
-          const bool suits = by_lanes([](auto) {});
           if (StagedPlan plan{}; a.per_client && a.L > 0 &&
-                                 StagedPlan::pays(a.positions, a.L, a.L * a.K, a.D) &&
-                                 plan.plan<T, V>(a.positions, a.L * a.K, a.L, a.D, 128) &&
-                                 plan.bytes <= kStagedBytes) {
-            const int64_t blocks = clients * plan.slices;
-            if (!suits || staging_beats_lanes<V>(blocks)) {
-              launch(forward_staged<T, V>, blocks, plan.threads, plan.bytes, stream, a, blocks,
-                     plan);
-              return;
-            }
+                                 plan.make<T, V>(clients, a.positions, a.L * a.K, a.L, a.D, 128) &&
+                                 plan.bytes <= kStagedBytes &&
+                                 (plan.beats_lanes<V>() || !by_lanes([](auto) {}))) {
+            launch(forward_staged<T, V>, plan.blocks, plan.threads, plan.bytes, stream, a, plan);
+            return;
           }
           const bool done = by_lanes([&](auto at_once) {
             constexpr int N = decltype(at_once)::value;
