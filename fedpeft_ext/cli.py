@@ -251,9 +251,12 @@ def compare(
     The folder (default: runs/DATASET-BACKBONE-compare) gets compare.md,
     compare.tex, compare.csv, compare.json, accuracy_bytes.png, curves.png and a
     folder for each run. Full embeddings and codes are prepared once for all runs.
+    Start it again after an interruption, or with more embeddings: finished runs
+    are not repeated.
     """
     named = _named(dataset, backbone, rounds, seed, engine, device, threads)
-    with _reported_errors(debug, can_overwrite=True) as started:
+    again = "; started again, the comparison goes on from there"
+    with _reported_errors(debug, can_overwrite=True, goes_on=again) as started:
         settings = _settings(config, named, set_)
         folder = out or _default_folder(settings, "compare")
         started(folder)
@@ -638,13 +641,13 @@ def _recommend(folder: Path, users: Sequence[str], k: int, *, as_json: bool) -> 
             typer.echo(f"{place:>4}  {item['item']:<{width}}  {item['score']:>8.4f}  {words}".rstrip())
 
 
-def _loaded(config: Config, tuned: str | None, what: str, notify: Callable[[str], None]) -> Dataset:
-    """The data set, told of before and after, and that `what` is prepared next."""
+def _loaded(config: Config, tuned: str | None, notify: Callable[[str], None]) -> Dataset:
+    """The data set, told of before and after."""
     if tuned is not None:
         notify(tuned)
     notify(f"Loading {config.dataset.name}")
     dataset = _load(config)
-    notify(f"{_size(dataset)}; preparing {what} on the server")
+    notify(_size(dataset))
     return dataset
 
 
@@ -660,7 +663,8 @@ def _run(
     check_folder(folder, overwrite)
     check_device(config.device)
     with _progress(_console(stderr=True), config, quiet=quiet, evaluations=True) as (callbacks_for, notify):
-        dataset = _loaded(config, tuned, config.embedding.name, notify)
+        dataset = _loaded(config, tuned, notify)
+        notify(f"Preparing {config.embedding.name} on the server")
         callbacks = callbacks_for(config.embedding.name)
         simulator = Simulator(config, dataset, callbacks=callbacks, out=folder, overwrite=overwrite)
         summary = _run_until_signal(simulator, folder)
@@ -678,24 +682,41 @@ def _compare(
     as_json: bool,
 ) -> None:
     from fedpeft_ext.experiments import compare, terminal_table
-    from fedpeft_ext.experiments.compare import CSV, CURVES, JSON, LATEX, MARKDOWN, SCATTER, check_embeddings
-    from fedpeft_ext.simulation.output import check_folder
+    from fedpeft_ext.experiments.compare import (
+        CSV,
+        CURVES,
+        JSON,
+        LATEX,
+        MARKDOWN,
+        SCATTER,
+        check_embeddings,
+        goes_on,
+    )
     from fedpeft_ext.simulation.simulator import check_device
 
     check_embeddings(config, names)  # before loading anything
-    check_folder(folder, overwrite)
+    goes_on(folder, overwrite)
     check_device(config.device)
     with _progress(_console(stderr=True), config, quiet=quiet, evaluations=False) as (callbacks_for, notify):
-        dataset = _loaded(config, tuned, "full embeddings and codes", notify)
         comparison = compare(
-            config, names, dataset, out=folder, overwrite=overwrite, callbacks_for=callbacks_for
+            config,
+            names,
+            _loaded(config, tuned, notify),
+            out=folder,
+            overwrite=overwrite,
+            callbacks_for=callbacks_for,
+            notify=notify,
         )
     if as_json:
         typer.echo(json.dumps([result.as_dict() for result in comparison.results], allow_nan=False))
-        return
-    _print_table(terminal_table(comparison.results, comparison.k, title=comparison.title))
-    typer.echo(f"Table:    {folder}/ {MARKDOWN}, {LATEX}, {CSV}, {JSON}")
-    typer.echo(f"Pictures: {folder}/ {SCATTER}, {CURVES}")
+    elif comparison.results:
+        _print_table(terminal_table(comparison.results, comparison.k, title=comparison.title))
+        typer.echo(f"Table:    {folder}/ {MARKDOWN}, {LATEX}, {CSV}, {JSON}")
+        typer.echo(f"Pictures: {folder}/ {SCATTER}, {CURVES}")
+    for embedding, reason in comparison.diverged.items():
+        _complain(f"{embedding}: {reason}")
+    if comparison.diverged:
+        raise typer.Exit(TRAINING_FAILED)
 
 
 def _size(dataset: Dataset) -> str:

@@ -172,6 +172,109 @@ def test_compare_leaves_out_warmup_where_there_is_nothing_to_warm_up(tmp_path: P
     assert warmup == [0, 1]
 
 
+KILLED = """
+import os, signal, sys
+from fedpeft_ext import cli
+from fedpeft_ext.simulation import Simulator
+
+def train(self, round=Simulator.round):
+    if (self.config.embedding.name, self.rounds_done) == ("p-rq", 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return round(self)
+
+Simulator.round = train
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_comparison_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    command = ["compare", *SMALL, "-r", "5", "-e", "c-hash,p-rq,c-lora", "--set", "checkpoint.every=1", "-o"]
+    killed = [sys.executable, "-c", KILLED, *command, "killed"]
+    assert subprocess.run(killed, env=_environment(), check=False).returncode == -signal.SIGKILL
+    assert not Path("killed", "c-lora").exists()
+    before = {path: path.stat().st_mtime_ns for path in Path("killed", "c-hash").rglob("*")}
+    again = fedpeft(*command, "killed")
+    assert again.exit_code == 0, again.output
+    assert "3 runs, 1 of them finished before\n" in again.stderr
+    assert "p-rq: going on after round 3 of 5\n" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in Path("killed", "c-hash").rglob("*")} == before
+    assert fedpeft(*command, "whole").exit_code == 0
+
+    def told(folder: Path) -> list[dict[str, Any]]:
+        """The results, times and folders aside."""
+        timed = ("seconds", "training_seconds", "clients_per_second", "folder")
+        results = json.loads((folder / "compare.json").read_text())["results"]
+        return [{name: value for name, value in run.items() if name not in timed} for run in results]
+
+    assert told(Path("killed")) == told(Path("whole"))
+    names = sorted(str(path.relative_to("whole")) for path in Path("whole").rglob("*"))
+    assert sorted(str(path.relative_to("killed")) for path in Path("killed").rglob("*")) == names
+    models = [f"{name}/model.safetensors" for name in ("c-hash", "p-rq", "c-lora")]
+    for name in ("accuracy_bytes.png", "curves.png", *models):
+        assert Path("killed", name).read_bytes() == Path("whole", name).read_bytes(), name
+    finished = fedpeft(*command, "killed")
+    assert finished.stderr.splitlines()[-1] == "3 runs, 3 of them finished before"
+    assert finished.stdout == again.stdout
+
+
+def test_a_comparison_takes_more_embeddings_and_refuses_other_settings(tmp_path: Path) -> None:
+    def trained(*options: str) -> list[str]:
+        result = fedpeft("compare", *SMALL, *options, "-o", "c")
+        assert result.exit_code == 0, result.output
+        return [line.partition(":")[0] for line in result.stderr.splitlines() if "clients/s" in line]
+
+    assert trained("-r2", "-ec-hash") == ["c-hash"]
+    assert trained("-r2", "-ec-lora,c-hash", "--threads=2") == ["c-lora"]
+    assert [run["embedding"] for run in json.loads(Path("c", "compare.json").read_text())["results"]] == [
+        "c-lora",
+        "c-hash",
+    ]
+    small = ["compare", *SMALL, "-o", "c", "-r2"]
+    text = Path("c", "compare.md").read_text()
+    for options, why in (
+        (
+            ["-ec-hash,full", "-r3", "--seed=1"],
+            "c/c-hash was trained with training.rounds 2, not 3; seed 0, not 1;",
+        ),
+        (
+            ["-ec-hash", "--set=dataset.options.seed=1"],
+            "c/c-hash was trained with dataset.options.seed null, not 1;",
+        ),
+    ):
+        assert f"{why} choose another folder, or overwrite (--overwrite)" in refused(*small, *options)
+    assert fedpeft("resume", "c/c-hash", "--rounds=3", "-q").exit_code == 0
+    assert "c/c-hash was trained with training.rounds 3, not 2" in refused(*small, "-ec-lora,c-hash")
+    values = json.loads(Path("c", "compare.json").read_text())
+    Path("c", "compare.json").write_text(json.dumps(values | {"runs": {}}))
+    assert "c-lora was trained with other data, texts or features" in refused(*small, "-ec-lora")
+    Path("c", "compare.json").write_text("{}")
+    assert "c/compare.json is not" in refused(*small, "-ec-lora")
+    assert Path("c", "compare.md").read_text() == text
+    assert not Path("c", "full").exists()
+    assert trained("-r3", "-ec-lora,c-hash", "--overwrite") == ["c-lora", "c-hash"]
+
+
+def test_a_run_that_diverges_does_not_stop_a_comparison(tmp_path: Path) -> None:
+    warmup = ("rounds=1", "optimizer=sgd", "lr=1e30")
+    command = ["compare", *SMALL, "-r2", "-o", "c", *(f"--set=training.warmup_{each}" for each in warmup)]
+    for names, done in (("p-lora,c-hash", ""), ("p-lora,c-hash", ", 2 of them finished before")):
+        result = fedpeft(*command, "-e", names)
+        assert result.exit_code == 3, result.output
+        assert f"2 runs{done}\n" in result.stderr
+        assert "fedpeft: error: p-lora: " in result.stderr
+        assert "c-hash" in result.stdout
+        assert "p-lora: training diverged in round 1: client" in Path("c", "compare.md").read_text()
+        assert [run["embedding"] for run in json.loads(Path("c", "compare.json").read_text())["results"]] == [
+            "c-hash"
+        ]
+    assert "1 section" in fedpeft("report", "c").stdout
+    assert "p-lora: training diverged in round 1: client" in Path("c", "report.html").read_text()
+    alone = fedpeft(*command, "-e", "p-lora", "--overwrite", "--json")
+    assert (alone.exit_code, json.loads(alone.stdout)) == (3, [])
+    assert fedpeft("compare", *SMALL, "-r2", "-ep-lora", "-o", "c", "--overwrite", "-q").exit_code == 0
+    assert not Path("c", "p-lora", "diverged.json").exists()
+
+
 def test_names_with_brackets_and_blanks_are_told_as_they_are(tmp_path: Path) -> None:
     rows = "".join(f"u{i % 5},i{i * 7 % 130}\n" for i in range(200))
     Path("[red]mine.csv").write_text(f"user,item\n{rows}")

@@ -117,6 +117,15 @@ class ProgressLines(_Watcher):
         self._evaluations = evaluations
         self._line = ""
 
+    def on_start(self, simulator: Simulator) -> None:
+        """Tell where a run goes on that was interrupted; with evaluations, those tell their rounds."""
+        if simulator.rounds_done and not self._evaluations:
+            config = simulator.config
+            self._print(
+                f"{config.embedding.name}: going on after round {simulator.rounds_done} of "
+                f"{config.training.rounds}"
+            )
+
     def on_round(self, info: RoundInfo) -> None:
         """Remember the round for the next evaluation."""
         self._line = f"round {info.round}/{info.rounds}  loss {info.loss:.4f}  {self._count(info)} clients/s"

@@ -121,9 +121,11 @@ def _study(file: Path) -> _Section:
     )
 
 
-def _comparison(file: Path) -> _Section:
+def _comparison(file: Path) -> _Section | None:
     values = json.loads(file.read_text(encoding="utf-8"))
     results = values["results"]
+    if not results:  # none is finished
+        return None
     k = headline_k(values["config"]["evaluation"]["ks"])
     names = [f"HR@{k}", f"NDCG@{k}", *(name for name in (f"full/HR@{k}",) if name in results[0]["metrics"])]
     rows = [
@@ -145,7 +147,8 @@ def _comparison(file: Path) -> _Section:
         if (file.parent / name).is_file()
     ]
     table = _Table("Comparison", headings, rows, [True] + [False] * (len(headings) - 1))
-    return _Section("", title, "", tables=[table], pictures=pictures)
+    notes = [f"{embedding}: {reason}" for embedding, reason in values.get("diverged", {}).items()]
+    return _Section("", title, "", answers=notes, tables=[table], pictures=pictures)
 
 
 def _run(file: Path) -> _Section | None:

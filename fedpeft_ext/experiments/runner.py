@@ -74,16 +74,16 @@ def run_all(
     *,
     reuse: bool,
     callbacks_for: Callable[[Config], Sequence[Callback]] = lambda config: (),
-) -> Iterator[RunResult | None]:
-    """Train each configuration; yields its result as soon as it is there, None where training diverged.
+) -> Iterator[RunResult | FloatingPointError]:
+    """Train each configuration; yields its result as soon as it is there, or the error of training that
+    ended in NaN or infinity.
 
     Args:
         configs: of the runs.
         dataset: of all of them.
         place: the folder of a run, or None for none.
-        reuse: whether a finished run that is in its folder is read instead of trained, an interrupted one is
-            gone on with, and a diverged one is passed over. Otherwise diverging raises, as in
-            `Simulator.run`.
+        reuse: whether a run that is in its folder is read instead of trained if it has been to its end, and
+            gone on with if it was interrupted. Otherwise it is replaced.
         callbacks_for: observers of a run that is trained.
     """
     server = Server(dataset, configs)
@@ -91,7 +91,7 @@ def run_all(
     for config in configs:
         folder = place(config)
         if reuse and folder is not None and (folder / DIVERGED).is_file():
-            yield None
+            yield FloatingPointError(json.loads((folder / DIVERGED).read_text(encoding="utf-8"))["reason"])
             continue
         key = json.dumps([config.backbone.model_dump(mode="json"), config.dtype])
         if key not in full_bytes:
@@ -110,13 +110,14 @@ def run_all(
                 out=folder,
                 overwrite=True,
             )
+            if folder is not None:
+                (folder / DIVERGED).unlink(missing_ok=True)
         try:
             summary = simulator.run()
         except FloatingPointError as error:
-            if not reuse or folder is None:
-                raise
-            mark_diverged(folder, error)
-            yield None
+            if folder is not None:
+                mark_diverged(folder, error)
+            yield error
         else:
             yield RunResult(summary, full_bytes[key], folder)
 
@@ -135,6 +136,13 @@ def run_name(config: Config, data: str) -> str:
     """
     from fedpeft_ext import __version__
 
+    values = [__version__, data, result_settings(config)]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return f"{config.backbone.name}-{config.embedding.name}-seed{config.seed}-{digest[:12]}"
+
+
+def result_settings(config: Config) -> dict[str, Any]:
+    """Settings that change results, as JSON values; a file of features is told by its SHA-256."""
     values = config.model_dump(mode="json")
     for name in _NEUTRAL:
         del values[name]
@@ -143,8 +151,7 @@ def run_name(config: Config, data: str) -> str:
     features = Path(config.pretrain.features)
     if features.suffix and features.is_file():
         values["pretrain"]["features"] = hashlib.sha256(features.read_bytes()).hexdigest()
-    digest = hashlib.sha256(json.dumps([__version__, data, values], sort_keys=True).encode()).hexdigest()
-    return f"{config.backbone.name}-{config.embedding.name}-seed{config.seed}-{digest[:12]}"
+    return values
 
 
 def fingerprint(dataset: Dataset) -> str:

@@ -81,12 +81,17 @@ def check_folder(folder: Path, overwrite: bool = False) -> None:
     if above.exists() and not above.is_dir():
         raise NotADirectoryError(f"out: expected a folder, but {above} is a file")
     try:
-        if above == folder and any(folder.iterdir()) and not overwrite:
+        if above == folder and not overwrite and _has_files(folder):
             raise FileExistsError(f"out: {_why_not_empty(folder)}; choose another, or overwrite")
     except FileExistsError:
         raise
     except OSError as error:
         raise type(error)(f"out: cannot read {folder} ({error.strerror or error})") from error
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether anything but empty folders is in it, which runs leave that were refused."""
+    return any(path.is_symlink() or not path.is_dir() or _has_files(path) for path in folder.iterdir())
 
 
 def _why_not_empty(folder: Path) -> str:

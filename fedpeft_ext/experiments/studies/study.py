@@ -271,9 +271,9 @@ class Context:
             reuse=True,
             callbacks_for=observers,
         ):
-            if result is None:
+            if isinstance(result, FloatingPointError):
                 self.notify(f"Run {position + 1} of {len(configs)} diverged")
-            results.append(result)
+            results.append(None if isinstance(result, FloatingPointError) else result)
             position += 1
         trained = Trained(variants, seeds, results, [place.name for place in places])
         self.all_runs.append(trained)
