@@ -397,7 +397,9 @@ def _reported_errors(
         typer.echo(f"\nfedpeft: {stopped}", err=True)
         raise typer.Exit(SIGNALLED + stopped.signal) from None
     except BrokenPipeError:  # who read the output has closed it, as head does: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):  # or Python complains at its end, since 3.14 of both
+            os.dup2(nowhere, stream.fileno())
         raise typer.Exit(SIGNALLED + signal.SIGPIPE) from None
     except (ValueError, OSError, ImportError) as error:
         if debug:
