@@ -373,6 +373,49 @@ FEDPEFT_DEVICE A sums_of_eight(A (&x)[8], int lane, int lanes) {
   return sum;
 }
 
+// The lanes of the warp whose key has the calling lane's bit, at a mask of that one.
+template <int Bit>
+FEDPEFT_DEVICE unsigned lanes_alike_in(int key) {
+#if defined(__CUDACC__)
+  unsigned votes;  // four instructions, of which a compiler makes twice as many
+  asm volatile(
+      "{\n\t.reg .pred set;\n\t.reg .b32 bit;\n\t"
+      "and.b32 bit, %1, %2;\n\tsetp.ne.u32 set, bit, 0;\n\t"
+      "vote.sync.ballot.b32 %0, set, 0xffffffff;\n\t@!set not.b32 %0, %0;\n\t}"
+      : "=r"(votes)
+      : "r"(key), "n"(Bit));
+  return votes;
+#else
+  const unsigned votes = __ballot_sync(kFullMask, key & Bit);
+  return key & Bit ? votes : ~votes;
+#endif
+}
+
+// The lanes of the warp whose keys are the calling lane's, for N keys a lane, each of its lowest
+// `bits` bits alone; negative keys are nobody's, and what they get means nothing. By a vote a bit:
+// __match_any_sync takes hundreds of clocks where most keys differ.
+template <int N>
+FEDPEFT_DEVICE void lanes_alike(int (&key)[N], int bits, unsigned (&alike)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) alike[i] = __ballot_sync(kFullMask, key[i] >= 0);
+#pragma unroll 1
+  for (; bits > 0; bits -= 4) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      alike[i] &= lanes_alike_in<1>(key[i]) & lanes_alike_in<2>(key[i]) &
+                  lanes_alike_in<4>(key[i]) & lanes_alike_in<8>(key[i]);
+      key[i] >>= 4;
+    }
+  }
+}
+
+// Bits of the numbers below n.
+FEDPEFT_HD constexpr int bits_of(int n) {
+  int bits = 0;
+  while (bits < 31 && (n - 1) >> bits > 0) ++bits;
+  return bits;
+}
+
 // Lanes that share a row of `columns` items: a power of two up to a warp.
 __host__ __device__ inline int lanes_for(int64_t columns) {
   int lanes = 1;

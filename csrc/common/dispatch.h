@@ -89,7 +89,7 @@ template <typename WriteKeys, typename Run>
 void scatter(const gpu::ScatterPlan& plan, Tensor& out, ScalarType accumulator,
              const WriteKeys& write_keys, const Run& run) {
   gpu::SortedEntries sorted;
-  if (plan.in_tables) {
+  if (plan.way == gpu::ScatterWay::tables) {
     const gpu::ScatterTables& tables = plan.tables;
     Tensor lists = allocate(out, {tables.tiles, int64_t{tables.pairs}, 2}, ScalarType::Short);
     write_keys(plan, lists.mutable_data_ptr());
@@ -99,7 +99,7 @@ void scatter(const gpu::ScatterPlan& plan, Tensor& out, ScalarType accumulator,
     run(plan, sorted);
     return;
   }
-  if (!plan.sorted) {
+  if (plan.way != gpu::ScatterWay::sorted) {
     run(plan, sorted);
     return;
   }

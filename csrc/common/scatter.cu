@@ -1,6 +1,7 @@
 // Chooses how a scatter runs; the parts of a scatter that are the same for every op.
 #include "common/scatter.cuh"
 #include "common/scatter_tables.cuh"
+#include "common/staged_rows.cuh"
 
 namespace fedpeft::gpu {
 namespace {
@@ -39,6 +40,8 @@ bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables*
   t.copies = 1;
   while (shape.rows * t.copies * 2 <= t.groups) t.copies *= 2;
   t.rows = int(shape.rows) * t.copies;
+  t.slot_rows = shape.disjoint_slots && t.copies == 1 ? int(shape.rows / shape.slots) : 0;
+  t.key_bits = bits_of(t.slot_rows > 0 ? t.slot_rows : t.rows);
   t.each = int((t.rows + t.groups * ranges - 1) / (t.groups * ranges));
 
   // A block a multiprocessor, or four in turn where that leaves too many idle; chunks of as many
@@ -91,6 +94,35 @@ bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables*
   t.tiles = (shape.positions + tile - 1) / tile;
   t.chunks = (t.tiles + t.chunk_tiles - 1) / t.chunk_tiles;
   return t.chunk_tiles * tile < INT32_MAX;
+}
+
+// False where other ways are faster, or shared memory is too small.
+bool plan_stage(const ScatterShape& shape, const Limits& device, ScatterStage* stage) {
+  constexpr int64_t kReserved = 1024;  // of a block, by CUDA
+  constexpr int64_t kBlocks = 2;       // of a multiprocessor at least, of which one may copy
+  constexpr int64_t kLeast = 32;       // bytes of a slice, a sector of memory
+  if (shape.bytes == 0 || shape.width == 0 || shape.rows == 0) return false;
+  const int64_t wide = 16 / shape.bytes, vectors = (shape.width + wide - 1) / wide;
+  const int64_t most = (device.shared_bytes + kReserved) / kBlocks - kReserved;
+  const int64_t entries = shape.positions * shape.slots;
+  if (shape.rows > most || entries > most) return false;
+  for (int64_t cut = 1;; cut *= 2) {
+    const int64_t slice = (vectors + cut - 1) / cut * wide;
+    if (cut > 1 && slice * shape.bytes < kLeast) return false;
+    Carve carve;
+    carve.take<unsigned char>((shape.positions + 1) * slice * shape.bytes);
+    stage->head = carve.take<int>(shape.rows + 1);
+    stage->next = carve.take<int>(entries + 1);
+    stage->slice = int(slice);
+    stage->slices = int((shape.width + slice - 1) / slice);
+    stage->shared_bytes = carve.used;
+    // Slices also make blocks for all of the device, as far as they pay for linking once more.
+    const int64_t blocks = shape.clients * stage->slices;
+    if (carve.used > most ||
+        (blocks < kBlocks * device.multiprocessors && slice * shape.bytes > 64))
+      continue;
+    return blocks >= device.multiprocessors;
+  }
 }
 
 // Joins the rows that cross tiles, from the tile in which a row begins.
@@ -187,15 +219,18 @@ ScatterPlan plan_scatter(const ScatterShape& shape) {
   }
   const int64_t team_bytes =
       ((plan.rows_per_split + entries) * int64_t(sizeof(int)) + 15) / 16 * 16;
-  plan.sorted = team_bytes > device.shared_bytes ||
-                (plan.splits > 1 && entries * plan.splits > kWalk * 16) ||
-                (plan.splits > 1 && entries > kWalk / 4);
-  plan.in_tables = plan.sorted && plan_tables(shape, device, &plan.tables);
-  if (plan.in_tables) plan.sorted = false;
-
   // Small clients: four a block, a warp each.
   const bool small =
       plan.splits == 1 && plan.rows_per_split * shape.width <= 1024 && entries <= 256;
+  const bool sorted = team_bytes > device.shared_bytes ||
+                      (plan.splits > 1 && entries * plan.splits > kWalk * 16) ||
+                      (plan.splits > 1 && entries > kWalk / 4);
+  plan.way = !small && plan_stage(shape, device, &plan.stage) ? ScatterWay::staged
+             : !sorted                                        ? ScatterWay::lists
+             : plan_tables(shape, device, &plan.tables)       ? ScatterWay::tables
+                                                              : ScatterWay::sorted;
+  plan.reciprocal = shape.slots > 0 ? uint32_t(0xffffffff / shape.slots) : 0;
+
   plan.team = small ? 32 : plan.rows_per_split * shape.width <= 8192 ? 128 : 256;
   plan.block = small ? 128 : plan.team;
   plan.shared_bytes = team_bytes * (plan.block / plan.team);

@@ -14,6 +14,8 @@
 #include "common/block.cuh"
 #include "common/device.cuh"
 #include "common/scatter.h"
+#include "common/scatter_links.cuh"
+#include "common/scatter_staged.cuh"
 
 namespace fedpeft::gpu {
 
@@ -23,27 +25,6 @@ FEDPEFT_DEVICE void team_sync(int team) {
     __syncwarp();
   } else {
     __syncthreads();
-  }
-}
-
-// Links `count` entries, first + i * step, in ascending order: next[e] holds the row of entry e (or
-// -1) and gets the entry that follows it in its row (or -1); head[row] becomes the first. Called by
-// one warp.
-FEDPEFT_DEVICE void link_entries(int* head, int* next, int count, int first, int step) {
-  const int lane = int(threadIdx.x) % kWarp;
-  for (int chunk = (count - 1) / kWarp * kWarp; chunk >= 0; chunk -= kWarp) {
-    const int entry = first + (chunk + lane) * step;
-    const int row = chunk + lane < count ? next[entry] : -1;
-    const unsigned same = __match_any_sync(kFullMask, row);
-    const unsigned later = lane == kWarp - 1 ? 0u : same & (kFullMask << (lane + 1));
-    int following = -1;
-    if (row >= 0) following = later ? first + (chunk + __ffs(later) - 1) * step : head[row];
-    __syncwarp();
-    if (row >= 0) {
-      next[entry] = following;
-      if (__ffs(same) - 1 == lane) head[row] = entry;
-    }
-    __syncwarp();
   }
 }
 
@@ -75,18 +56,13 @@ FEDPEFT_DEVICE void scatter_lists_team(const Source& source, T* out, const Scatt
   }
   for (int r = thread; r < rows; r += plan.team) head[r] = -1;
   for (int e = thread; e < entries; e += plan.team) {
-    const int p = e / slots;
+    const int p = int(plan.position_of(uint32_t(e)));
     const int64_t row = source.row(client * plan.positions + p, e - p * slots) - begin;
     next[e] = uint64_t(row) < uint64_t(rows) ? int(row) : -1;
   }
   team_sync(plan.team);
-  const int warp = thread / kWarp, warps = plan.team / kWarp;
-  if (plan.disjoint_slots) {
-    for (int slot = warp; slot < slots; slot += warps)
-      link_entries(head, next, positions, slot, slots);
-  } else if (warp == 0) {
-    link_entries(head, next, entries, 0, 1);
-  }
+  link_slots(head, rows, next, positions, slots, plan.disjoint_slots, thread / kWarp,
+             plan.team / kWarp);
   team_sync(plan.team);
 
   // Several rows at a time, so that their loads are under way together.
@@ -112,7 +88,7 @@ FEDPEFT_DEVICE void scatter_lists_team(const Source& source, T* out, const Scatt
         for (int u = 0; u < N; ++u) {
           value[u].clear();
           if (entry[u] < 0) continue;
-          const int p = entry[u] / slots;
+          const int p = int(plan.position_of(uint32_t(entry[u])));
           value[u] =
               source.template value<V>(client * plan.positions + p, entry[u] - p * slots, column);
           entry[u] = next[entry[u]];
@@ -293,15 +269,18 @@ __global__ void __launch_bounds__(ScatterTables::kSortWarps* kWarp, 4)
       }
       const auto at = source.at(n);
       for (int slot = 0; slot < slots; ++slot) {
-        int row[N];
+        int row[N], key[N];
         source.rows(at, slot, row);
-        unsigned equal[N];  // of all, since they do not wait for each other
+        unsigned equal[N];
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          const int copy = ((round + j) * kWarp + lane) & (tables.copies - 1);
-          if (row[j] >= 0) row[j] += copy * int(plan.rows);
-          equal[j] = __match_any_sync(kFullMask, row[j]);
+          key[j] = row[j] < 0 ? -1 : row[j] - slot * tables.slot_rows;
+          if (tables.copies > 1) {
+            const int copy = ((round + j) * kWarp + lane) & (tables.copies - 1);
+            if (row[j] >= 0) key[j] = row[j] += copy * int(plan.rows);
+          }
         }
+        lanes_alike(key, tables.key_bits, equal);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           if (round + j >= end) break;
@@ -384,7 +363,7 @@ __global__ void __launch_bounds__(ScatterTables::kSortWarps* kWarp, 4)
 
 template <typename Source>
 void launch_scatter_keys(const Source& source, const ScatterPlan& plan, void* keys, Stream stream) {
-  if (plan.in_tables) {
+  if (plan.way == ScatterWay::tables) {
     if constexpr (requires { source.values(); }) {
       const ScatterTables& tables = plan.tables;
       launch(scatter_sort<Source>, tables.tiles, unsigned(tables.sort_warps * kWarp),
@@ -405,19 +384,24 @@ template <typename T, int V>
 void launch_scatter_tables(const ScatterPlan& plan, const T* grad, const SortedEntries& entries,
                            T* out, Stream stream);
 
-// Writes every row of `out` [clients, rows, width] (lists, tables), or the rows with entries
-// (sorted; the others must be zero already).
+// Writes every row of `out` [clients, rows, width], or the rows with entries (sorted; the others
+// must be zero already).
 template <typename T, int V, typename Source>
 void launch_scatter(const Source& source, const ScatterPlan& plan, const SortedEntries& sorted,
                     void* out, Stream stream) {
   if (plan.width == 0) return;
   T* to = static_cast<T*>(out);
-  if (plan.in_tables) {
+  if (plan.way == ScatterWay::tables) {
     if constexpr (requires { source.values(); })
       launch_scatter_tables<T, V>(plan, source.values(), sorted, to, stream);
     return;
   }
-  if (!plan.sorted) {
+  if (plan.way == ScatterWay::staged) {
+    if constexpr (requires { source.values(); })
+      launch_scatter_staged<T, V>(source, plan, to, stream);
+    return;
+  }
+  if (plan.way == ScatterWay::lists) {
     launch(scatter_lists<Source, T, V>, plan.list_blocks(), unsigned(plan.block), plan.shared_bytes,
            stream, source, to, plan);
     return;

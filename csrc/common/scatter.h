@@ -1,14 +1,15 @@
 // Gradients of table rows on the GPU: every row is the sum of its entries in position order,
 // without atomics. An entry is (position, slot): the `slot`-th of the rows that a position reads.
-// Three ways, chosen by plan_scatter:
+// Four ways, chosen by plan_scatter:
 //
 // lists   one block (or warp) a client and range of rows links the entries of each row in shared
-// memory; groups of
-//         lanes then sum the rows, each in position order. One launch, each row written once.
+//         memory; groups of lanes then sum the rows, each in position order. One launch, each row
+//         written once.
+// staged  the same, where the values lie in memory: a block takes a client and a slice of columns,
+//         whose values it copies into shared memory while it links. The bits of lists.
 // sorted  for entries that shared memory does not hold: their rows are written as keys and sorted
-// (stably, by
-//         torch); each tile of entries is summed by one group, and rows that cross tiles are joined
-//         in order.
+//         (stably, by torch); each tile of entries is summed by one group, and rows that cross
+//         tiles are joined in order.
 // tables  the same where all positions share a table and the values lie in memory: tiles of
 //         positions sort their entries by row; then each block adds a chunk of the tiles to a table
 //         of its own, in registers, and the blocks' tables are added in order. What decides the
@@ -54,6 +55,8 @@ struct ScatterTables {
   int pairs;          // of a tile's list at most
   int stride;         // bytes of a position in shared memory
   int sort_warps;     // that sort a tile, at most kSortWarps
+  int slot_rows;      // of a slot, where slots have rows of their own; else 0
+  int key_bits;       // that tell the rows of a slot apart
   int64_t tiles, chunk_tiles, chunks;
   int64_t stage_bytes, shared_bytes, sort_bytes;
 
@@ -66,10 +69,25 @@ struct ScatterTables {
   FEDPEFT_HD int head() const { return ranges + ranges * groups / 2; }  // pairs before the first
 };
 
+// Shared memory of a block: the values of `slice` columns, [positions + 1, slice], the last of them
+// zeros; heads of lists, and links, those of an entry more, whose position is the zeros.
+struct ScatterStage {
+  static constexpr int kThreads = 256;
+  int slice, slices;
+  int64_t head, next, shared_bytes;  // bytes
+};
+
+enum class ScatterWay { lists, staged, sorted, tables };
+
 struct ScatterPlan : ScatterShape {
-  bool sorted;
-  bool in_tables;  // neither: lists
+  ScatterWay way;
+  uint32_t reciprocal;  // of the slots, for position_of
   ScatterTables tables;
+  ScatterStage stage;
+  // Of an entry that lists hold: (entry + 1) / slots without a division, a little less than that.
+  FEDPEFT_HD uint32_t position_of(uint32_t entry) const {
+    return uint32_t((uint64_t(entry) * reciprocal + reciprocal) >> 32);
+  }
   // lists
   int64_t splits, rows_per_split;
   int team;  // threads that share the lists of a client: a warp or the block

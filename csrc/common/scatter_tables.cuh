@@ -32,7 +32,7 @@ struct SharedPlace {
 FEDPEFT_DEVICE uint32_t load_pair(SharedPlace p) {
   uint32_t pair;
 #if defined(__CUDACC__)
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(p.at) : "memory");
+  asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(pair) : "r"(p.at) : "memory");
 #else
   std::memcpy(&pair, p.at, sizeof(pair));
 #endif
@@ -43,7 +43,7 @@ template <typename T>
 FEDPEFT_DEVICE Pack<T, kWide<T>> load_wide(SharedPlace p) {
 #if defined(__CUDACC__)
   uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "r"(p.at)
                : "memory");
@@ -170,11 +170,12 @@ __global__ void __launch_bounds__(ScatterTables::kThreads, 1)
         uint32_t pair;
         do {
           pair = next;
-          pairs = pairs + 4;
-          next = load_pair(pairs);  // behind the last one, for nothing
           const int one = int(pair & (ScatterTables::kMore - 1)), other = int(pair >> 16);
           const Pack<T, W> value = load_wide<T>(values + one * tables.stride);
           const Pack<T, W> another = load_wide<T>(values + other * tables.stride);
+          // After them, which would wait until its address is free; behind the last, for nothing.
+          pairs = pairs + 4;
+          next = load_pair(pairs);
           sums[r].add(value);
           sums[r].add(another);
         } while (pair & ScatterTables::kMore);

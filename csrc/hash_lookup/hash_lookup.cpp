@@ -245,9 +245,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hash_lookup_backward(
           Tensor partial = allocate(table, {sum.partial_size()}, accumulator);
           gpu::hash_lookup_backward_senet(a, dtype, sum, activations.const_data_ptr(),
                                           partial.mutable_data_ptr(), weights, stream);
-        } else if (gpu::hash_lookup_backward_plain(a, dtype, clients, grad_table.mutable_data_ptr(),
-                                                   stream)) {
-          return;
         }
         scatter(
             gpu::plan_scatter(gpu::hash_lookup_shape(a, dtype, clients)), grad_table, accumulator,

@@ -967,38 +967,6 @@ FEDPEFT_DEVICE void sum_rows(T* out, const T* values, const HashLookupArgs& a, c
   }
 }
 
-// Gradient of a client's table without SENet by one block: its first warp links the entries of each
-// row while the others copy the gradient to shared memory.
-template <typename T, int V>
-__global__ void __launch_bounds__(256, 3)
-    backward_plain(HashLookupArgs a, int64_t clients, Modulus modulus, WholePlan plan, T* out) {
-  using A = acc_t<T>;
-  FEDPEFT_DYNAMIC_SHARED(shared);
-  T* staged = reinterpret_cast<T*>(shared + plan.grad);
-  int* head = reinterpret_cast<int*>(shared + plan.head);
-  int* next = reinterpret_cast<int*>(shared + plan.next);
-  const int M = int(a.M), entries = int(a.positions * a.H), thread = int(threadIdx.x);
-  const int numbers = int(a.positions * a.D);
-  for (int64_t client = blockIdx.x; client < clients; client += gridDim.x) {
-    const T* grad = static_cast<const T*>(a.grad) + client * numbers;
-    for (int r = thread; r < M; r += int(blockDim.x)) head[r] = -1;
-    hash_entries<4>(a, modulus, client * a.positions, entries, next, nullptr);
-    __syncthreads();
-    if (thread < kWarp) {
-      link_entries(head, next, entries, 0, 1);
-    } else {
-      for (int i = (thread - kWarp) * V; i < numbers; i += (int(blockDim.x) - kWarp) * V)
-        copy_to_shared<V>(staged + i, grad + i);
-      copies_done();
-    }
-    __syncthreads();
-    sum_rows<V>(
-        out + client * a.M * a.D, staged, a, head, next, plan.lanes,
-        [](int) { return Coefficients<A>{A(1), A(0)}; }, plain_weight<A>(a));
-    __syncthreads();
-  }
-}
-
 // All gradients of a client by one block. Its first warp links the entries of each row while the
 // others take the means of the rows that positions read and their products with the gradient; then
 // the SENet, forward and backward; then each row's sum.
@@ -1038,7 +1006,7 @@ __global__ void __launch_bounds__(384, FEDPEFT_TWO_OR_THREE - 1)
     hash_entries<4>(a, modulus, client * P, entries, bucket, next);
     __syncthreads();
 
-    if (thread < kWarp) link_entries(head, next, entries, 0, 1);
+    if (thread < kWarp) link_entries(head, M, next, entries, 0, 1);
     const int at_once = kWarp / lanes;
     for (;;) {
       int first = 0;
@@ -1187,7 +1155,7 @@ __global__ void __launch_bounds__(kThreads, kLaneBlocks<T, V>)
     __syncthreads();
 
     if (thread < kWarp) {
-      link_entries(head, next, P * H, 0, 1);
+      link_entries(head, M, next, P * H, 0, 1);
     } else {
       A grad_w1[kLaneSlots][kLaneHashes] = {}, grad_w2[kLaneSlots][kLaneHashes] = {};
       A grad_b1[kLaneSlots] = {}, grad_b2 = 0;
@@ -1561,35 +1529,6 @@ void hash_lookup_backward_senet(const HashLookupArgs& a, DType dtype, const Posi
     launch_position_sum<T, 1>(SourceSENet<T>{a, static_cast<const acc_t<T>*>(activations)}, shape,
                               SENetOutputs<T>(a, out), partial, stream);
   });
-}
-
-bool hash_lookup_backward_plain(const HashLookupArgs& a, DType dtype, int64_t clients, void* out,
-                                Stream stream) {
-  // Small clients are better off four to a block, and few large ones cut into ranges of rows.
-  const int64_t most = clients < limits().multiprocessors ? 512 : 4096;
-  const int64_t entries = a.positions * a.H;
-  if (entries <= 256 || entries > most || a.M > most || a.D == 0) return false;
-  bool done = false;
-  with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    with_width<T>(
-        a.D,
-        [&](auto width) {
-          constexpr int V = decltype(width)::value;
-          WholePlan plan{};
-          Carve carve;
-          plan.head = carve.take<int>(a.M);
-          plan.next = carve.take<int>(entries);
-          plan.grad = carve.take<T>(a.positions * a.D);
-          plan.lanes = lanes_for(a.D / V);
-          if (carve.used > StagedPlan::kBytes || carve.used > limits().shared_bytes) return;
-          launch(backward_plain<T, V>, clients, 256, carve.used, stream, a, clients, Modulus(a.M),
-                 plan, static_cast<T*>(out));
-          done = true;
-        },
-        a.grad, out);
-  });
-  return done;
 }
 
 bool hash_lookup_backward_whole(const HashLookupArgs& a, DType dtype, int64_t clients, void* out,

@@ -33,10 +33,6 @@ struct SENetGradients {
 bool hash_lookup_backward_whole(const HashLookupArgs& a, DType dtype, int64_t clients, void* out,
                                 const SENetGradients& weights, Stream stream);
 
-// Without SENet, the same for the table alone.
-bool hash_lookup_backward_plain(const HashLookupArgs& a, DType dtype, int64_t clients, void* out,
-                                Stream stream);
-
 // Gradient of the table: a scatter of H slots. Gradient of the SENet: a sum over positions. Outputs
 // have the dtype of the table.
 ScatterShape hash_lookup_shape(const HashLookupArgs& a, DType dtype, int64_t clients);

@@ -357,12 +357,7 @@ FEDPEFT_DEVICE void start_lists(const Touched<T>& t, int batch, const DrawOf& dr
 }
 template <typename T>
 FEDPEFT_DEVICE void link_lists(const Touched<T>& t, int batch, bool disjoint) {
-  const int warp = int(threadIdx.x) / kWarp;
-  if (disjoint) {
-    for (int j = warp; j < t.reads; j += kWarps) link_entries(t.head, t.next, batch, j, t.reads);
-  } else if (warp == 0) {
-    link_entries(t.head, t.next, batch * t.reads, 0, 1);
-  }
+  link_slots(t.head, t.count, t.next, batch, t.reads, disjoint, int(threadIdx.x) / kWarp, kWarps);
 }
 
 // alpha (and beta) of every slot: the sum of its entries' in the order of the batch. The mean's

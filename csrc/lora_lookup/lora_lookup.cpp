@@ -165,7 +165,7 @@ std::tuple<Tensor, Tensor> lora_lookup_backward(const Tensor& grad, const Tensor
         const gpu::ScatterPlan lists =
             gpu::plan_scatter(gpu::lora_lookup_shape_A(a, layout.clients));
         const gpu::PositionSum sum = gpu::lora_lookup_shape_B(a, layout.clients);
-        if (!lists.sorted && sum.blocks() == 1) {
+        if (lists.way == gpu::ScatterWay::lists && sum.blocks() == 1) {
           gpu::lora_lookup_backward(a, dtype, lists, sum, grad_A.mutable_data_ptr(),
                                     grad_B.mutable_data_ptr(), stream);
           return;

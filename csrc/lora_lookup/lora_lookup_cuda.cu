@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(kClientThreads, sizeof(T) == 8 ? 3 : 4)
         }
         // By the warp with the fewest tiles, while the others begin.
         if (from == 0 && base == 0 && warp == kClientWarps - 1)
-          link_entries(head, next, positions, 0, 1);
+          link_entries(head, num_rows, next, positions, 0, 1);
         int buffer = 0;
 #pragma unroll 1
         for (int first = begin; first < positions; first += kClientWarps * plan.tile) {

@@ -235,6 +235,49 @@ def test_hash_tables_of_many_clients(limit: int, senet: bool, dtype: torch.dtype
     torch.testing.assert_close(found, cpu(grad, items, table, hashes, *weights, True), **tolerance)
 
 
+# Lists whose values lie in shared memory: all columns at a time, in slices (the last narrower), or, as the
+# limit goes down, in none. Which of these it is changes no bit.
+@pytest.mark.parametrize(
+    ("clients", "positions", "rows", "width"),
+    [(9, 150, 31, 64), (5, 150, 30, 72), (4, 40, 7, 37), (9, 300, 2, 12), (4, 0, 50, 40)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gradients_in_shared_memory(
+    clients: int, positions: int, rows: int, width: int, dtype: torch.dtype
+) -> None:
+    g = torch.Generator().manual_seed(12)
+    items = torch.randint(-1, 90, (clients, positions), generator=g)
+    items[:, ::3] = 7
+    grad = torch.randn(clients, positions, width, generator=g).to(dtype)
+    unaligned = torch.empty(grad.numel() + 1, dtype=dtype)[1:].view_as(grad)
+    codes = torch.randint(0, rows, (90, 3), generator=g, dtype=torch.uint8)
+    hashes = torch.randint(1, 2**61 - 1, (3, 2), generator=g)
+    table = torch.zeros(clients, rows, width, dtype=dtype)
+    calls: list[tuple[str, tuple[Any, ...]]] = [
+        ("rq_lookup_backward", (items, codes, rows, True)),
+        ("hash_lookup_backward", (items, table, hashes, None, None, None, None, True)),
+        ("client_embedding_backward", (items.remainder(rows + 1) - 1, rows, True)),
+    ]
+    for name, arguments in calls:
+        cpu, gpu = both(name)
+        values = grad.clone()
+        values[arguments[0] < 0] = torch.nan  # which padding must not let in
+        exact = cpu(values.double(), *(a.double() if a is table else a for a in arguments))
+        results = []
+        for limit in (227 << 10, 40 << 10, 16 << 10, 6 << 10):
+            with shared_limit(limit), kernel_launches() as launched:
+                found = gpu(values if limit > 20 << 10 else unaligned.copy_(values), *arguments)
+            assert launched.count == 1
+            results.append(found[0] if isinstance(found, tuple) else found)
+        with grid_limit(2):  # so that blocks take several clients
+            found = gpu(values, *arguments)
+        results.append(found[0] if isinstance(found, tuple) else found)
+        assert all(torch.equal(results[0], other) for other in results[1:])
+        close = {"rtol": 1e-2, "atol": 0.5} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+        exact = exact[0] if isinstance(exact, tuple) else exact
+        torch.testing.assert_close(results[0].double(), exact, **close)
+
+
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize(("per_client", "width", "rank"), [(False, 60, 4), (True, 131, 11)])
 def test_low_rank(limit: int, per_client: bool, width: int, rank: int) -> None:
