@@ -2,6 +2,8 @@
 // arithmetic.
 #pragma once
 
+#include <bit>
+
 #if !defined(__CUDACC__)
 #include "common/half.h"
 #endif
@@ -409,11 +411,13 @@ FEDPEFT_DEVICE void lanes_alike(int (&key)[N], int bits, unsigned (&alike)[N]) {
   }
 }
 
-// Bits of the numbers below n.
-FEDPEFT_HD constexpr int bits_of(int n) {
-  int bits = 0;
-  while (bits < 31 && (n - 1) >> bits > 0) ++bits;
-  return bits;
+// Bits of the numbers below n, which is positive.
+FEDPEFT_HD inline int bits_of(int n) {
+#if defined(__CUDA_ARCH__)
+  return 32 - __clz(n - 1);
+#else
+  return int(std::bit_width(unsigned(n - 1)));
+#endif
 }
 
 // Lanes that share a row of `columns` items: a power of two up to a warp.
