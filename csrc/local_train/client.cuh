@@ -32,6 +32,13 @@ struct Arena {
   }
 };
 
+// Elements of `partial` for BaseRows::sums.
+template <typename T>
+__host__ __device__ inline int64_t base_rows_scratch(int64_t width) {
+  const int64_t vectors = width % kWide<T> == 0 ? width / kWide<T> : width;
+  return column_sums_scratch(vectors, kThreads) * (width / vectors);
+}
+
 // Parameters [rows, width] beside their optimizer state.
 template <typename T>
 struct Table {
@@ -146,7 +153,8 @@ struct Workspace {
     if (a.A && a.rank > widest) widest = a.rank;
     if (gated && weights > widest) widest = weights;
     const int64_t narrow = column_sums_scratch(kWarp, kThreads);
-    const int64_t wide = column_sums_scratch(widest, kThreads);
+    int64_t wide = column_sums_scratch(widest, kThreads);
+    if (const int64_t of_base = base_rows_scratch<T>(a.D); a.base && of_base > wide) wide = of_base;
     user.lay_out(arena, a, a.user, 1, a.D, false);
     user_grad = arena.take<T>(a.D);
     if (Graph) {
@@ -206,20 +214,144 @@ FEDPEFT_DEVICE void for_all(int64_t count, const F& f) {
   for (int64_t i = threadIdx.x; i < count; i += kThreads) f(i);
 }
 
+// As for_all, store(i, value_of(i)); the values of several i are under way together.
+template <typename ValueOf, typename Store>
+FEDPEFT_DEVICE void for_several(int64_t count, const ValueOf& value_of, const Store& store) {
+  constexpr int N = 4;
+#pragma unroll 1
+  for (int64_t first = threadIdx.x; first < count; first += N * kThreads) {
+    decltype(value_of(first)) value[N];
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      const int64_t i = first + u * kThreads;
+      value[u] = value_of(i < count ? i : first);
+    }
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      if (first + u * kThreads < count) store(first + u * kThreads, value[u]);
+    }
+  }
+}
+
 // f(i, sum over columns of term(i, column)) for i in [0, count), by one lane of the group that
-// takes it.
-template <typename A, typename Term, typename F>
+// takes it. N rows of a group are under way together; where they are several, the last row's terms
+// stand for those behind it, and so must do nothing else.
+template <typename A, int N = 4, typename Term, typename F>
 FEDPEFT_DEVICE void row_sums(int width, int count, const Term& term, const F& f) {
   const int lanes = lanes_for(width), groups = kThreads / lanes;
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
-  for (int begin = 0; begin < count; begin += groups) {
-    const int i = begin + group;
-    A sum = 0;
-    if (i < count) {
-      for (int column = lane; column < width; column += lanes) sum += term(i, column);
+#pragma unroll 1
+  for (int begin = 0; begin < count; begin += N * groups) {
+    A sum[N] = {};
+    int row[N];
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      row[u] = begin + u * groups + group;
+      if (N > 1 && row[u] >= count) row[u] = count - 1;
     }
-    sum = group_sum(sum, lanes);
-    if (i < count && lane == 0) f(i, sum);
+    if (N > 1 || row[0] < count) {
+#pragma unroll 1
+      for (int column = lane; column < width; column += lanes) {
+#pragma unroll
+        for (int u = 0; u < N; ++u) sum[u] += term(row[u], column);
+      }
+    }
+    for (int bits = lanes / 2; bits > 0; bits /= 2) {
+#pragma unroll
+      for (int u = 0; u < N; ++u) sum[u] += __shfl_xor_sync(kFullMask, sum[u], bits);
+    }
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      if (lane == 0 && begin + u * groups + group < count) f(row[u], sum[u]);
+    }
+  }
+}
+
+// The frozen vectors [items, width] that scores read, V elements of a row at a time, several rows
+// of a group of lanes under way together.
+template <int V, typename T>
+struct BaseRows {
+  static constexpr int N = 4;
+  const T* base;
+  int width;
+
+  // f(k, product of the vector of item item_of(k) with x) for k in [0, count).
+  template <typename ItemOf, typename F>
+  FEDPEFT_DEVICE void dots(int count, const T* x, const ItemOf& item_of, const F& f) const {
+    const int lanes = lanes_for(width / V), groups = kThreads / lanes;
+    const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
+#pragma unroll 1
+    for (int begin = 0; begin < count; begin += N * groups) {
+      const T* row[N];
+      T sum[N] = {};
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        const int k = begin + u * groups + group;
+        row[u] = base + item_of(k < count ? k : count - 1) * width;
+      }
+#pragma unroll 1
+      for (int column = lane * V; column < width; column += lanes * V) {
+        Pack<T, V> pack[N];
+#pragma unroll
+        for (int u = 0; u < N; ++u) pack[u] = load_pack<V>(row[u] + column);
+        const Pack<T, V> of_x = load_pack<V>(x + column);
+#pragma unroll
+        for (int u = 0; u < N; ++u) {
+#pragma unroll
+          for (int v = 0; v < V; ++v) sum[u] += pack[u].at[v] * of_x.at[v];
+        }
+      }
+      for (int bits = lanes / 2; bits > 0; bits /= 2) {
+#pragma unroll
+        for (int u = 0; u < N; ++u) sum[u] += __shfl_xor_sync(kFullMask, sum[u], bits);
+      }
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        if (lane == 0 && begin + u * groups + group < count) f(begin + u * groups + group, sum[u]);
+      }
+    }
+  }
+
+  // As column_sums, of weights[k] times the vector of item item_of(k); `partial` has
+  // base_rows_scratch elements.
+  template <typename ItemOf, typename Store>
+  FEDPEFT_DEVICE void sums(int count, const T* weights, const ItemOf& item_of, T* partial,
+                           const Store& store) const {
+    const int lanes = lanes_for(width / V), groups = kThreads / lanes;
+    const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
+#pragma unroll 1
+    for (int column = lane * V; column < width; column += lanes * V) {
+      Pack<T, V> sum = zero_pack<V, T>();
+#pragma unroll 1
+      for (int first = group; first < count; first += N * groups) {
+        Pack<T, V> pack[N];
+        T weight[N];
+#pragma unroll
+        for (int u = 0; u < N; ++u) {
+          const int k = first + u * groups, of = k < count ? k : first;
+          weight[u] = k < count ? weights[of] : T(0);
+          pack[u] = load_pack<V>(base + item_of(of) * width + column);
+        }
+#pragma unroll
+        for (int u = 0; u < N; ++u) {
+          if (first + u * groups >= count) break;
+#pragma unroll
+          for (int v = 0; v < V; ++v) sum.at[v] += weight[u] * pack[u].at[v];
+        }
+      }
+      store_pack<V>(partial + group * width + column, sum);
+    }
+    __syncthreads();
+    add_groups(width, count < groups ? count : groups, partial, store);
+  }
+};
+// Calls f with the BaseRows of `base`.
+template <typename T, typename F>
+FEDPEFT_DEVICE void with_base_rows(const T* base, int width, const F& f) {
+  if (width % kWide<T> == 0 && reinterpret_cast<uintptr_t>(base) % 16 == 0) {
+    f(BaseRows<kWide<T>, T>{base, width});
+  } else {
+    f(BaseRows<1, T>{base, width});
   }
 }
 
@@ -282,28 +414,80 @@ FEDPEFT_DEVICE void resolve(Touched<T>& t, int draws, int* counts, const RowOf& 
 template <typename T, typename RowOf>
 FEDPEFT_DEVICE void load(const Table<T>& t, int count, const RowOf& row_of) {
   const int width = t.width;
-  for_all(int64_t(count) * width, [&](int64_t i) {
-    const int64_t s = divide(i, width);
-    const T value = t.source[row_of(int(s)) * width + (i - s * width)];
-    t.p[i] = value;
-    if (t.start) t.start[i] = value;
-    if (t.m) t.m[i] = t.v[i] = 0;
-  });
+  for_several(
+      int64_t(count) * width,
+      [&](int64_t i) {
+        const int64_t s = divide(i, width);
+        return t.source[row_of(int(s)) * width + (i - s * width)];
+      },
+      [&](int64_t i, T value) {
+        t.p[i] = value;
+        if (t.start) t.start[i] = value;
+        if (t.m) t.m[i] = t.v[i] = 0;
+      });
 }
 
-// One step of element i, whose gradient is g without the proximal term.
+// Parameters of V elements, their state and where they started.
+template <typename T, int V = 1>
+struct Element {
+  Pack<T, V> p, m, v, start;
+
+  FEDPEFT_DEVICE void load(const Table<T>& t, int64_t i) {
+    p = load_pack<V>(t.p + i);
+    m = v = start = zero_pack<V, T>();
+    if (t.m) {
+      m = load_pack<V>(t.m + i);
+      v = load_pack<V>(t.v + i);
+    }
+    if (t.start) start = load_pack<V>(t.start + i);
+  }
+  // One step of the elements from i on, whose gradient is g without the proximal term.
+  FEDPEFT_DEVICE void step(const Table<T>& t, const Rates<T>& rates, int64_t i, Pack<T, V> g) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      if (t.start) g.at[k] += rates.prox * (p.at[k] - start.at[k]);
+      if (t.m) {
+        m.at[k] += rates.rest1 * (g.at[k] - m.at[k]);
+        v.at[k] = rates.beta2 * v.at[k] + rates.rest2 * g.at[k] * g.at[k];
+        p.at[k] -=
+            rates.step_size * (m.at[k] / (T(sqrt(v.at[k])) * rates.denominator_scale + rates.eps));
+      } else {
+        p.at[k] -= rates.lr * g.at[k];
+      }
+    }
+    if (t.m) {
+      store_whole_pack<V, true>(t.m + i, m);
+      store_whole_pack<V, true>(t.v + i, v);
+    }
+    store_whole_pack<V, true>(t.p + i, p);
+  }
+};
 template <typename T>
 FEDPEFT_DEVICE void update(const Table<T>& t, const Rates<T>& rates, int64_t i, T g) {
-  const T p = t.p[i];
-  if (t.start) g += rates.prox * (p - t.start[i]);
-  if (t.m) {
-    const T m = t.m[i] + rates.rest1 * (g - t.m[i]);
-    const T v = rates.beta2 * t.v[i] + rates.rest2 * g * g;
-    t.m[i] = m;
-    t.v[i] = v;
-    t.p[i] = p - rates.step_size * (m / (T(sqrt(v)) * rates.denominator_scale + rates.eps));
-  } else {
-    t.p[i] = p - rates.lr * g;
+  Element<T> element;
+  element.load(t, i);
+  element.step(t, rates, i, {{g}});
+}
+// The same of `count` elements; gradient_of(i, parameter). Several of a thread are under way
+// together.
+template <typename T, typename GradientOf>
+FEDPEFT_DEVICE void update_all(const Table<T>& t, const Rates<T>& rates, int64_t count,
+                               const GradientOf& gradient_of) {
+  constexpr int N = 2;
+#pragma unroll 1
+  for (int64_t first = opaque_thread(); first < count; first += N * kThreads) {
+    Element<T> element[N];
+    T g[N];
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      const int64_t i = first + u * kThreads < count ? first + u * kThreads : first;
+      element[u].load(t, i);
+      g[u] = gradient_of(i, element[u].p.at[0]);
+    }
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      if (first + u * kThreads < count) element[u].step(t, rates, first + u * kThreads, {{g[u]}});
+    }
   }
 }
 
@@ -329,7 +513,7 @@ FEDPEFT_DEVICE void step_rows(const Table<T>& t, int count, const T* alpha, cons
   const int width = t.width;
   const T share = T(1) / T(width);
   if (t.start) find_moved(t, count);
-  column_sums(
+  column_sums<1>(
       width, count, w.partial,
       [&](int s, int d) {
         const int64_t i = int64_t(s) * width + d;
@@ -380,30 +564,42 @@ template <typename T>
 FEDPEFT_DEVICE void write_whole(const Touched<T>& t, const Table<T>& table, T* out) {
   const int width = table.width;
   if (t.direct) {
-    for_all(t.table_rows * width, [&](int64_t i) {
-      const int64_t row = divide(i, width);
-      out[i] = t.first[row] == INT32_MAX
-                   ? T(0)
-                   : table.p[int64_t(t.slot_of[row]) * width + (i - row * width)] - table.source[i];
-    });
+    for_several(
+        t.table_rows * width,
+        [&](int64_t i) {
+          const int64_t row = divide(i, width);
+          return t.first[row] == INT32_MAX
+                     ? T(0)
+                     : table.p[int64_t(t.slot_of[row]) * width + (i - row * width)] -
+                           table.source[i];
+        },
+        [&](int64_t i, T change) { out[i] = change; });
     return;
   }
   for_all(t.table_rows * width, [&](int64_t i) { out[i] = 0; });
   __syncthreads();
-  for_all(int64_t(t.count) * width, [&](int64_t i) {
-    const int64_t s = divide(i, width), to = t.rows[s] * width + (i - s * width);
-    out[to] = table.p[i] - table.source[to];
-  });
+  const auto place = [&](int64_t i) {
+    const int64_t s = divide(i, width);
+    return t.rows[s] * width + (i - s * width);
+  };
+  for_several(
+      int64_t(t.count) * width, [&](int64_t i) { return table.p[i] - table.source[place(i)]; },
+      [&](int64_t i, T change) { out[place(i)] = change; });
 }
 
 // [R, width] of a client: the change of the touched rows, zero behind.
 template <typename T>
 FEDPEFT_DEVICE void write_rows(const Touched<T>& t, const Table<T>& table, int64_t R, T* out) {
   const int width = table.width;
-  for_all(R * width, [&](int64_t i) {
-    const int64_t s = divide(i, width);
-    out[i] = s < t.count ? table.p[i] - table.source[t.rows[s] * width + (i - s * width)] : T(0);
-  });
+  const int64_t there = int64_t(t.count) * width;
+  for_several(
+      there,
+      [&](int64_t i) {
+        const int64_t s = divide(i, width);
+        return table.p[i] - table.source[t.rows[s] * width + (i - s * width)];
+      },
+      [&](int64_t i, T change) { out[i] = change; });
+  for_all(R * width - there, [&](int64_t i) { out[there + i] = 0; });
 }
 
 // Ascending by (key, place): a bitonic sorter whose comparators all point the same way, so that

@@ -349,10 +349,11 @@ FEDPEFT_DEVICE double take_step(const LocalTrainArgs& a, Workspace<T>& w, int ep
         [&](int s, T sum) { w.means[s] = sum / T(D); });
   }
   const T* base = static_cast<const T*>(a.base);
+  const auto item_of = [&](int k) { return w.item_of[draw_of(k)]; };
   if (base) {
-    row_sums<T>(
-        D, batch, [&](int k, int d) { return base[w.item_of[draw_of(k)] * D + d] * user[d]; },
-        [&](int k, T sum) { w.scores[k] = sum; });
+    with_base_rows(base, D, [&](const auto& rows) {
+      rows.dots(batch, user, item_of, [&](int k, T sum) { w.scores[k] = sum; });
+    });
   }
   __syncthreads();
   if (gated) activate(a, w, batch, draw_of);
@@ -405,10 +406,15 @@ FEDPEFT_DEVICE double take_step(const LocalTrainArgs& a, Workspace<T>& w, int ep
 
   // The user's gradient, by rows as they were, and the steps of the rows.
   const T l2 = T(a.l2_items);
-  column_sums(
-      D, base ? batch : 0, w.partial,
-      [&](int k, int d) { return w.coefficients[k] * base[w.item_of[draw_of(k)] * D + d]; },
-      [&](int d, T sum) { w.user_grad[d] = sum; });
+  if (base) {
+    with_base_rows(base, D, [&](const auto& rows) {
+      rows.sums(batch, w.coefficients, item_of, w.partial,
+                [&](int d, T sum) { w.user_grad[d] = sum; });
+    });
+  } else {
+    for_all(D, [&](int64_t d) { w.user_grad[d] = 0; });
+    __syncthreads();
+  }
   if constexpr (Graph) {
     step_graph(a, w, user_moves, any);
   } else {

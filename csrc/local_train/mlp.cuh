@@ -255,34 +255,66 @@ FEDPEFT_DEVICE void write_mlp(const LocalTrainArgs& a, MlpWorkspace<T>& w) {
 template <typename T>
 FEDPEFT_DEVICE void gather_vectors(const LocalTrainArgs& a, const MlpWorkspace<T>& w, int at,
                                    int rows) {
+  constexpr int N = 4;  // elements of a thread whose loads are under way together
   const T *const base = static_cast<const T*>(a.base), scale = row_scale<T>(a);
-  const int stride = w.input_stride, D = int(a.D), rank = int(a.rank);
-  share(rows * stride, [&](int64_t i) {
-    const int r = int(i) / stride, d = int(i) - r * stride;
-    T sum = 0;
-    if (d < D) {
-      const int64_t draw = draw_of(w, w.epoch, w.start, at + r);
-      if (base) sum = base[w.item_of[draw] * D + d];
-      const int64_t slot = a.table || a.A ? w.items.at[draw] : 0;
-      if (a.table) sum += w.table.p[slot * D + d];
-      if (a.A) {
-        T product = 0;
-        for (int j = 0; j < rank; ++j) product += w.B.p[d * rank + j] * w.A.p[slot * rank + j];
-        sum += product;
+  const int stride = w.input_stride, D = int(a.D), rank = int(a.rank), all = rows * stride;
+#pragma unroll 1
+  for (int first = opaque_thread(); first < all; first += N * kThreads) {
+    int column[N];  // where there is none, the first: its loads are for nothing
+    int64_t draw[N];
+    T sum[N] = {};
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      const int i = first + u * kThreads < all ? first + u * kThreads : first, r = i / stride;
+      column[u] = i - r * stride < D ? i - r * stride : 0;
+      draw[u] = draw_of(w, w.epoch, w.start, at + r);
+    }
+    if (base) {
+#pragma unroll
+      for (int u = 0; u < N; ++u) sum[u] = base[w.item_of[draw[u]] * D + column[u]];
+    }
+    if (a.table) {
+#pragma unroll
+      for (int u = 0; u < N; ++u) sum[u] += w.table.p[int64_t(w.items.at[draw[u]]) * D + column[u]];
+    }
+    if (a.A) {
+      const T *of_A[N], *of_B[N];
+      T product[N] = {};
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        of_A[u] = w.A.p + int64_t(w.items.at[draw[u]]) * rank;
+        of_B[u] = w.B.p + column[u] * rank;
       }
-      if (a.codebooks) {
-        for (int64_t j = 0; j < a.L; ++j)
-          sum += w.codebooks.p[int64_t(w.codewords.at[draw * a.L + j]) * D + d];
+      for (int j = 0; j < rank; ++j) {
+#pragma unroll
+        for (int u = 0; u < N; ++u) product[u] += of_B[u][j] * of_A[u][j];
       }
-      if (a.buckets) {
-        T all = 0;
-        for (int64_t h = 0; h < a.H; ++h)
-          all += w.hashed.p[int64_t(w.buckets.at[draw * a.H + h]) * D + d];
-        sum += scale * all;
+#pragma unroll
+      for (int u = 0; u < N; ++u) sum[u] += product[u];
+    }
+    if (a.codebooks) {
+      for (int64_t j = 0; j < a.L; ++j) {
+#pragma unroll
+        for (int u = 0; u < N; ++u)
+          sum[u] += w.codebooks.p[int64_t(w.codewords.at[draw[u] * a.L + j]) * D + column[u]];
       }
     }
-    w.input[i] = sum;
-  });
+    if (a.buckets) {
+      T added[N] = {};
+      for (int64_t h = 0; h < a.H; ++h) {
+#pragma unroll
+        for (int u = 0; u < N; ++u)
+          added[u] += w.hashed.p[int64_t(w.buckets.at[draw[u] * a.H + h]) * D + column[u]];
+      }
+#pragma unroll
+      for (int u = 0; u < N; ++u) sum[u] += scale * added[u];
+    }
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      const int i = first + u * kThreads;
+      if (i < all) w.input[i] = i % stride < D ? sum[u] : T(0);
+    }
+  }
 }
 
 // The left operand of a product: values [rows, width] of a block from column k0 on.
@@ -537,7 +569,7 @@ template <typename T, typename Gradient>
 FEDPEFT_DEVICE void find_gradients(const Table<T>& t, int count, T* grad,
                                    const Gradient& gradient) {
   const int width = t.width;
-  row_sums<int>(
+  row_sums<int, 1>(
       width, count,
       [&](int s, int d) {
         const int64_t i = int64_t(s) * width + d;
@@ -551,9 +583,8 @@ FEDPEFT_DEVICE void find_gradients(const Table<T>& t, int count, T* grad,
 template <typename T>
 FEDPEFT_DEVICE void step_gradients(const Table<T>& t, int count, const T* grad,
                                    const Rates<T>& rates, T l2) {
-  share(int64_t(count) * t.width, [&](int64_t i) {
-    const T pull = t.dots[divide(i, t.width)] != T(0) ? l2 * t.p[i] : T(0);
-    update(t, rates, i, grad[i] + pull);
+  update_all(t, rates, int64_t(count) * t.width, [&](int64_t i, T p) {
+    return grad[i] + (t.dots[divide(i, t.width)] != T(0) ? l2 * p : T(0));
   });
 }
 
@@ -564,8 +595,25 @@ FEDPEFT_DEVICE void step_vectors(const LocalTrainArgs& a, MlpWorkspace<T>& w) {
   const T l2 = T(a.l2_items), *const grads = w.input_grads;
   // The sum of a row's entries, in the order of the scores.
   const auto summed = [&](const Touched<T>& t, T scale, int s, int d) {
+    constexpr int N = 4;  // entries whose loads are under way together
     T sum = 0;
-    for (int e = t.head[s]; e >= 0; e = t.next[e]) sum += grads[int64_t(e / t.reads) * stride + d];
+#pragma unroll 1
+    for (int e = t.head[s]; e >= 0;) {
+      int entry[N];
+      T value[N];
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        entry[u] = e;
+        if (e >= 0) e = t.next[e];
+      }
+#pragma unroll
+      for (int u = 0; u < N; ++u)
+        value[u] = grads[int64_t((entry[u] >= 0 ? entry[u] : entry[0]) / t.reads) * stride + d];
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        if (entry[u] >= 0) sum += value[u];
+      }
+    }
     return scale * sum;
   };
   const auto of_items = [&](int s, int d) { return summed(w.items, T(1), s, d); };
@@ -590,11 +638,13 @@ FEDPEFT_DEVICE void step_vectors(const LocalTrainArgs& a, MlpWorkspace<T>& w) {
     const T *const of_vectors = w.items_grad, *const A = w.A.p, *const B = w.B.p;
     find_gradients(w.A, w.items.count, w.A_grad, [&](int s, int j) {
       T sum = 0;
+#pragma unroll 4
       for (int d = 0; d < D; ++d) sum += of_vectors[int64_t(s) * D + d] * B[d * rank + j];
       return sum;
     });
     find_gradients(w.B, D, w.B_grad, [&](int d, int j) {
       T sum = 0;
+#pragma unroll 8
       for (int s = 0; s < w.items.count; ++s)
         sum += of_vectors[int64_t(s) * D + d] * A[int64_t(s) * rank + j];
       return sum;
@@ -654,8 +704,12 @@ FEDPEFT_DEVICE void end_step(const LocalTrainArgs& a, MlpWorkspace<T>& w, int* f
       width, units, w.partial, [&](int o, int d) { return slope[o] * weight[o * stride + d]; },
       [&](int d, T sum) { w.user_grad[d] = sum; });
   for_parts(w, [&](const MlpPart<T>& part, int, int) {
-    share(int64_t(part.rows) * part.table.width,
-          [&](int64_t i) { update(part.table, w.rates, i, part.grad[i]); });
+    constexpr int V = kWide<T>;
+    share(int64_t(part.rows) * part.table.width / V, [&](int64_t i) {
+      Element<T, V> element;
+      element.load(part.table, V * i);
+      element.step(part.table, w.rates, V * i, load_pack<V>(part.grad + V * i));
+    });
   });
   step_vectors(a, w);
   bool moves = false;
