@@ -322,23 +322,23 @@ struct BaseRows {
 #pragma unroll 1
     for (int column = lane * V; column < width; column += lanes * V) {
       Pack<T, V> sum = zero_pack<V, T>();
+      const auto add = [&](T weight, const Pack<T, V>& pack) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum.at[v] += weight * pack.at[v];
+      };
+      int k = group;
 #pragma unroll 1
-      for (int first = group; first < count; first += N * groups) {
+      for (; k + (N - 1) * groups < count; k += N * groups) {
         Pack<T, V> pack[N];
-        T weight[N];
 #pragma unroll
-        for (int u = 0; u < N; ++u) {
-          const int k = first + u * groups, of = k < count ? k : first;
-          weight[u] = k < count ? weights[of] : T(0);
-          pack[u] = load_pack<V>(base + item_of(of) * width + column);
-        }
+        for (int u = 0; u < N; ++u)
+          pack[u] = load_pack<V>(base + item_of(k + u * groups) * width + column);
 #pragma unroll
-        for (int u = 0; u < N; ++u) {
-          if (first + u * groups >= count) break;
-#pragma unroll
-          for (int v = 0; v < V; ++v) sum.at[v] += weight[u] * pack[u].at[v];
-        }
+        for (int u = 0; u < N; ++u) add(weights[k + u * groups], pack[u]);
       }
+#pragma unroll 1
+      for (; k < count; k += groups)
+        add(weights[k], load_pack<V>(base + item_of(k) * width + column));
       store_pack<V>(partial + group * width + column, sum);
     }
     __syncthreads();
