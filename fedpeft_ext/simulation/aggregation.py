@@ -289,11 +289,14 @@ class Aggregator:
         if self._watched:
             return self._broken
         touched = self._touched()
+        finite = []  # all of them before the first is asked for: a GPU is waited for once
         for name, total in self._totals.items():
             at = touched if name in self._row_parameters else None
-            if not bool(torch.isfinite(total if at is None else total[at]).all()):
-                return name
-        return None
+            finite.append(torch.isfinite(total if at is None else total[at]).all())
+        if not finite:
+            return None
+        broken = (~torch.stack(finite)).tolist()
+        return next((name for name, bad in zip(self._totals, broken, strict=True) if bad), None)
 
     def check_finite(self) -> None:
         """Raise FloatingPointError where a sum has NaN or infinite values."""
