@@ -8,7 +8,7 @@ used, and each output byte once. So a kernel that serves repeats from a cache ge
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -484,12 +484,25 @@ def _train(s: Sizes, draw: Draw, kind: str, graph: bool = False, mlp: str = "") 
     )
 
 
+def _long(make: Callable[[Sizes, Draw], Case]) -> Callable[[Sizes, Draw], Case]:
+    """Fewer clients with longer lists, which take other ways through the gradients."""
+
+    def build(s: Sizes, draw: Draw) -> Case:
+        longer = replace(s, C=max(s.C // 8, 1), P=min(8 * s.P, 2048))
+        return replace(make(longer, draw), compiles=False)
+
+    return build
+
+
 CASES: dict[str, Callable[[Sizes, Draw], Case]] = {
     "rq_lookup": lambda s, d: _rq(s, d, False),
     "rq_lookup, shared": lambda s, d: _rq(s, d, True),
     "hash_lookup": lambda s, d: _hash(s, d, "plain"),
     "hash_lookup, shared": lambda s, d: _hash(s, d, "shared"),
     "hash_lookup, SENet": lambda s, d: _hash(s, d, "senet"),
+    "rq_lookup, long lists": _long(lambda s, d: _rq(s, d, False)),
+    "hash_lookup, long lists": _long(lambda s, d: _hash(s, d, "plain")),
+    "lora_lookup, long lists": _long(lambda s, d: _lora(s, d)),
     "hash_buckets": _buckets,
     "lora_lookup": _lora,
     "client_embedding": _embedding,
