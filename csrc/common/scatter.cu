@@ -98,30 +98,48 @@ bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables*
 
 // False where other ways are faster, or shared memory is too small.
 bool plan_stage(const ScatterShape& shape, const Limits& device, ScatterStage* stage) {
-  constexpr int64_t kReserved = 1024;  // of a block, by CUDA
-  constexpr int64_t kBlocks = 2;       // of a multiprocessor at least, of which one may copy
-  constexpr int64_t kLeast = 32;       // bytes of a slice, a sector of memory
+  constexpr int64_t kReserved = 1024;    // of a block, by CUDA
+  constexpr int64_t kLeast = 32;         // bytes of a slice, a sector of memory
+  constexpr int64_t kEntries = 1 << 15;  // of ranges: a word holds two such numbers
   if (shape.bytes == 0 || shape.width == 0 || shape.rows == 0) return false;
   const int64_t wide = 16 / shape.bytes, vectors = (shape.width + wide - 1) / wide;
-  const int64_t most = (device.shared_bytes + kReserved) / kBlocks - kReserved;
   const int64_t entries = shape.positions * shape.slots;
-  if (shape.rows > most || entries > most) return false;
-  for (int64_t cut = 1;; cut *= 2) {
-    const int64_t slice = (vectors + cut - 1) / cut * wide;
-    if (cut > 1 && slice * shape.bytes < kLeast) return false;
+  // What a block may have for so many of them to share a multiprocessor: two at least, of which one
+  // may copy.
+  const auto most = [&](int64_t blocks) {
+    return (device.shared_bytes + kReserved) / blocks - kReserved;
+  };
+  if (shape.rows > most(2) || entries > most(2)) return false;
+  stage->head_stride = int((shape.rows + 3) / 4 * 4);
+  const auto lay_out = [&](int64_t slice, int ranges) {
     Carve carve;
     carve.take<unsigned char>((shape.positions + 1) * slice * shape.bytes);
-    stage->head = carve.take<int>(shape.rows + 1);
+    stage->head = carve.take<int>(ranges * stage->head_stride);
     stage->next = carve.take<int>(entries + 1);
     stage->slice = int(slice);
     stage->slices = int((shape.width + slice - 1) / slice);
+    stage->ranges = ranges;
     stage->shared_bytes = carve.used;
+    return carve.used;
+  };
+  for (int64_t cut = 1;; cut *= 2) {
+    const int64_t slice = (vectors + cut - 1) / cut * wide, row_bytes = slice * shape.bytes;
+    if (cut > 1 && row_bytes < kLeast) return false;
+    const int64_t needed = lay_out(slice, 1), blocks = shape.clients * stage->slices;
     // Slices also make blocks for all of the device, as far as they pay for linking once more.
-    const int64_t blocks = shape.clients * stage->slices;
-    if (carve.used > most ||
-        (blocks < kBlocks * device.multiprocessors && slice * shape.bytes > 64))
-      continue;
-    return blocks >= device.multiprocessors;
+    if (needed > most(2) || (blocks < 2 * device.multiprocessors && row_bytes > 64)) continue;
+    if (blocks < device.multiprocessors) return false;
+    // As many ranges as leave no warp idle, and each several chunks of entries, in what memory is
+    // left.
+    constexpr int kWarps = ScatterStage::kThreads / kWarp, kChunks = 4;
+    const int64_t parts = shape.disjoint_slots ? shape.slots : 1;
+    int ranges = 1;
+    while (2 * ranges * parts <= kWarps && entries < kEntries &&
+           entries / parts >= 2 * ranges * kChunks * kWarp &&
+           lay_out(slice, 2 * ranges) <= most(needed <= most(3) ? 3 : 2))
+      ranges *= 2;
+    lay_out(slice, ranges);
+    return true;
   }
 }
 

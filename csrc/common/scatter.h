@@ -70,10 +70,11 @@ struct ScatterTables {
 };
 
 // Shared memory of a block: the values of `slice` columns, [positions + 1, slice], the last of them
-// zeros; heads of lists, and links, those of an entry more, whose position is the zeros.
+// zeros; heads of lists, [ranges, head_stride], for as many ranges of positions as are linked side
+// by side; and links, those of an entry more, whose position is the zeros.
 struct ScatterStage {
   static constexpr int kThreads = 256;
-  int slice, slices;
+  int slice, slices, ranges, head_stride;
   int64_t head, next, shared_bytes;  // bytes
 };
 

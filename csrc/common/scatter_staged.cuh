@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(ScatterStage::kThreads, 3)
     for (int i = thread; i < slice; i += kThreads)
       values[positions * slice + i] = from_acc<T>(A(0));
 #pragma unroll 1
-    for (int r = thread; r < rows + rows % N; r += kThreads) head[r] = -1;
+    for (int r = thread; r < stage.ranges * stage.head_stride; r += kThreads) head[r] = -1;
     if (thread == 0) next[entries] = -1;
     for (int p = thread; p < positions; p += N * kThreads) {
       int64_t n[N];
@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(ScatterStage::kThreads, 3)
       }
     }
     __syncthreads();
-    link_slots(head, rows, next, positions, slots, plan.disjoint_slots, thread / kWarp,
-               kThreads / kWarp);
+    link_ranges(head, stage.head_stride, stage.ranges, rows, next, positions, slots,
+                plan.disjoint_slots);
     wait_for_copies<0>();
     __syncthreads();
 
