@@ -563,19 +563,23 @@ FEDPEFT_DEVICE void backward(const MlpWorkspace<T>& w, int64_t at, int rows) {
   }
 }
 
-// grad[s, d] = gradient(s, d), and dots[s] = whether row s has a gradient, also of the proximal
-// term.
-template <typename T, typename Gradient>
+// grad[s, d .. d + V) = gradient(s, d), and dots[s] = whether row s has a gradient, also of the
+// proximal term.
+template <int V = 1, typename T, typename Gradient>
 FEDPEFT_DEVICE void find_gradients(const Table<T>& t, int count, T* grad,
                                    const Gradient& gradient) {
   const int width = t.width;
   row_sums<int, 1>(
-      width, count,
-      [&](int s, int d) {
-        const int64_t i = int64_t(s) * width + d;
-        const T g = gradient(s, d);
-        grad[i] = g;
-        return int(g != T(0) || (t.start && t.p[i] != t.start[i]));
+      width / V, count,
+      [&](int s, int vector) {
+        const int64_t i = int64_t(s) * width + vector * V;
+        const Pack<T, V> g = gradient(s, vector * V);
+        store_whole_pack<V, true>(grad + i, g);
+        bool moved = false;
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+          moved |= g.at[v] != T(0) || (t.start && t.p[i + v] != t.start[i + v]);
+        return int(moved);
       },
       [&](int s, int moved) { t.dots[s] = T(moved != 0); });
 }
@@ -588,50 +592,74 @@ FEDPEFT_DEVICE void step_gradients(const Table<T>& t, int count, const T* grad,
   });
 }
 
-// The steps of the rows, from the gradients of item vectors.
-template <typename T>
-FEDPEFT_DEVICE void step_vectors(const LocalTrainArgs& a, MlpWorkspace<T>& w) {
-  const int D = int(a.D), rank = int(a.rank), stride = w.input_stride;
-  const T l2 = T(a.l2_items), *const grads = w.input_grads;
-  // The sum of a row's entries, in the order of the scores.
-  const auto summed = [&](const Touched<T>& t, T scale, int s, int d) {
-    constexpr int N = 4;  // entries whose loads are under way together
-    T sum = 0;
+// scale times the sum of the entries of row s in the order of the scores, V columns from d on:
+// `grads` are those of the scores' item vectors, `stride` apart.
+template <int V, typename T>
+FEDPEFT_DEVICE Pack<T, V> sum_entries(const Touched<T>& t, const T* grads, int stride, T scale,
+                                      int s, int d) {
+  constexpr int N = V > 1 ? 2 : 4;  // whose loads are under way together
+  Pack<T, V> sum = zero_pack<V, T>();
 #pragma unroll 1
-    for (int e = t.head[s]; e >= 0;) {
-      int entry[N];
-      T value[N];
+  for (int e = t.head[s]; e >= 0;) {
+    int entry[N];
+    Pack<T, V> value[N];
 #pragma unroll
-      for (int u = 0; u < N; ++u) {
-        entry[u] = e;
-        if (e >= 0) e = t.next[e];
-      }
-#pragma unroll
-      for (int u = 0; u < N; ++u)
-        value[u] = grads[int64_t((entry[u] >= 0 ? entry[u] : entry[0]) / t.reads) * stride + d];
-#pragma unroll
-      for (int u = 0; u < N; ++u) {
-        if (entry[u] >= 0) sum += value[u];
-      }
+    for (int u = 0; u < N; ++u) {
+      entry[u] = e;
+      if (e >= 0) e = t.next[e];
     }
-    return scale * sum;
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      const int score = (entry[u] >= 0 ? entry[u] : entry[0]) / t.reads;
+      value[u] = load_pack<V>(grads + int64_t(score) * stride + d);
+    }
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) sum.at[v] += entry[u] >= 0 ? value[u].at[v] : T(0);
+    }
+  }
+#pragma unroll
+  for (int v = 0; v < V; ++v) sum.at[v] *= scale;
+  return sum;
+}
+
+// The gradients of the rows of all tables from those of item vectors; for LoRA, of the sums of B a.
+template <int V, typename T>
+FEDPEFT_DEVICE void sum_vectors(const LocalTrainArgs& a, MlpWorkspace<T>& w) {
+  const int stride = w.input_stride;
+  const T* const grads = w.input_grads;
+  const auto summed = [&](const Touched<T>& t, T scale) {
+    return [&t, grads, stride, scale](int s, int d) {
+      return sum_entries<V>(t, grads, stride, scale, s, d);
+    };
   };
-  const auto of_items = [&](int s, int d) { return summed(w.items, T(1), s, d); };
   if (a.table) {
-    find_gradients(w.table, w.items.count, w.items_grad, of_items);
+    find_gradients<V>(w.table, w.items.count, w.items_grad, summed(w.items, T(1)));
   } else if (a.A) {
-    share(int64_t(w.items.count) * D, [&](int64_t i) {
-      const int s = int(divide(i, D));
-      w.items_grad[i] = of_items(s, int(i - int64_t(s) * D));
+    const int vectors = int(a.D) / V;
+    share(int64_t(w.items.count) * vectors, [&](int64_t i) {
+      const int s = int(divide(i, vectors)), d = int(i - int64_t(s) * vectors) * V;
+      store_whole_pack<V, true>(w.items_grad + i * V, summed(w.items, T(1))(s, d));
     });
   }
   if (a.codebooks) {
-    find_gradients(w.codebooks, w.codewords.count, w.codebooks_grad,
-                   [&](int s, int d) { return summed(w.codewords, T(1), s, d); });
+    find_gradients<V>(w.codebooks, w.codewords.count, w.codebooks_grad, summed(w.codewords, T(1)));
   }
   if (a.buckets) {
-    find_gradients(w.hashed, w.buckets.count, w.hashed_grad,
-                   [&](int s, int d) { return summed(w.buckets, row_scale<T>(a), s, d); });
+    find_gradients<V>(w.hashed, w.buckets.count, w.hashed_grad, summed(w.buckets, row_scale<T>(a)));
+  }
+}
+
+// The steps of the rows, from the gradients of item vectors.
+template <typename T>
+FEDPEFT_DEVICE void step_vectors(const LocalTrainArgs& a, MlpWorkspace<T>& w) {
+  const int D = int(a.D), rank = int(a.rank);
+  const T l2 = T(a.l2_items);
+  if (D % kWide<T> == 0) {
+    sum_vectors<kWide<T>>(a, w);
+  } else {
+    sum_vectors<1>(a, w);
   }
   __syncthreads();
   if (a.A) {
@@ -640,14 +668,14 @@ FEDPEFT_DEVICE void step_vectors(const LocalTrainArgs& a, MlpWorkspace<T>& w) {
       T sum = 0;
 #pragma unroll 4
       for (int d = 0; d < D; ++d) sum += of_vectors[int64_t(s) * D + d] * B[d * rank + j];
-      return sum;
+      return Pack<T, 1>{{sum}};
     });
     find_gradients(w.B, D, w.B_grad, [&](int d, int j) {
       T sum = 0;
 #pragma unroll 8
       for (int s = 0; s < w.items.count; ++s)
         sum += of_vectors[int64_t(s) * D + d] * A[int64_t(s) * rank + j];
-      return sum;
+      return Pack<T, 1>{{sum}};
     });
     __syncthreads();
     step_gradients(w.A, w.items.count, w.A_grad, w.rates, l2);
