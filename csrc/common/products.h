@@ -21,22 +21,45 @@ FEDPEFT_INLINE int64_t whole_panels(int64_t columns) {
   return (columns + kPanel<A> - 1) / kPanel<A> * kPanel<A>;
 }
 
-// The first n elements, at most a register of them; the other lanes are zero, or left alone.
+// The first n elements, at most a register of them; the other lanes are zero, or left alone. With
+// AVX-512 by masks: branches of so many lanes in so many registers take compilers long.
+#if FEDPEFT_VEC_BYTES == 64
+template <typename A>
+FEDPEFT_INLINE uint32_t first_lanes(int64_t n) {
+  return (1u << (n < 0 ? 0 : n < kLanes<A> ? n : kLanes<A>)) - 1;
+}
+#endif
 template <typename A>
 FEDPEFT_INLINE vec_t<A> load_up_to(const A* p, int64_t n) {
+#if FEDPEFT_VEC_BYTES == 64
+  if constexpr (sizeof(A) == 4) {
+    return (vec_t<A>)_mm512_maskz_loadu_ps(__mmask16(first_lanes<A>(n)), p);
+  } else {
+    return (vec_t<A>)_mm512_maskz_loadu_pd(__mmask8(first_lanes<A>(n)), p);
+  }
+#else
   if (n >= kLanes<A>) return load(p);
   vec_t<A> v = {};
   for (int64_t i = 0; i < kLanes<A>; ++i) {
     if (i < n) v[i] = p[i];
   }
   return v;
+#endif
 }
 template <typename A>
 FEDPEFT_INLINE void store_up_to(A* p, vec_t<A> v, int64_t n) {
+#if FEDPEFT_VEC_BYTES == 64
+  if constexpr (sizeof(A) == 4) {
+    _mm512_mask_storeu_ps(p, __mmask16(first_lanes<A>(n)), (__m512)v);
+  } else {
+    _mm512_mask_storeu_pd(p, __mmask8(first_lanes<A>(n)), (__m512d)v);
+  }
+#else
   if (n >= kLanes<A>) return store(p, v);
   for (int64_t i = 0; i < kLanes<A>; ++i) {
     if (i < n) p[i] = v[i];
   }
+#endif
 }
 
 // [depth, columns] into panels [columns / kPanel][depth][kPanel], zeros behind the last column.
