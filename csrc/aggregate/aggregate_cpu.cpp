@@ -159,9 +159,9 @@ FEDPEFT_INLINE void add_weighted(Total* __restrict total, const T* __restrict up
     for (int k = 0; k < K; ++k) {
       const acc_t<Total> x = acc_t<Total>(to_acc(update[k * stride + i]));
       if constexpr (sizeof(Total) == sizeof(double)) {
-        sum += (weight[k] * x + shift) - shift;
+        sum += multiply_add(weight[k], x, shift) - shift;
       } else {
-        sum += weight[k] * x;
+        sum = multiply_add(weight[k], x, sum);
       }
     }
     from_acc(sum, total + i);

@@ -131,7 +131,7 @@ void adam(const ClientOptimArgs& a, int64_t begin, int64_t end) {
     arrays.template stretches<2>(
         first, last, a.row, a.l2, a.eps > 0, [&](int64_t i, int64_t j, A l2) {
           arrays.template step<2>(i, j, [&](Element<T>& e) {
-            e.param -= rates.step(e.grad + l2 * e.param, e.first, e.second);
+            rates.step(multiply_add(l2, e.param, e.grad), e.param, e.first, e.second);
           });
         });
   });
@@ -149,14 +149,15 @@ void sgd(const ClientOptimArgs& a, int64_t begin, int64_t end) {
     if (buffer) {
       arrays.template stretches<1>(first, last, a.row, a.l2, true, [&](int64_t i, int64_t j, A l2) {
         arrays.template step<1>(i, j, [&](Element<T>& e) {
-          e.first = momentum * e.first + (e.grad + l2 * e.param);
-          e.param -= lr * e.first;
+          e.first = multiply_add(momentum, e.first, multiply_add(l2, e.param, e.grad));
+          e.param = multiply_add(-lr, e.first, e.param);
         });
       });
     } else {
       arrays.template stretches<0>(first, last, a.row, a.l2, true, [&](int64_t i, int64_t j, A l2) {
-        arrays.template step<0>(i, j,
-                                [&](Element<T>& e) { e.param -= lr * (e.grad + l2 * e.param); });
+        arrays.template step<0>(i, j, [&](Element<T>& e) {
+          e.param = multiply_add(-lr, multiply_add(l2, e.param, e.grad), e.param);
+        });
       });
     }
   });

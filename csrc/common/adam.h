@@ -23,11 +23,13 @@ struct AdamRates {
     eps = A(a.eps);
   }
 
-  // The moments after a gradient, and what to take from the parameter.
-  FEDPEFT_INLINE vec_t<A> step(vec_t<A> g, vec_t<A>& first, vec_t<A>& second) const {
-    first = first + rest1 * (g - first);
-    second = beta2 * second + rest2 * g * g;
-    return step_size * (first / (square_root(second) * denominator_scale + eps));
+  // The parameter and the moments after a gradient.
+  FEDPEFT_INLINE void step(vec_t<A> g, vec_t<A>& parameter, vec_t<A>& first,
+                           vec_t<A>& second) const {
+    first = multiply_add(rest1, g - first, first);
+    second = multiply_add(beta2, second, rest2 * g * g);
+    const vec_t<A> size = multiply_add(denominator_scale, square_root(second), eps - vec_t<A>{});
+    parameter = multiply_add(-step_size, first / size, parameter);
   }
 };
 

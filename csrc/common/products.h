@@ -110,7 +110,7 @@ FEDPEFT_INLINE void tile(A* out, int64_t out_stride, const A* start, int64_t sta
     for (int v = 0; v < V; ++v) right[v] = load(panel + v * N);
     for (int r = 0; r < R; ++r) {
       const A factor = to_acc(left[r * row_stride + k * depth_stride]);
-      for (int v = 0; v < V; ++v) sum[r][v] += factor * right[v];
+      for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(factor, right[v], sum[r][v]);
     }
   }
   for (int r = 0; r < R; ++r) {
@@ -254,7 +254,7 @@ FEDPEFT_INLINE void sparse_row(A* out, const A* start, const T* left, int64_t de
     const A factor = to_acc(left[k * depth_stride]);
     const A* const row = from + k * stride;
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) sum[v] += factor * load(row + v * N);
+    for (int v = 0; v < V; ++v) sum[v] = multiply_add(factor, load(row + v * N), sum[v]);
   }
   if (left_of >= V * N) {
 #pragma GCC unroll 16

@@ -225,6 +225,53 @@ FEDPEFT_INLINE vec_t<double> square_root(vec_t<double> v) {
 #endif
 }
 
+// a * b + c, rounded once where the processor can. Sums say it so, since a compiler that chooses
+// which products it fuses makes their bits hang on how it unrolled them: of a * b + c * d it may
+// fuse either, and GCC from 14 on none in a chain of sums over a loop, for an unnamed processor.
+FEDPEFT_INLINE float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+FEDPEFT_INLINE double multiply_add(double a, double b, double c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+FEDPEFT_INLINE vec_t<float> multiply_add(vec_t<float> a, vec_t<float> b, vec_t<float> c) {
+#if FEDPEFT_VEC_BYTES == 64
+  return (vec_t<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif FEDPEFT_VEC_BYTES == 32 && defined(__FMA__)
+  return (vec_t<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (vec_t<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+FEDPEFT_INLINE vec_t<double> multiply_add(vec_t<double> a, vec_t<double> b, vec_t<double> c) {
+#if FEDPEFT_VEC_BYTES == 64
+  return (vec_t<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif FEDPEFT_VEC_BYTES == 32 && defined(__FMA__)
+  return (vec_t<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  return (vec_t<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
+// With the same factor in all lanes. (x - 0 is x, where x + 0 would lose the sign of a zero.)
+FEDPEFT_INLINE vec_t<float> multiply_add(float a, vec_t<float> b, vec_t<float> c) {
+  return multiply_add(a - vec_t<float>{}, b, c);
+}
+FEDPEFT_INLINE vec_t<double> multiply_add(double a, vec_t<double> b, vec_t<double> c) {
+  return multiply_add(a - vec_t<double>{}, b, c);
+}
+
 // Sum of the lanes, pairwise: the same order whatever the data.
 template <typename A>
 FEDPEFT_INLINE A lane_sum(vec_t<A> v) {
@@ -254,15 +301,15 @@ FEDPEFT_INLINE acc_t<TA> dot(const TA* a, const TB* b, int64_t D) {
   vec_t<A> s0 = {}, s1 = {};
   int64_t d = 0;
   for (; d + 2 * N <= D; d += 2 * N) {
-    s0 += load(a + d) * load(b + d);
-    s1 += load(a + d + N) * load(b + d + N);
+    s0 = multiply_add(load(a + d), load(b + d), s0);
+    s1 = multiply_add(load(a + d + N), load(b + d + N), s1);
   }
   if (d + N <= D) {
-    s0 += load(a + d) * load(b + d);
+    s0 = multiply_add(load(a + d), load(b + d), s0);
     d += N;
   }
   A total = lane_sum<A>(s0 + s1);
-  for (; d < D; ++d) total += to_acc(a[d]) * to_acc(b[d]);
+  for (; d < D; ++d) total = multiply_add(to_acc(a[d]), to_acc(b[d]), total);
   return total;
 }
 
@@ -271,8 +318,8 @@ template <typename A, typename T>
 FEDPEFT_INLINE void add_scaled(A* into, A scale, const T* row, int64_t D) {
   constexpr int64_t N = kLanes<A>;
   int64_t d = 0;
-  for (; d + N <= D; d += N) store(into + d, load(into + d) + scale * load(row + d));
-  for (; d < D; ++d) into[d] += scale * to_acc(row[d]);
+  for (; d + N <= D; d += N) store(into + d, multiply_add(scale, load(row + d), load(into + d)));
+  for (; d < D; ++d) into[d] = multiply_add(scale, to_acc(row[d]), into[d]);
 }
 
 // into[d] += row[d]
@@ -442,7 +489,7 @@ FEDPEFT_INLINE void sum_columns(T* out, const T* base, int64_t d, int64_t count,
     const auto* r = row(l) + d;
     if constexpr (Weighted) {
       const A f = weight(l);
-      for (int w = 0; w < W; ++w) sum[w] += f * load(r + w * N);
+      for (int w = 0; w < W; ++w) sum[w] = multiply_add(f, load(r + w * N), sum[w]);
     } else {
       for (int w = 0; w < W; ++w) sum[w] += load(r + w * N);
     }
@@ -471,8 +518,7 @@ FEDPEFT_INLINE void sum_rows(T* out, const T* base, int64_t D, int64_t count, co
     d += N;
   }
   if (d == D) return;
-  // The last columns in a vector too: a compiler may vectorize a scalar sum over rows with products
-  // that are rounded in its body and fused in its remainder, which would make it depend on `count`.
+  // The last columns in a vector too, which takes no longer than one of them.
   if (D >= N && out != base) {  // one that begins among the columns that are done
     sum_columns<1, Weighted>(out, base, D - N, count, row, weight);
     return;
@@ -482,7 +528,7 @@ FEDPEFT_INLINE void sum_rows(T* out, const T* base, int64_t D, int64_t count, co
     const vec_t<A> v = load_part(row(l) + d, D - d);
     if constexpr (Weighted) {
       const A f = weight(l);
-      sum += f * v;
+      sum = multiply_add(f, v, sum);
     } else {
       sum += v;
     }

@@ -48,7 +48,7 @@ struct SENet {
     for (int64_t h = 0; h < H; ++h) squeezed[h] = row_sum(table + buckets[h] * D, D) / A(D);
     for (int64_t s = 0; s < S; ++s) {
       A sum = to_acc(b1[s]);
-      for (int64_t h = 0; h < H; ++h) sum += to_acc(w1[s * H + h]) * squeezed[h];
+      for (int64_t h = 0; h < H; ++h) sum = multiply_add(to_acc(w1[s * H + h]), squeezed[h], sum);
       hidden[s] = sum > A(0) ? sum : A(0);
     }
     for (int64_t h = 0; h < H; ++h) {
@@ -77,8 +77,8 @@ struct SENet {
       const A g = grad_hidden[s];
       grad_b1[s] += g;
       for (int64_t h = 0; h < H; ++h) {
-        grad_w1[s * H + h] += g * squeezed[h];
-        grad_squeezed[h] += g * to_acc(w1[s * H + h]);
+        grad_w1[s * H + h] = multiply_add(g, squeezed[h], grad_w1[s * H + h]);
+        grad_squeezed[h] = multiply_add(g, to_acc(w1[s * H + h]), grad_squeezed[h]);
       }
     }
     for (int64_t h = 0; h < H; ++h) grad_squeezed[h] /= A(D);
@@ -186,8 +186,9 @@ template <typename A, typename T>
 FEDPEFT_INLINE void add_scaled_shifted(A* into, A scale, A shift, const T* grad, int64_t D) {
   constexpr int64_t N = kLanes<A>;
   int64_t d = 0;
-  for (; d + N <= D; d += N) store(into + d, load(into + d) + (scale * load(grad + d) + shift));
-  for (; d < D; ++d) into[d] += scale * to_acc(grad[d]) + shift;
+  for (; d + N <= D; d += N)
+    store(into + d, load(into + d) + multiply_add(scale, load(grad + d), shift - vec_t<A>{}));
+  for (; d < D; ++d) into[d] += multiply_add(scale, to_acc(grad[d]), shift);
 }
 
 // A mean's 1 / H multiplies the finished sum, not its terms: contributions that cancel then cancel

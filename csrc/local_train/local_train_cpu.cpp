@@ -258,7 +258,7 @@ class Trainer {
     if (a.codebooks) codewords.slots.weigh_all(codewords.slots.beta, sum);
     if (a.buckets) hashed.slots.weigh_all(hashed.slots.beta, sum);
     const T share = T(1 / __builtin_sqrt(double(size)));
-    for (int64_t d = 0; d < user.stride; ++d) sum[d] = (user.p[d] + share * sum[d]) / 2;
+    for (int64_t d = 0; d < user.stride; ++d) sum[d] = multiply_add(share, sum[d], user.p[d]) / 2;
     return sum;
   }
 

@@ -56,7 +56,7 @@ struct BasePart {
     for (; d + N <= D; d += N) add_columns<1>(batch, coefficients, d, user_grad);
     for (; d < D; ++d) {
       for (int64_t k = 0; k < batch.size; ++k)
-        user_grad[d] += coefficients[k] * row(batch.draws[k])[d];
+        user_grad[d] = multiply_add(coefficients[k], row(batch.draws[k])[d], user_grad[d]);
     }
   }
 
@@ -70,7 +70,7 @@ struct BasePart {
     for (int w = 0; w < W; ++w) sum[w] = load(user_grad + d + w * N);
     for (int64_t k = 0; k < batch.size; ++k) {
       const T* r = row(batch.draws[k]) + d;
-      for (int w = 0; w < W; ++w) sum[w] += coefficients[k] * load(r + w * N);
+      for (int w = 0; w < W; ++w) sum[w] = multiply_add(coefficients[k], load(r + w * N), sum[w]);
     }
     for (int w = 0; w < W; ++w) store(user_grad + d + w * N, sum[w]);
   }
@@ -137,7 +137,7 @@ struct RowsPart {
         const int32_t* s = at + batch.draws[k] * all;
         T sum = 0;
         for (int64_t j = 0; j < all; ++j) sum += dots[s[j]];
-        scores[k] += factor * sum;
+        scores[k] = multiply_add(factor, sum, scores[k]);
       }
     });
   }
@@ -427,7 +427,8 @@ struct SenetPart {
     for (int64_t h = 0; h < H; ++h) {
       T *const gate = gates + h * pitch, *const dot_of = dots_at + h * pitch;
       for (int64_t k = 0; k < all; ++k) gate[k] = sigmoid(gate[k]);
-      for (int64_t k = 0; k < batch.size; ++k) scores[k] += gate[k] * dot_of[k];
+      for (int64_t k = 0; k < batch.size; ++k)
+        scores[k] = multiply_add(gate[k], dot_of[k], scores[k]);
     }
   }
 
@@ -453,7 +454,7 @@ struct SenetPart {
         const int32_t* s = table.at + batch.draws[k] * hashes;
         const T coefficient = coefficients[k];
         for (int64_t h = 0; h < hashes; ++h) {
-          alpha[s[h]] += coefficient * gate[h * row + k];
+          alpha[s[h]] = multiply_add(coefficient, gate[h * row + k], alpha[s[h]]);
           beta[s[h]] += pull[h * row + k];
         }
       }
@@ -508,13 +509,13 @@ struct SenetPart {
     FEDPEFT_INLINE V value(int64_t k) const {
       V sum = b1;
       for (int64_t h = 0; h < Count::or_else(H); ++h)
-        sum += into_of(h) * load(means + h * pitch + k);
+        sum = multiply_add(into_of(h), load(means + h * pitch + k), sum);
       return sum > 0 ? sum : V{};
     }
     FEDPEFT_INLINE V gradient(int64_t k, V at) const {
       V sum = {};
       for (int64_t h = 0; h < Count::or_else(H); ++h)
-        sum += out_of(h) * load(slopes + h * pitch + k);
+        sum = multiply_add(out_of(h), load(slopes + h * pitch + k), sum);
       return at > 0 ? sum : V{};
     }
   };
@@ -537,7 +538,8 @@ struct SenetPart {
           V x[kBlocks];
           for (int64_t b = 0; b < kBlocks; ++b) x[b] = unit.value(k + b * N);
           for (int64_t h = 0; h < here; ++h) {
-            for (int64_t b = 0; b < kBlocks; ++b) sum[h][b] += unit.out_of(from + h) * x[b];
+            for (int64_t b = 0; b < kBlocks; ++b)
+              sum[h][b] = multiply_add(unit.out_of(from + h), x[b], sum[h][b]);
           }
         }
         for (int64_t h = 0; h < here; ++h) {
@@ -564,9 +566,9 @@ struct SenetPart {
           into_b1 += grad;
           for (int64_t h = 0; h < here; ++h) {
             const int64_t i = (from + h) * row + k;
-            into_w2[h] += load(unit.slopes + i) * x;
-            into_w1[h] += load(unit.means + i) * grad;
-            store(beta + i, load(beta + i) + unit.into_of(from + h) * grad);
+            into_w2[h] = multiply_add(load(unit.slopes + i), x, into_w2[h]);
+            into_w1[h] = multiply_add(load(unit.means + i), grad, into_w1[h]);
+            store(beta + i, multiply_add(unit.into_of(from + h), grad, load(beta + i)));
           }
         }
         if (from == 0) b1.grad[u] += lane_sum<T>(into_b1);

@@ -80,7 +80,7 @@ FEDPEFT_INLINE vec_t<double> as_double(FloatPart v) {
 
 // Adds kLanes<double> updates to `total`.
 FEDPEFT_INLINE void add_part(double* total, vec_t<double> x, Addition by) {
-  store(total, load(total) + ((by.weight * x + by.shift) - by.shift));
+  store(total, load(total) + (multiply_add(by.weight, x, by.shift - vec_t<double>{}) - by.shift));
 }
 
 // Adds a vector of updates to `total`.
@@ -119,7 +119,7 @@ FEDPEFT_INLINE void add_difference(double* __restrict total, const T* __restrict
   }
   for (; i < n; ++i) {
     const double x = double(T(now[i] - then[i]));
-    total[i] += (by.weight * x + by.shift) - by.shift;
+    total[i] += multiply_add(by.weight, x, by.shift) - by.shift;
     broken[0] += x - x;
   }
 }
@@ -195,15 +195,15 @@ template <Rule rule, typename T>
 FEDPEFT_INLINE void move(const LocalStep<T>& step, vec_t<T> g, vec_t<T>& p, vec_t<T>& m,
                          vec_t<T>& v) {
   if constexpr (rule == Rule::sgd) {
-    p -= step.lr * g;
+    p = multiply_add(-step.lr, g, p);
   } else if constexpr (rule == Rule::adam_first) {
     // The bias corrections of the first step cancel: m / c1 = g, sqrt(v / c2) = |g|.
     m = step.rest1 * g;
     v = step.rest2 * g * g;
     const vec_t<T> size = g < 0 ? -g : g;
-    p -= step.lr * (g / (size + step.eps));
+    p = multiply_add(-step.lr, g / (size + step.eps), p);
   } else {
-    p -= step.step(g, m, v);
+    step.step(g, p, m, v);
   }
 }
 
@@ -240,11 +240,11 @@ FEDPEFT_INLINE void step_columns(const RowGradients<T> r, const LocalStep<T> ste
     for (int w = 0; w < W; ++w) {
       const int64_t i = at + w * N;
       V p = load(now + w * N);
-      sum[w] += alpha * p;
-      V g = alpha * x[w] + l2 * p;
+      sum[w] = multiply_add(alpha, p, sum[w]);
+      V g = multiply_add(alpha, x[w], l2 * p);
       if constexpr (Extra) {
-        g += beta * y[w];
-        if (r.proximal) g += step.prox * (p - load(began + w * N));
+        g = multiply_add(beta, y[w], g);
+        if (r.proximal) g = multiply_add(step.prox, p - load(began + w * N), g);
       }
       V m, v;
       if constexpr (rule == Rule::adam) {
@@ -320,8 +320,8 @@ void step_own(const OwnGradients<T> r, const LocalStep<T> step, const Now& now,
         r.l2 != 0 && (any_nonzero(grad, r.stride) || (began && differs(from, began, r.stride)));
     const T l2 = pulled ? r.l2 : T(0);
     for (int64_t d = 0; d < r.stride; d += N) {
-      V x = load(from + d), g = load(grad + d) + l2 * x;
-      if (began) g += step.prox * (x - load(began + d));
+      V x = load(from + d), g = multiply_add(l2, x, load(grad + d));
+      if (began) g = multiply_add(step.prox, x - load(began + d), g);
       store(grad + d, V{});
       V first, second;
       if constexpr (rule == Rule::adam) {
@@ -379,10 +379,10 @@ FEDPEFT_INLINE vec_t<T> dot_lanes(const T* row, const T* x, int64_t stride, Widt
   vec_t<T> even = {}, odd = {};
   int64_t d = 0;
   for (; d + 2 * N <= all; d += 2 * N) {
-    even += load(row + d) * load(x + d);
-    odd += load(row + d + N) * load(x + d + N);
+    even = multiply_add(load(row + d), load(x + d), even);
+    odd = multiply_add(load(row + d + N), load(x + d + N), odd);
   }
-  if (d < all) even += load(row + d) * load(x + d);
+  if (d < all) even = multiply_add(load(row + d), load(x + d), even);
   return even + odd;
 }
 
@@ -553,7 +553,7 @@ struct Slots {
     for (int w = 0; w < W; ++w) sum[w] = load(into + d + w * N);
     for (int64_t s = 0; s < count; ++s) {
       const T* const row = now + (at ? at[s] : s) * stride + d;
-      for (int w = 0; w < W; ++w) sum[w] += weights[s] * load(row + w * N);
+      for (int w = 0; w < W; ++w) sum[w] = multiply_add(weights[s], load(row + w * N), sum[w]);
     }
     for (int w = 0; w < W; ++w) store(into + d + w * N, sum[w]);
   }

@@ -76,7 +76,7 @@ void pack(const RqEncodeArgs& a, int64_t begin, int64_t end) {
           if (!finite(c)) [[unlikely]]
             a.bad_codebook->report(first + d);
           coordinates[d * kPanel<A> + j] = c;
-          norm += c * c;
+          norm = multiply_add(c, c, norm);
         }
         out[j] = norm * A(-0.5);
       }
@@ -110,8 +110,8 @@ FEDPEFT_INLINE void score_tile(const A* rows, const A* panel, int64_t D, index_t
 #pragma GCC unroll 12
     for (int64_t r = 0; r < kTile; ++r) {
       const A x = rows[r * D + d];
-      s[r][0] += x * p0;
-      s[r][1] += x * p1;
+      s[r][0] = multiply_add(x, p0, s[r][0]);
+      s[r][1] = multiply_add(x, p1, s[r][1]);
     }
   }
 #pragma GCC unroll 12
