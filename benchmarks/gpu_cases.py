@@ -502,7 +502,7 @@ CASES: dict[str, Callable[[Sizes, Draw], Case]] = {
     "hash_lookup, SENet": lambda s, d: _hash(s, d, "senet"),
     "rq_lookup, long lists": _long(lambda s, d: _rq(s, d, False)),
     "hash_lookup, long lists": _long(lambda s, d: _hash(s, d, "plain")),
-    "lora_lookup, long lists": _long(lambda s, d: _lora(s, d)),
+    "lora_lookup, long lists": _long(_lora),
     "hash_buckets": _buckets,
     "lora_lookup": _lora,
     "client_embedding": _embedding,
