@@ -92,48 +92,66 @@ FEDPEFT_DEVICE void block_sort(Key* keys, int* places, int n) {
   }
 }
 
-// store(column, sum over i in [0, count) of term(i, column)) for each column in [0, width), a
-// thread a column. A group of lanes takes every so many-th i, N of whose terms are under way
-// together, and the groups' sums, in `partial` (column_sums_scratch values), are added in order.
-// Starts after a barrier of the caller, ends with one.
-__host__ __device__ inline int64_t column_sums_scratch(int64_t width, int threads) {
-  return width * (threads / lanes_for(width));
+// A number, or a vector of them.
+template <typename A>
+FEDPEFT_DEVICE void add_to(A& sum, const A& x) {
+  sum += x;
 }
-// Of partial [groups, width]: the end of column_sums.
-template <typename A, typename Store>
-FEDPEFT_DEVICE void add_groups(int width, int groups, const A* partial, const Store& store) {
-  for (int column = int(threadIdx.x); column < width; column += int(blockDim.x)) {
-    A sum = 0;
-#pragma unroll 4
-    for (int g = 0; g < groups; ++g) sum += partial[g * width + column];
-    store(column, sum);
-  }
-  __syncthreads();
+template <typename A, int V>
+FEDPEFT_DEVICE void add_to(Pack<A, V>& sum, const Pack<A, V>& x) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) sum.at[v] += x.at[v];
+}
+template <typename A>
+FEDPEFT_DEVICE void store_to(A* p, const A& x) {
+  *p = x;
+}
+template <typename A, int V>
+FEDPEFT_DEVICE void store_to(A* p, const Pack<A, V>& x) {
+  store_pack<V>(p, x);
+}
+
+// store(column, sum over i in [0, count) of term(i, column)) for each column in [0, width), a
+// thread a column. Terms are numbers, or vectors of some columns from `column` on. A group of lanes
+// takes every so many-th i, N of whose terms are under way together, and the groups' sums, in
+// `partial` (column_sums_scratch values, for terms of `vector` columns), are added in order. Starts
+// after a barrier of the caller, ends with one.
+__host__ __device__ inline int64_t column_sums_scratch(int64_t width, int threads, int vector = 1) {
+  return width * (threads / lanes_for(width / vector));
 }
 template <int N = 4, typename A, typename Term, typename Store>
 FEDPEFT_DEVICE void column_sums(int width, int count, A* partial, const Term& term,
                                 const Store& store) {
-  const int lanes = lanes_for(width), groups = int(blockDim.x) / lanes;
+  using Value = decltype(term(0, 0));
+  constexpr int V = int(sizeof(Value) / sizeof(A));
+  const int lanes = lanes_for(width / V), groups = int(blockDim.x) / lanes;
   const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
-  for (int column = lane; column < width; column += lanes) {
-    A sum = 0;
+  for (int column = lane * V; column < width; column += lanes * V) {
+    Value sum{};
     int i = group;
     if constexpr (N > 1) {
 #pragma unroll 1
       for (; i + (N - 1) * groups < count; i += N * groups) {
-        A terms[N];
+        Value terms[N];
 #pragma unroll
         for (int u = 0; u < N; ++u) terms[u] = term(i + u * groups, column);
 #pragma unroll
-        for (int u = 0; u < N; ++u) sum += terms[u];
+        for (int u = 0; u < N; ++u) add_to(sum, terms[u]);
       }
     }
 #pragma unroll 1
-    for (; i < count; i += groups) sum += term(i, column);
-    partial[group * width + column] = sum;
+    for (; i < count; i += groups) add_to(sum, term(i, column));
+    store_to(partial + group * width + column, sum);
   }
   __syncthreads();
-  add_groups(width, count < groups ? count : groups, partial, store);
+  const int used = count < groups ? count : groups;
+  for (int column = int(threadIdx.x); column < width; column += int(blockDim.x)) {
+    A sum = 0;
+#pragma unroll 4
+    for (int g = 0; g < used; ++g) sum += partial[g * width + column];
+    store(column, sum);
+  }
+  __syncthreads();
 }
 
 }  // namespace fedpeft::gpu

@@ -349,12 +349,20 @@ FEDPEFT_DEVICE int64_t divide(int64_t n, int64_t d) {
   return n / d;
 }
 
-// Sum over the `width` lanes (a power of two) of each group, the same in every lane and in a fixed
-// order.
+// Sums over the `width` lanes (a power of two) of each group, the same in every lane and in a fixed
+// order; several at once.
+template <typename A, int N>
+FEDPEFT_DEVICE void group_sums(A (&x)[N], int width) {
+  for (int bits = width / 2; bits > 0; bits /= 2) {
+#pragma unroll
+    for (int u = 0; u < N; ++u) x[u] += __shfl_xor_sync(kFullMask, x[u], bits);
+  }
+}
 template <typename A>
 FEDPEFT_DEVICE A group_sum(A x, int width) {
-  for (int bits = width / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(kFullMask, x, bits);
-  return x;
+  A sum[] = {x};
+  group_sums(sum, width);
+  return sum[0];
 }
 
 // Sums over a group of at least 8 lanes of eight values: lane i gets that of x[i % 8], by exchanges
@@ -466,6 +474,13 @@ void launch_row_batches(void (*kernel)(Params...), int64_t total, int64_t column
   constexpr int kThreads = 256;
   const int64_t rows = int64_t(kThreads / lanes_for(columns)) * N;
   launch(kernel, (total + rows - 1) / rows, kThreads, 0, stream, std::forward<Args>(args)...);
+}
+
+// Bytes of shared memory that CUDA keeps for each block, and what a block may have for so many of
+// them to share a multiprocessor.
+constexpr int64_t kReservedShared = 1024;
+inline int64_t shared_of_each(const Limits& device, int64_t blocks) {
+  return (device.shared_bytes + kReservedShared) / blocks - kReservedShared;
 }
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

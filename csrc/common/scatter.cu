@@ -12,8 +12,7 @@ bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables*
   constexpr int64_t kSortBytes = 256;  // of the gradient, read while an entry is sorted otherwise
   constexpr int64_t kEntries = 8192;   // of a tile
   constexpr int64_t kNumbers = 0xffff;
-  constexpr int64_t kOwn = 64;         // bytes of the kernels' own arrays
-  constexpr int64_t kReserved = 1024;  // of a block, by CUDA
+  constexpr int64_t kOwn = 64;  // bytes of the kernels' own arrays
   if (shape.clients != 1 || shape.bytes == 0 || shape.rows == 0 || shape.width == 0) return false;
   if (shape.positions < shape.rows || shape.rows >= kNumbers || shape.slots > kEntries / kWarp)
     return false;
@@ -85,7 +84,7 @@ bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables*
   for (int warps = ScatterTables::kSortWarps; warps > 0; warps /= 2) {
     const int64_t needed = sort_bytes(tile, warps) + kOwn;
     if (needed > device.shared_bytes) continue;
-    const int64_t fit = (device.shared_bytes + kReserved) / (needed + kReserved);
+    const int64_t fit = (device.shared_bytes + kReservedShared) / (needed + kReservedShared);
     if (warps * (fit < 4 ? fit : 4) <= most_warps) continue;
     most_warps = warps * (fit < 4 ? fit : 4);
     t.sort_warps = warps;
@@ -98,17 +97,13 @@ bool plan_tables(const ScatterShape& shape, const Limits& device, ScatterTables*
 
 // False where other ways are faster, or shared memory is too small.
 bool plan_stage(const ScatterShape& shape, const Limits& device, ScatterStage* stage) {
-  constexpr int64_t kReserved = 1024;    // of a block, by CUDA
   constexpr int64_t kLeast = 32;         // bytes of a slice, a sector of memory
   constexpr int64_t kEntries = 1 << 15;  // of ranges: a word holds two such numbers
   if (shape.bytes == 0 || shape.width == 0 || shape.rows == 0) return false;
   const int64_t wide = 16 / shape.bytes, vectors = (shape.width + wide - 1) / wide;
   const int64_t entries = shape.positions * shape.slots;
-  // What a block may have for so many of them to share a multiprocessor: two at least, of which one
-  // may copy.
-  const auto most = [&](int64_t blocks) {
-    return (device.shared_bytes + kReserved) / blocks - kReserved;
-  };
+  // Of two blocks on a multiprocessor one may copy.
+  const auto most = [&](int64_t blocks) { return shared_of_each(device, blocks); };
   if (shape.rows > most(2) || entries > most(2)) return false;
   stage->head_stride = int((shape.rows + 3) / 4 * 4);
   const auto lay_out = [&](int64_t slice, int ranges) {

@@ -78,6 +78,12 @@ struct ScatterStage {
   int64_t head, next, shared_bytes;  // bytes
 };
 
+// n / d without a division, from 0xffffffff / d, while (n + 1) d is below 2^32: (n + 1) / d, less
+// a little.
+FEDPEFT_HD inline uint32_t quotient(uint32_t n, uint32_t reciprocal) {
+  return uint32_t((uint64_t(n) * reciprocal + reciprocal) >> 32);
+}
+
 enum class ScatterWay { lists, staged, sorted, tables };
 
 struct ScatterPlan : ScatterShape {
@@ -85,10 +91,8 @@ struct ScatterPlan : ScatterShape {
   uint32_t reciprocal;  // of the slots, for position_of
   ScatterTables tables;
   ScatterStage stage;
-  // Of an entry that lists hold: (entry + 1) / slots without a division, a little less than that.
-  FEDPEFT_HD uint32_t position_of(uint32_t entry) const {
-    return uint32_t((uint64_t(entry) * reciprocal + reciprocal) >> 32);
-  }
+  // Of an entry that lists hold.
+  FEDPEFT_HD uint32_t position_of(uint32_t entry) const { return quotient(entry, reciprocal); }
   // lists
   int64_t splits, rows_per_split;
   int team;  // threads that share the lists of a client: a warp or the block

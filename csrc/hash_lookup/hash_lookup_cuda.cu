@@ -904,16 +904,16 @@ struct alignas(2 * sizeof(A)) Coefficients {
   A gate, shift;
 };
 
-// scale times the sum of each row of a client, by a whole block; its entries in order. `values` are
-// the gradients of its positions. Of entries and of H there are fewer than 2^16. A group takes N
-// rows at a time, whose chains of loads are then under way together: more than one pays where
-// values come from memory.
+// The sum of each row of a client, by a whole block; its entries in order. `values` are the
+// gradients of its positions. Of entries and of H there are fewer than 2^16. A group takes N rows
+// at a time, whose chains of loads are then under way together: more than one pays where values
+// come from memory.
 template <int V, int N = 2, typename T, typename Entry>
 FEDPEFT_DEVICE void sum_rows(T* out, const T* values, const HashLookupArgs& a, const int* head,
-                             const int* next, int lanes, const Entry& entry, acc_t<T> scale) {
+                             const int* next, int lanes, const Entry& entry) {
   using A = acc_t<T>;
-  const int H = int(a.H), M = int(a.M), D = int(a.D), groups = int(blockDim.x) / lanes;
-  const uint32_t reciprocal = 0xffffffffu / uint32_t(H) + 1;  // 2^32 / H, rounded up
+  const int M = int(a.M), D = int(a.D), groups = int(blockDim.x) / lanes;
+  const uint32_t reciprocal = 0xffffffffu / uint32_t(a.H);
   for (int column = int(threadIdx.x) % lanes * V; column < D; column += lanes * V) {
     int r = int(threadIdx.x) / lanes;
     const T* const from = values + column;
@@ -942,8 +942,7 @@ FEDPEFT_DEVICE void sum_rows(T* out, const T* values, const HashLookupArgs& a, c
           c[u] = {A(0), A(0)};
           const int e = at[u];
           if (N > 1 && e < 0) continue;
-          const uint32_t p =
-              H == 1 ? uint32_t(e) : uint32_t(uint64_t(uint32_t(e)) * reciprocal >> 32);
+          const uint32_t p = quotient(uint32_t(e), reciprocal);
           c[u] = entry(e);
           at[u] = next[e];
           all &= at[u];
@@ -960,7 +959,7 @@ FEDPEFT_DEVICE void sum_rows(T* out, const T* values, const HashLookupArgs& a, c
       for (int u = 0; u < N; ++u) {
         if (r + u * groups >= M) continue;
 #pragma unroll
-        for (int i = 0; i < V; ++i) sum[u].at[i] = (sum[u].at[i] + shift[u]) * scale;
+        for (int i = 0; i < V; ++i) sum[u].at[i] += shift[u];
         sum[u].store_once(to + u * step);
       }
     }
@@ -1116,9 +1115,8 @@ __global__ void __launch_bounds__(384, FEDPEFT_TWO_OR_THREE - 1)
       for (int strip = 0; strip < plan.strips; ++strip) sum += partial[strip * outputs + i];
       *weights(client, i) = from_acc<T>(sum);
     }
-    sum_rows<V>(
-        out + client * a.M * a.D, plan.staged ? staged : grad, a, head, next, lanes,
-        [&](int e) { return coefficients[e]; }, A(1));
+    sum_rows<V>(out + client * a.M * a.D, plan.staged ? staged : grad, a, head, next, lanes,
+                [&](int e) { return coefficients[e]; });
     __syncthreads();
   }
 }
@@ -1257,9 +1255,9 @@ __global__ void __launch_bounds__(kThreads, kLaneBlocks<T, V>)
     const auto entry = [&](int e) { return coefficients[e]; };
     T* to = out + client * a.M * a.D;
     if (plan.staged) {
-      sum_rows<V, 1>(to, staged, a, head, next, lanes, entry, A(1));
+      sum_rows<V, 1>(to, staged, a, head, next, lanes, entry);
     } else {
-      sum_rows<V, 2>(to, grad, a, head, next, lanes, entry, A(1));
+      sum_rows<V>(to, grad, a, head, next, lanes, entry);
     }
     __syncthreads();
   }
@@ -1369,7 +1367,7 @@ template <typename T>
 void stage_gradient(const HashLookupArgs& a, Carve* carve, WholePlan* plan) {
   const int64_t without = carve->used;
   plan->grad = carve->take<T>(a.positions * a.D);
-  plan->staged = carve->used <= (limits().shared_bytes - 1024) / 2;
+  plan->staged = carve->used <= shared_of_each(limits(), 2);
   if (!plan->staged) carve->used = without;
   plan->bytes = carve->used;
 }

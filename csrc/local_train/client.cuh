@@ -32,13 +32,6 @@ struct Arena {
   }
 };
 
-// Elements of `partial` for BaseRows::sums.
-template <typename T>
-__host__ __device__ inline int64_t base_rows_scratch(int64_t width) {
-  const int64_t vectors = width % kWide<T> == 0 ? width / kWide<T> : width;
-  return column_sums_scratch(vectors, kThreads) * (width / vectors);
-}
-
 // Parameters [rows, width] beside their optimizer state.
 template <typename T>
 struct Table {
@@ -154,7 +147,9 @@ struct Workspace {
     if (gated && weights > widest) widest = weights;
     const int64_t narrow = column_sums_scratch(kWarp, kThreads);
     int64_t wide = column_sums_scratch(widest, kThreads);
-    if (const int64_t of_base = base_rows_scratch<T>(a.D); a.base && of_base > wide) wide = of_base;
+    const int vector = a.base && a.D % kWide<T> == 0 ? kWide<T> : 1;
+    if (const int64_t of_base = column_sums_scratch(a.D, kThreads, vector); of_base > wide)
+      wide = of_base;
     user.lay_out(arena, a, a.user, 1, a.D, false);
     user_grad = arena.take<T>(a.D);
     if (Graph) {
@@ -256,10 +251,7 @@ FEDPEFT_DEVICE void row_sums(int width, int count, const Term& term, const F& f)
         for (int u = 0; u < N; ++u) sum[u] += term(row[u], column);
       }
     }
-    for (int bits = lanes / 2; bits > 0; bits /= 2) {
-#pragma unroll
-      for (int u = 0; u < N; ++u) sum[u] += __shfl_xor_sync(kFullMask, sum[u], bits);
-    }
+    group_sums(sum, lanes);
 #pragma unroll
     for (int u = 0; u < N; ++u) {
       if (lane == 0 && begin + u * groups + group < count) f(row[u], sum[u]);
@@ -267,91 +259,13 @@ FEDPEFT_DEVICE void row_sums(int width, int count, const Term& term, const F& f)
   }
 }
 
-// The frozen vectors [items, width] that scores read, V elements of a row at a time, several rows
-// of a group of lanes under way together.
-template <int V, typename T>
-struct BaseRows {
-  static constexpr int N = 4;
-  const T* base;
-  int width;
-
-  // f(k, product of the vector of item item_of(k) with x) for k in [0, count).
-  template <typename ItemOf, typename F>
-  FEDPEFT_DEVICE void dots(int count, const T* x, const ItemOf& item_of, const F& f) const {
-    const int lanes = lanes_for(width / V), groups = kThreads / lanes;
-    const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
-#pragma unroll 1
-    for (int begin = 0; begin < count; begin += N * groups) {
-      const T* row[N];
-      T sum[N] = {};
-#pragma unroll
-      for (int u = 0; u < N; ++u) {
-        const int k = begin + u * groups + group;
-        row[u] = base + item_of(k < count ? k : count - 1) * width;
-      }
-#pragma unroll 1
-      for (int column = lane * V; column < width; column += lanes * V) {
-        Pack<T, V> pack[N];
-#pragma unroll
-        for (int u = 0; u < N; ++u) pack[u] = load_pack<V>(row[u] + column);
-        const Pack<T, V> of_x = load_pack<V>(x + column);
-#pragma unroll
-        for (int u = 0; u < N; ++u) {
-#pragma unroll
-          for (int v = 0; v < V; ++v) sum[u] += pack[u].at[v] * of_x.at[v];
-        }
-      }
-      for (int bits = lanes / 2; bits > 0; bits /= 2) {
-#pragma unroll
-        for (int u = 0; u < N; ++u) sum[u] += __shfl_xor_sync(kFullMask, sum[u], bits);
-      }
-#pragma unroll
-      for (int u = 0; u < N; ++u) {
-        if (lane == 0 && begin + u * groups + group < count) f(begin + u * groups + group, sum[u]);
-      }
-    }
-  }
-
-  // As column_sums, of weights[k] times the vector of item item_of(k); `partial` has
-  // base_rows_scratch elements.
-  template <typename ItemOf, typename Store>
-  FEDPEFT_DEVICE void sums(int count, const T* weights, const ItemOf& item_of, T* partial,
-                           const Store& store) const {
-    const int lanes = lanes_for(width / V), groups = kThreads / lanes;
-    const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
-#pragma unroll 1
-    for (int column = lane * V; column < width; column += lanes * V) {
-      Pack<T, V> sum = zero_pack<V, T>();
-      const auto add = [&](T weight, const Pack<T, V>& pack) {
-#pragma unroll
-        for (int v = 0; v < V; ++v) sum.at[v] += weight * pack.at[v];
-      };
-      int k = group;
-#pragma unroll 1
-      for (; k + (N - 1) * groups < count; k += N * groups) {
-        Pack<T, V> pack[N];
-#pragma unroll
-        for (int u = 0; u < N; ++u)
-          pack[u] = load_pack<V>(base + item_of(k + u * groups) * width + column);
-#pragma unroll
-        for (int u = 0; u < N; ++u) add(weights[k + u * groups], pack[u]);
-      }
-#pragma unroll 1
-      for (; k < count; k += groups)
-        add(weights[k], load_pack<V>(base + item_of(k) * width + column));
-      store_pack<V>(partial + group * width + column, sum);
-    }
-    __syncthreads();
-    add_groups(width, count < groups ? count : groups, partial, store);
-  }
-};
-// Calls f with the BaseRows of `base`.
+// Calls f with the number of elements that an access to `rows` of so many may take, as a constant.
 template <typename T, typename F>
-FEDPEFT_DEVICE void with_base_rows(const T* base, int width, const F& f) {
-  if (width % kWide<T> == 0 && reinterpret_cast<uintptr_t>(base) % 16 == 0) {
-    f(BaseRows<kWide<T>, T>{base, width});
+FEDPEFT_DEVICE void with_vectors(const T* rows, int width, const F& f) {
+  if (width % kWide<T> == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0) {
+    f(std::integral_constant<int, kWide<T>>{});
   } else {
-    f(BaseRows<1, T>{base, width});
+    f(std::integral_constant<int, 1>{});
   }
 }
 

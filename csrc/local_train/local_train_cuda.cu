@@ -351,8 +351,19 @@ FEDPEFT_DEVICE double take_step(const LocalTrainArgs& a, Workspace<T>& w, int ep
   const T* base = static_cast<const T*>(a.base);
   const auto item_of = [&](int k) { return w.item_of[draw_of(k)]; };
   if (base) {
-    with_base_rows(base, D, [&](const auto& rows) {
-      rows.dots(batch, user, item_of, [&](int k, T sum) { w.scores[k] = sum; });
+    with_vectors(base, D, [&](auto width) {
+      constexpr int V = decltype(width)::value;
+      row_sums<T>(
+          D / V, batch,
+          [&](int k, int vector) {
+            const Pack<T, V> x = load_pack<V>(base + item_of(k) * D + vector * V);
+            const Pack<T, V> y = load_pack<V>(user + vector * V);
+            T product = 0;
+#pragma unroll
+            for (int v = 0; v < V; ++v) product += x.at[v] * y.at[v];
+            return product;
+          },
+          [&](int k, T sum) { w.scores[k] = sum; });
     });
   }
   __syncthreads();
@@ -407,9 +418,17 @@ FEDPEFT_DEVICE double take_step(const LocalTrainArgs& a, Workspace<T>& w, int ep
   // The user's gradient, by rows as they were, and the steps of the rows.
   const T l2 = T(a.l2_items);
   if (base) {
-    with_base_rows(base, D, [&](const auto& rows) {
-      rows.sums(batch, w.coefficients, item_of, w.partial,
-                [&](int d, T sum) { w.user_grad[d] = sum; });
+    with_vectors(base, D, [&](auto width) {
+      constexpr int V = decltype(width)::value;
+      column_sums(
+          D, batch, w.partial,
+          [&](int k, int d) {
+            Pack<T, V> x = load_pack<V>(base + item_of(k) * D + d);
+#pragma unroll
+            for (int v = 0; v < V; ++v) x.at[v] *= w.coefficients[k];
+            return x;
+          },
+          [&](int d, T sum) { w.user_grad[d] = sum; });
     });
   } else {
     for_all(D, [&](int64_t d) { w.user_grad[d] = 0; });

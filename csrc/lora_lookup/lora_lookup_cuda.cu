@@ -580,9 +580,7 @@ bool lora_lookup_backward_clients(const LoraLookupArgs& a, DType dtype, int64_t 
       const int64_t sums = kWarp * kSums<A> * int64_t(sizeof(A)), tiles = 2 * plan.tile * row_bytes;
       plan.warp_bytes = round(tiles > sums ? tiles : sums);
       plan.bytes = plan.tiles + kClientWarps * plan.warp_bytes;
-      constexpr int64_t kReserved = 1024;  // of a block, by CUDA
-      if (most < kWarpTileBytes || 4 * (plan.bytes + kReserved) <= device.shared_bytes + kReserved)
-        break;
+      if (most < kWarpTileBytes || plan.bytes <= shared_of_each(device, 4)) break;
     }
     if (plan.bytes > device.shared_bytes) return;
     with_width<T>(

@@ -45,11 +45,7 @@ __global__ void __launch_bounds__(kThreads, FEDPEFT_TWO_OR_THREE)
         for (int i = 0; i < V; ++i) product[u] += to_acc(x[u].at[i]) * to_acc(y[u].at[i]);
       }
     }
-    // As group_sum, all at once.
-    for (int bits = lanes / 2; bits > 0; bits /= 2) {
-#pragma unroll
-      for (int u = 0; u < N; ++u) product[u] += __shfl_xor_sync(kFullMask, product[u], bits);
-    }
+    group_sums(product, lanes);
 #pragma unroll
     for (int u = 0; u < N; ++u) {
       if (n + u < total && lane == 0) static_cast<T*>(a.out)[n + u] = from_acc<T>(product[u]);
