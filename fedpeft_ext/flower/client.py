@@ -4,6 +4,10 @@ A message is a whole visit: the node puts the model together from the settings a
 and the averaged parameters of the message, trains the chosen users with the engine that the settings name,
 keeps their own state and answers with their uploads. The users' data are a file of the node: `data` in the
 SuperNode's --node-config, or in Flower's simulation the file that `prepare` wrote for its partition.
+
+A node whose configuration has `epsilon` (and `delta`, 1e-5 unless given) takes part in runs with
+`privacy.mode=ldp` alone, and trains a user as long as its uploads of the run stay within that. With `ldp` it
+answers `evaluate` with metrics only where its configuration has `evaluate=true`.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ from fedpeft_ext.simulation.communication import setup_message
 from fedpeft_ext.simulation.compression import decode, encode, split
 from fedpeft_ext.simulation.faults import make_faults
 from fedpeft_ext.simulation.local_training import Federation, ParameterRoles
+from fedpeft_ext.simulation.privacy import epsilon, make_clipping, noisy_upload
 from fedpeft_ext.simulation.setup import (
     build_model,
     can_train,
@@ -57,18 +62,22 @@ app = ClientApp()
 RESIDUAL = "residual"
 """In a user's state: what top-k has not sent yet."""
 
+RELEASES = "releases"
+"""In a node's state: how many uploads each user has sent."""
+
 
 @app.query()
 def join(message: Message, context: Context) -> Message:
     """Keep settings and frozen tensors, and tell which users can train."""
-    context.state[SETTINGS] = message.content[SETTINGS]
-    context.state[SETUP] = message.content[SETUP]
+    settings, before = message.content.config_records[SETTINGS], context.state.config_records.get(SETTINGS)
+    _Budget(context).check(_parsed(settings), None if before is None else _parsed(before))
     dataset, users = _data(context)
-    settings = message.content.config_records[SETTINGS]
     if dataset.num_items != settings["num_items"]:
         raise ValueError(
             f"the node's file has {dataset.num_items} items, the server's catalogue {settings['num_items']}"
         )
+    context.state[SETTINGS] = settings
+    context.state[SETUP] = message.content[SETUP]
     able = users[can_train(np.diff(dataset.indptr)[users], dataset.num_items)]
     return _reply(message, {CLIENTS: to_record({"users": torch.from_numpy(able)})})
 
@@ -93,7 +102,7 @@ def train(message: Message, context: Context) -> Message:
                 {
                     "users": sent.clients,
                     "num-examples": sent.weights,
-                    "loss": [losses[client] for client in sent.clients],
+                    "loss": [] if node.local_noise else [losses[client] for client in sent.clients],
                 }
             ),
         },
@@ -105,6 +114,8 @@ def evaluate(message: Message, context: Context) -> Message:
     """Rank the test items of the node's users: means over them, and how many there are."""
     node = _Node(message, context)
     values: dict[str, Any] = {}
+    if node.local_noise and not context.node_config.get("evaluate", False):
+        return _reply(message, {METRICS: MetricRecord(values)})
     if (node.dataset.test_items >= 0).any():
         for prefix, evaluator in evaluators(node.config, node.dataset, node.interactions).items():
             measured = evaluator(node.federation.model, node.federation.store)
@@ -140,14 +151,16 @@ class _Uplink(UploadStage):
         return {name: torch.stack(parts) for name, parts in self._updates.items()}
 
     def __call__(self, uploads: Uploads) -> Iterable[Uploads]:
+        privacy = self._config.privacy
         for c, client in enumerate(uploads.clients.tolist()):
-            self._add(
-                client,
-                {name: uploads.whole(name, c, p.shape) for name, p in self._model.items()},
-                uploads.round,
-            )
+            update = {name: uploads.whole(name, c, p.shape) for name, p in self._model.items()}
+            weight = float(uploads.weights[c])
+            if privacy.mode == "ldp":  # clipping is in the weight
+                update = noisy_upload({name: value * weight for name, value in update.items()}, privacy)
+                weight = 1.0
+            self._add(client, update, uploads.round)
             self.clients.append(client)
-            self.weights.append(float(uploads.weights[c]))
+            self.weights.append(weight)
         return []
 
     def _add(self, client: int, update: Mapping[str, Tensor], round: int) -> None:
@@ -183,7 +196,8 @@ class _Node:
         if SETTINGS not in context.state.config_records:
             raise RuntimeError("this node was not set up (it may have been restarted)")
         self._context = context
-        self.config = Config.from_dict(yaml.safe_load(str(context.state.config_records[SETTINGS]["config"])))
+        self.config = _config(context)
+        self.local_noise = self.config.privacy.mode == "ldp"
         device = torch.device(self.config.device)
         self.dataset, self.users = _data(context)
         self.interactions = _interactions(_path(context), str(device))
@@ -198,12 +212,17 @@ class _Node:
         rows = frozenset(ParameterRoles.of(model).rows)
         residuals = {int(name): tensor for name, tensor in to_tensors(self._context.state, RESIDUAL).items()}
         uplink = _Uplink(self.config, model, residuals)
-        aggregator = Aggregator(averaged(model), rows, stages=[uplink], faults=make_faults(self.config))
+        budget = _Budget(self._context)
+        clients = budget.within(self.config, clients)
+        stages = [*(make_clipping(self.config.privacy) if self.local_noise else []), uplink]
+        aggregator = Aggregator(averaged(model), rows, stages=stages, faults=make_faults(self.config))
         aggregator.begin(number)
         losses = make_engine(self.config, self.federation)[1].train(clients, number, aggregator)
         store.commit(average=False)
+        budget.spend(uplink.clients)
         sent = torch.tensor(uplink.clients, dtype=torch.int64)
-        uplink.starts = {name: store.state[name][sent] for name in model.averaged_start}
+        if self.config.privacy.mode == "none":  # no noise covers these
+            uplink.starts = {name: store.state[name][sent] for name in model.averaged_start}
         own = self._context.state.array_records
         ids = torch.unique(torch.cat([self._own.get("users", sent), sent]))
         kept = {name: values[ids] for name, values in store.state.items()}
@@ -225,6 +244,70 @@ class _Node:
             if store.trained is not None:
                 store.trained[ids] = True
         return store
+
+
+class _Budget:
+    """What a node lets its users give away, by its own configuration, whatever the server asks for."""
+
+    def __init__(self, context: Context) -> None:
+        self._state = context.state
+        given = context.node_config.get("epsilon")
+        self._epsilon = None if given is None else float(given)
+        self._delta = float(context.node_config.get("delta", 1e-5))
+
+    def check(self, config: Config, before: Config | None = None) -> None:
+        """Raise ValueError where the settings do not protect a node that asks for it, or are not those that
+        its users' uploads so far had.
+        """
+        if self._epsilon is None:
+            return
+        if before is not None and before.privacy != config.privacy:
+            raise ValueError("privacy: expected the settings that this run began with, got others")
+        privacy = config.privacy.model_copy(update={"delta": self._delta})
+        reasons = privacy.why_no_guarantee()
+        if privacy.mode != "ldp" or reasons:
+            raise ValueError(
+                f"epsilon: this node takes part with privacy.mode 'ldp' and a guarantee alone, got "
+                f"{privacy.mode!r}{': ' if reasons else ''}{'; '.join(reasons)}"
+            )
+
+    def within(self, config: Config, clients: np.ndarray) -> np.ndarray:
+        """Those of `clients` who may send another upload."""
+        if self._epsilon is None:
+            return clients
+        privacy, releases = config.privacy, self._releases()
+        ratio = privacy.noise_scale / float(privacy.clip or 0.0)
+        able = [
+            epsilon(
+                privacy.mechanism, ratio, releases.get(client, 0) + 1, self._delta, share=1.0, sampling="ldp"
+            )
+            <= self._epsilon
+            for client in clients.tolist()
+        ]
+        return clients[np.array(able, dtype=bool)]
+
+    def spend(self, clients: Iterable[int]) -> None:
+        """Count an upload of each of these users."""
+        if self._epsilon is None:
+            return
+        releases = self._releases()
+        for client in clients:
+            releases[client] = releases.get(client, 0) + 1
+        self._state.array_records[RELEASES] = to_record(
+            {"users": torch.tensor(list(releases)), "count": torch.tensor(list(releases.values()))}
+        )
+
+    def _releases(self) -> dict[int, int]:
+        kept = to_tensors(self._state, RELEASES)
+        return dict(zip(kept["users"].tolist(), kept["count"].tolist(), strict=True)) if kept else {}
+
+
+def _parsed(settings: ConfigRecord) -> Config:
+    return Config.from_dict(yaml.safe_load(str(settings["config"])))
+
+
+def _config(context: Context) -> Config:
+    return _parsed(context.state.config_records[SETTINGS])
 
 
 def _model(config: Config, num_items: int, frozen: Mapping[str, Tensor]) -> Backbone:

@@ -6,7 +6,10 @@
 
 Updates are what `simulation.communication` counts: the change of every averaged parameter, whole, or its
 encoding where `compression.method` asks for one; and beside it the state whose mean newcomers start from
-(`Backbone.averaged_start`).
+(`Backbone.averaged_start`), without privacy.
+
+With `privacy.mode=cdp` the server clips updates and adds noise to their sum. With `ldp` a node does both to
+each user's update, and sends neither losses nor, unless it is told to, metrics.
 """
 
 from __future__ import annotations
@@ -58,7 +61,6 @@ def check_supported(config: Config) -> None:
     for name, value, expected in (
         ("training.warmup_rounds", config.training.warmup_rounds, 0),
         ("training.algorithm", config.training.algorithm, "fedavg"),
-        ("privacy.mode", config.privacy.mode, "none"),
         ("faults.dropout_rate", faults.dropout_rate, simulated.dropout_rate),
         ("faults.corrupt_rate", faults.corrupt_rate, simulated.corrupt_rate),
         ("faults.too_few", faults.too_few, simulated.too_few),

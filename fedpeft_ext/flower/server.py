@@ -2,7 +2,8 @@
 
 The server knows the settings, the catalogue's size and what was pre-trained. It learns which users a node
 has, samples clients as the simulator does, and feeds the same `Aggregator` with the updates that come back.
-A node that fails, or answers too late, loses its clients for the round and no more.
+A node that fails, or answers too late, loses its clients for the round and no more. With privacy, what the
+server draws comes from secret seeds: noise, and with `cdp` the samples of clients, which epsilon counts on.
 """
 
 from __future__ import annotations
@@ -39,13 +40,26 @@ from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.callbacks import Metrics, RoundInfo
 from fedpeft_ext.simulation.client_batch import ClientStore
 from fedpeft_ext.simulation.communication import message as averaged
-from fedpeft_ext.simulation.communication import setup_message, traffic
+from fedpeft_ext.simulation.communication import setup_message
 from fedpeft_ext.simulation.compression import decode
 from fedpeft_ext.simulation.faults import make_faults
 from fedpeft_ext.simulation.local_training import ParameterRoles
 from fedpeft_ext.simulation.output import RunFolder, prepare_folder
+from fedpeft_ext.simulation.privacy import (
+    Ledger,
+    PrivacyReport,
+    check_accountant,
+    make_clipping,
+    make_noise,
+    secret_seed,
+)
 from fedpeft_ext.simulation.randomness import choose_clients
-from fedpeft_ext.simulation.setup import build_model, clients_per_round, needs_pretrained
+from fedpeft_ext.simulation.setup import (
+    build_model,
+    clients_per_round,
+    counted_traffic,
+    needs_pretrained,
+)
 from fedpeft_ext.simulation.simulator import VALID
 
 log = logging.getLogger("fedpeft_ext.flower")
@@ -81,7 +95,11 @@ def main(grid: Grid, context: Context) -> None:
             if folder is not None:
                 folder.add_metrics(line)
         if folder is not None:
-            folder.finish({"rounds": server.rounds_done, **line}, server.state_dict())
+            privacy = None if server.privacy is None else server.privacy.as_dict()
+            folder.finish(
+                {"rounds": server.rounds_done, **line, "privacy": privacy},
+                server.state_dict(),
+            )
     finally:
         if folder is not None:
             folder.close()
@@ -134,14 +152,21 @@ class FlowerServer:
         # Of clients' state the server holds what newcomers start from, and nobody's own.
         self._starts = ClientStore({}, {name: parameters[name] for name in self.model.averaged_start}, 1)
         self._faults = make_faults(config)
+        self._central = config.privacy.mode == "cdp"
+        self._seed = secret_seed() if self._central else config.seed
+        self._noise = make_noise(config.privacy, 0.0, secret_seed()) if self._central else None
         self._aggregator = Aggregator(
             averaged(self.model),
             frozenset(ParameterRoles.of(self.model).rows),
             config.training.server_optimizer,
             config.training.server_lr,
-            faults=self._faults,
+            make_clipping(config.privacy) if self._central else (),
+            self._noise,
+            self._faults,
         )
-        self.traffic = traffic(self.model)
+        check_accountant(config.privacy)
+        self._ledger: Ledger | None = None  # from the first round on, whose clients it is about
+        self.traffic = counted_traffic(config, self.model)
         self._users: dict[int, np.ndarray] = {}  # of each node
         self.rounds_done = self.sent = self.received = 0
 
@@ -230,19 +255,23 @@ class FlowerServer:
         try:
             losses = self._add(answers, number)
             self._aggregator.check_finite()
+            clients = self._aggregator.uploads
         except BaseException:
             self._aggregator.discard()
             self._starts.discard()
             raise
-        enough = self._aggregator.uploads >= max(1, self.config.faults.min_clients)
+        # Whether a round counts may not depend on the clients where that would tell about them.
+        enough = self._central or clients >= max(1, self.config.faults.min_clients)
         if enough:
             self._aggregator.apply()
             self._starts.commit()
         else:
             self._aggregator.discard()
             self._starts.discard()
+        if self._ledger is not None:
+            self._ledger.add_round(chosen, self._share)
         if self._faults is not None:
-            self._faults.counts["dropped"] += len(chosen) - len(losses)
+            self._faults.counts["dropped"] += len(chosen) - clients
             self._faults.counts["skipped"] += not enough
         self.rounds_done = number
         return RoundInfo(
@@ -250,7 +279,7 @@ class FlowerServer:
             rounds=self.config.training.rounds,
             phase="training",
             loss=float(np.mean(losses)) if losses else float("nan"),
-            clients=len(losses),
+            clients=clients,
             seconds=time.perf_counter() - began,
             bytes_down=self.traffic.down,
             bytes_up=self.traffic.up,
@@ -263,10 +292,21 @@ class FlowerServer:
         if len(eligible) == 0:
             raise RuntimeError("no node has a user who can train")
         count = clients_per_round(training.clients_per_round, len(eligible))
-        return choose_clients(eligible, count, training.client_sampling, self.config.seed, number)
+        self._share = count / len(eligible)
+        privacy = self.config.privacy
+        if self._ledger is None and privacy.mode != "none":
+            self._ledger = Ledger(privacy, training.client_sampling, len(eligible), count, 0)
+        if self._noise is not None:
+            self._noise.expected_clients = count
+        return choose_clients(eligible, count, training.client_sampling, self._seed, number)
+
+    @property
+    def privacy(self) -> PrivacyReport | None:
+        """What the rounds so far guarantee; None without privacy, and before the first."""
+        return None if self._ledger is None else self._ledger.report()
 
     def _add(self, answers: Mapping[int, RecordDict], number: int) -> list[float]:
-        """Put uploads into the sums; the losses of their clients."""
+        """Put uploads into the sums; the losses of their clients, which `ldp` keeps from the server."""
         weights = {node: _floats(answer, "num-examples") for node, answer in answers.items()}
         self._aggregator.begin(number, weight=sum(map(sum, weights.values())))
         losses: list[float] = []
@@ -279,7 +319,7 @@ class FlowerServer:
                 updates, torch.tensor(weights[node], dtype=torch.float64), None, clients
             )
             starts = to_tensors(answer, STARTS)
-            if starts:
+            if starts and self.config.privacy.mode == "none":
                 kept = starts if accepted is None else {name: v[accepted] for name, v in starts.items()}
                 self._starts.write(torch.zeros(len(next(iter(kept.values()))), dtype=torch.int64), kept)
             losses += _floats(answer, "loss")
@@ -303,13 +343,14 @@ class FlowerServer:
         return {name: updates[name] for name in self._shapes}
 
     def evaluate(self) -> Metrics:
-        """Metrics over the test items of all connected nodes' users."""
+        """Metrics over the test items of all connected nodes' users; with `ldp` of those that tell them."""
         began = time.perf_counter()
         content = RecordDict(
             {PARAMETERS: to_record(averaged(self.model)), STARTS: to_record(self._starts.starts)}
         )
         answers = self._ask(MessageType.EVALUATE, dict.fromkeys(sorted(self._users), content))
-        values = mean_metrics([dict(answer.metric_records[METRICS]) for answer in answers.values()])
+        told = [dict(answer.metric_records[METRICS]) for answer in answers.values()]
+        values = mean_metrics(told) if any(told) or self.config.privacy.mode != "ldp" else {}
         return Metrics(self.rounds_done, values, time.perf_counter() - began)
 
     def run(self) -> Iterable[dict[str, Any]]:
@@ -319,7 +360,14 @@ class FlowerServer:
         while self.rounds_done < rounds:
             info = self.round()
             if self.rounds_done % every == 0 or self.rounds_done == rounds:
-                yield {"round": info.round, **info.as_dict(), **self.evaluate().values, **self._bytes()}
+                epsilon = {} if self._ledger is None else {"epsilon": self._ledger.report().metric()}
+                yield {
+                    "round": info.round,
+                    **info.as_dict(),
+                    **epsilon,
+                    **self.evaluate().values,
+                    **self._bytes(),
+                }
 
     def _bytes(self) -> dict[str, int]:
         return {"sent_bytes": self.sent, "received_bytes": self.received}

@@ -22,6 +22,7 @@ knows the seed can subtract it: the stated epsilon is that of a deployment whose
 from __future__ import annotations
 
 import math
+import secrets
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -66,13 +67,20 @@ class Clipping(UploadStage):
         return [uploads.replaced(weights=uploads.weights * scale)]
 
 
+def make_clipping(config: PrivacyConfig) -> list[UploadStage]:
+    """The stage that the settings ask for, if they do."""
+    if config.clip is None:
+        return []
+    return [Clipping(config.clip, 2 if config.mechanism == "gaussian" else 1)]
+
+
 class Noise:
     """Draws the noise of a round's sum.
 
     Args:
         mode, mechanism: as in `PrivacyConfig`.
         scale: s, the standard deviation of Gaussian or the parameter b of Laplace noise.
-        expected_clients: the divisor of `cdp`.
+        expected_clients: the divisor of `cdp`; an attribute, for rounds of another size.
         seed: of the noise.
     """
 
@@ -87,7 +95,7 @@ class Noise:
         self._mode = mode
         self._mechanism = mechanism
         self._scale = scale
-        self._expected_clients = expected_clients
+        self.expected_clients = expected_clients
         self._seed = seed
 
     def add_(self, totals: Mapping[str, Tensor], uploads: int, round: int) -> float:
@@ -102,7 +110,27 @@ class Noise:
             for index, total in enumerate(totals.values()):
                 noise = self._scale * draw(total.numel(), summands, self._seed, round, index)
                 total.add_(torch.from_numpy(noise).view(total.shape).to(total.device))
-        return self._expected_clients if self._mode == "cdp" else float(uploads)
+        return self.expected_clients if self._mode == "cdp" else float(uploads)
+
+
+def secret_seed() -> int:
+    """63 bits from the operating system, as many as a seed has, for draws that nobody else may know."""
+    return secrets.randbits(63)
+
+
+def noisy_upload(update: Mapping[str, Tensor], config: PrivacyConfig) -> dict[str, Tensor]:
+    """A client's own upload with the noise of `ldp`, from a secret seed: float64, rounded to its dtype."""
+    noise = Noise("ldp", config.mechanism, config.noise_scale, 1.0, secret_seed())
+    noisy = {name: value.to(torch.float64, copy=True) for name, value in update.items()}
+    noise.add_(noisy, 1, 0)
+    return {name: value.to(update[name].dtype) for name, value in noisy.items()}
+
+
+def make_noise(config: PrivacyConfig, expected_clients: float, seed: int) -> Noise | None:
+    """The noise of a round's sum that the settings ask for, if they do."""
+    if config.mode == "none":
+        return None
+    return Noise(config.mode, config.mechanism, config.noise_scale, expected_clients, seed)
 
 
 def _uniform_pairs(count: int, seed: int, round: int, index: int) -> philox.Float64:
@@ -185,6 +213,10 @@ class PrivacyReport:
             result |= {"epsilon": self.epsilon, "delta": self.delta}
         return result
 
+    def metric(self) -> float | str:
+        """Epsilon for a line of metrics."""
+        return "no guarantee" if self.epsilon is None else self.epsilon
+
 
 class Ledger:
     """Counts what was released and tells its privacy.
@@ -194,7 +226,7 @@ class Ledger:
         sampling: how clients are chosen: a `fixed` number of them, or each on its own (`poisson`).
         population: clients to choose from.
         expected_clients: how many are chosen, on average.
-        num_users: all users, for the count of each one's uploads.
+        num_users: all users, for the count of each one's uploads; more where `add_round` has others.
 
     Attributes:
         rounds: rounds released so far.
@@ -214,22 +246,25 @@ class Ledger:
     ) -> None:
         self._config = config
         self._sampling: Sampling = sampling
-        self._population = population
-        self._expected_clients = expected_clients
+        self._share = expected_clients / population
         self.rounds = 0
         self.participations = np.zeros(num_users, dtype=np.int64)
-        if not config.why_no_guarantee():
-            _accounting()  # to fail now rather than after the first round
-            if config.delta >= 1.0 / population:
-                warnings.warn(
-                    f"privacy.delta: expected it well below 1 / {population:,}, one over the clients, "
-                    f"got {config.delta:g}, at which publishing one client's data would count as private",
-                    stacklevel=2,
-                )
+        check_accountant(config)  # to fail now rather than after the first round
+        if not config.why_no_guarantee() and config.delta >= 1.0 / population:
+            warnings.warn(
+                f"privacy.delta: expected it well below 1 / {population:,}, one over the clients, "
+                f"got {config.delta:g}, at which publishing one client's data would count as private",
+                stacklevel=2,
+            )
 
-    def add_round(self, clients: np.ndarray) -> None:
-        """A round with these clients (user ids) was released."""
+    def add_round(self, clients: np.ndarray, share: float = 0.0) -> None:
+        """A round with these clients (user ids) was released, chosen from all with probability `share` where
+        that is more than before.
+        """
         self.rounds += 1
+        self._share = max(self._share, share)
+        new = int(clients.max(initial=-1)) + 1 - len(self.participations)
+        self.participations = np.pad(self.participations, (0, max(new, 0)))
         self.participations[clients] += 1
 
     def state_dict(self, ranks: Ranks | None = None) -> State:
@@ -249,7 +284,7 @@ class Ledger:
         value = None
         if not reasons:
             multiplier = config.noise_scale / float(config.clip or 0.0)
-            share = 1.0 if local else self._expected_clients / self._population
+            share = 1.0 if local else self._share
             value = epsilon(
                 config.mechanism,
                 multiplier,
@@ -342,6 +377,12 @@ def epsilon(
         if value >= _SMALL_EPSILON:
             break
     return min(value, pure * releases) if mechanism == "laplace" else value
+
+
+def check_accountant(config: PrivacyConfig) -> None:
+    """Raise ImportError where the accountant is needed and not installed."""
+    if not config.why_no_guarantee():
+        _accounting()
 
 
 def _accounting() -> Any:

@@ -4,6 +4,8 @@ and its clients on machines of their own (`fedpeft_ext.flower`).
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from fedpeft_ext.data import Dataset
 from fedpeft_ext.nn import build_embedding, parse_spec
 from fedpeft_ext.pretrain import Pretrained, pretrain
 from fedpeft_ext.simulation.batched import BatchedEngine
+from fedpeft_ext.simulation.communication import Traffic, message, num_bytes, traffic
+from fedpeft_ext.simulation.compression import encode
 from fedpeft_ext.simulation.fused import FusedEngine, why_not
 from fedpeft_ext.simulation.local_training import Engine, Federation, LocalSettings
 from fedpeft_ext.simulation.sequential import SequentialEngine
@@ -153,3 +157,20 @@ def clients_per_round(setting: float, eligible: int) -> int:
             )
         return setting
     return max(1, round(setting * eligible))
+
+
+def counted_traffic(config: Config, model: Backbone) -> Traffic:
+    """Bytes of a client with these settings: encoded uploads, and what goes beside the parameters."""
+    counted = traffic(
+        model,
+        starts_averaged=config.privacy.mode == "none",
+        control_variates=config.training.algorithm == "scaffold",
+    )
+    method = config.compression.method
+    if method == "none":
+        return counted
+    # An encoding's length is the same whatever the values are.
+    saved = num_bytes(message(model).values()) - len(
+        encode(message(model), method, share=config.compression.top_k)
+    )
+    return dataclasses.replace(counted, up=counted.up - saved)

@@ -28,8 +28,8 @@ from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.callbacks import Callback, Metrics, RoundInfo
 from fedpeft_ext.simulation.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions, initial_states
-from fedpeft_ext.simulation.communication import Traffic, message, num_bytes, setup_message, traffic
-from fedpeft_ext.simulation.compression import encode, make_stage
+from fedpeft_ext.simulation.communication import Traffic, message, setup_message
+from fedpeft_ext.simulation.compression import make_stage
 from fedpeft_ext.simulation.distributed import Ranks, pretrained_everywhere, rank_device, train_round
 from fedpeft_ext.simulation.evaluation import Evaluator
 from fedpeft_ext.simulation.faults import make_faults
@@ -50,12 +50,13 @@ from fedpeft_ext.simulation.output import (
     prepare_folder,
     saved_metrics,
 )
-from fedpeft_ext.simulation.privacy import Clipping, Ledger, Noise, PrivacyReport
+from fedpeft_ext.simulation.privacy import Ledger, PrivacyReport, make_clipping, make_noise
 from fedpeft_ext.simulation.randomness import choose_clients
 from fedpeft_ext.simulation.scaffold import ControlVariates, check_memory
 from fedpeft_ext.simulation.setup import (
     build_model,
     clients_per_round,
+    counted_traffic,
     eligible_clients,
     local_settings,
     make_engine,
@@ -385,19 +386,12 @@ class Simulator:
             training.server_optimizer,
             server_lr,
             self._upload_stages(model),
-            self._noise(),
+            make_noise(config.privacy, self._per_round, config.seed),
             self._faults,
             variates,
         )
         self._whole_round = self._rounds_in_one_call()
-        self._traffic = traffic(
-            model, starts_averaged=config.privacy.mode == "none", control_variates=variates is not None
-        )
-        compression = config.compression
-        if compression.method != "none":  # its length is the same whatever the values are
-            encoded = encode(message(model), compression.method, share=compression.top_k)
-            saved = num_bytes(message(model).values()) - len(encoded)
-            self._traffic = dataclasses.replace(self._traffic, up=self._traffic.up - saved)
+        self._traffic = counted_traffic(config, model)
 
     def _rounds_in_one_call(self) -> Callable[[int], np.ndarray] | None:
         """`FusedEngine.whole_rounds`, where nothing of this run asks for the parts of a round."""
@@ -429,15 +423,7 @@ class Simulator:
             stages.append(
                 make_stage(compression.method, message(model), share=compression.top_k, seed=self.config.seed)
             )
-        if privacy.clip is not None:
-            stages.append(Clipping(privacy.clip, 2 if privacy.mechanism == "gaussian" else 1))
-        return stages
-
-    def _noise(self) -> Noise | None:
-        privacy = self.config.privacy
-        if privacy.mode == "none":
-            return None
-        return Noise(privacy.mode, privacy.mechanism, privacy.noise_scale, self._per_round, self.config.seed)
+        return [*stages, *make_clipping(privacy)]
 
     @property
     def privacy(self) -> PrivacyReport | None:
@@ -638,8 +624,7 @@ class Simulator:
         if folder is not None:
             record = {} if info is None else info.as_dict()
             if self._ledger is not None:
-                report = self._ledger.report()
-                record["epsilon"] = "no guarantee" if report.epsilon is None else report.epsilon
+                record["epsilon"] = self._ledger.report().metric()
             if self._faults is not None:
                 record["excluded_clients"] = self.dataset.num_users - len(self._eligible)
             folder.add_metrics(
