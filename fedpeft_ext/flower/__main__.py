@@ -19,9 +19,13 @@ def main(
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
 ) -> None:
     """Pre-train on the server, and write its file and one for the users of each node."""
-    settings = load_config(config, set_ or ())
-    dataset = load_dataset(settings.dataset.name, **settings.dataset.options)
-    prepare(settings, dataset, folder, nodes)
+    try:
+        settings = load_config(config, set_ or ())
+        dataset = load_dataset(settings.dataset.name, **settings.dataset.options)
+        prepare(settings, dataset, folder, nodes)
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
     typer.echo(f"{folder}: settings, the server's file and {nodes} nodes' files")
 
 

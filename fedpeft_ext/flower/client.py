@@ -76,6 +76,8 @@ def join(message: Message, context: Context) -> Message:
         raise ValueError(
             f"the node's file has {dataset.num_items} items, the server's catalogue {settings['num_items']}"
         )
+    if before is not None and before["phase"] != settings["phase"]:  # of other parameters
+        context.state[RESIDUAL] = to_record({})
     context.state[SETTINGS] = settings
     context.state[SETUP] = message.content[SETUP]
     able = users[can_train(np.diff(dataset.indptr)[users], dataset.num_items)]
@@ -201,10 +203,13 @@ class _Node:
         device = torch.device(self.config.device)
         self.dataset, self.users = _data(context)
         self.interactions = _interactions(_path(context), str(device))
-        model = _model(self.config, self.dataset.num_items, to_tensors(context.state, SETUP)).to(device)
+        warmup = context.state.config_records[SETTINGS]["phase"] == "warm-up"
+        frozen = to_tensors(context.state, SETUP)
+        model = _model(self.config, self.dataset.num_items, frozen, warmup).to(device)
         model.load_state_dict(to_tensors(message.content, PARAMETERS), strict=False)
         store = self._store(model, to_tensors(message.content, STARTS))
-        self.federation = Federation(model, store, self.interactions, local_settings(self.config, model))
+        settings = local_settings(self.config, model, warmup=warmup)
+        self.federation = Federation(model, store, self.interactions, settings)
 
     def train(self, clients: np.ndarray, number: int) -> tuple[_Uplink, dict[int, float]]:
         """Train `clients`, sorted by (size, id), and keep the state of those whose update is accepted."""
@@ -284,7 +289,8 @@ class _Budget:
             <= self._epsilon
             for client in clients.tolist()
         ]
-        return clients[np.array(able, dtype=bool)]
+        allowed: np.ndarray = clients[np.array(able, dtype=bool)]
+        return allowed
 
     def spend(self, clients: Iterable[int]) -> None:
         """Count an upload of each of these users."""
@@ -310,14 +316,14 @@ def _config(context: Context) -> Config:
     return _parsed(context.state.config_records[SETTINGS])
 
 
-def _model(config: Config, num_items: int, frozen: Mapping[str, Tensor]) -> Backbone:
+def _model(config: Config, num_items: int, frozen: Mapping[str, Tensor], warmup: bool) -> Backbone:
     """The model with the frozen tensors that the server sent."""
     dtype, dim = getattr(torch, config.dtype), config.backbone.dim
     # Placeholders of the right shapes; the values come with the frozen tensors, or with each message.
     base = torch.zeros(num_items, dim, dtype=dtype) if needs_pretrained(config.embedding.name) else None
     codes = next((value for name, value in frozen.items() if name.endswith("codes")), None)
     codebooks = torch.zeros(config.embedding.levels, config.embedding.codebook_size, dim, dtype=dtype)
-    model = build_model(config, num_items, base=base, codes=codes, codebooks=codebooks)
+    model = build_model(config, num_items, base=base, codes=codes, codebooks=codebooks, warmup=warmup)
     expected = set(setup_message(model))
     if set(frozen) != expected:
         raise ValueError(f"setup: expected {sorted(expected)}, got {sorted(frozen)}")

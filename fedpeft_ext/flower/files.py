@@ -13,7 +13,7 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedpeft_ext.config import Config, load_config
+from fedpeft_ext.config import Config, FaultsConfig, load_config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation.setup import needs_pretrained, prepare_items
@@ -42,7 +42,11 @@ def prepare(
         folder: made if it is not there; files in it are replaced.
         num_nodes: 1 to the number of users.
         pretrained: what `pretrain` gives; None prepares what the embedding needs.
+
+    Raises:
+        ValueError: the settings are for a simulation alone (`check_supported`).
     """
+    check_supported(config)
     if not 1 <= num_nodes <= dataset.num_users:
         raise ValueError(
             f"num_nodes: expected 1 to {dataset.num_users}, the number of users, got {num_nodes}"
@@ -135,3 +139,17 @@ def _read(path: str | Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file: {error}") from None
+
+
+def check_supported(config: Config) -> None:
+    """Raise ValueError naming the first setting that only a simulation has."""
+    faults = config.faults
+    simulated = FaultsConfig()
+    for name, value, expected in (
+        ("training.algorithm", config.training.algorithm, "fedavg"),
+        ("faults.dropout_rate", faults.dropout_rate, simulated.dropout_rate),
+        ("faults.corrupt_rate", faults.corrupt_rate, simulated.corrupt_rate),
+        ("faults.too_few", faults.too_few, simulated.too_few),
+    ):
+        if value != expected:
+            raise ValueError(f"{name}: expected {expected!r} with Flower, got {value!r}")

@@ -1,11 +1,12 @@
-"""What server and nodes tell each other, and which settings Flower runs.
+"""What server and nodes tell each other.
 
-    query     settings, number of items, frozen tensors          ->  the node's users that can train
+    query     settings, phase, number of items, frozen tensors   ->  the node's users that can train
     train     averaged parameters, round, chosen users           ->  their updates, losses and weights
     evaluate  averaged parameters                                ->  metrics, and of how many users
 
-Updates are what `simulation.communication` counts: the change of every averaged parameter, whole, or its
-encoding where `compression.method` asks for one; and beside it the state whose mean newcomers start from
+Nodes are queried when they join, and all of them when warm-up ends. Updates are what
+`simulation.communication` counts: the change of every averaged parameter, whole, or its encoding where
+`compression.method` asks for one; and beside it the state whose mean newcomers start from
 (`Backbone.averaged_start`), without privacy.
 
 With `privacy.mode=cdp` the server clips updates and adds noise to their sum. With `ldp` a node does both to
@@ -19,8 +20,6 @@ from collections.abc import Mapping
 import torch
 from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
-
-from fedpeft_ext.config import Config, FaultsConfig
 
 PARAMETERS, STARTS, SETUP, UPDATES, CLIENTS, SETTINGS, METRICS = (
     "parameters",
@@ -52,18 +51,3 @@ def payload_bytes(content: RecordDict) -> int:
 def encoded(data: bytes) -> Tensor:
     """Bytes as uint8 [n]."""
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-def check_supported(config: Config) -> None:
-    """Raise ValueError naming the first setting that only a simulation has."""
-    faults = config.faults
-    simulated = FaultsConfig()
-    for name, value, expected in (
-        ("training.warmup_rounds", config.training.warmup_rounds, 0),
-        ("training.algorithm", config.training.algorithm, "fedavg"),
-        ("faults.dropout_rate", faults.dropout_rate, simulated.dropout_rate),
-        ("faults.corrupt_rate", faults.corrupt_rate, simulated.corrupt_rate),
-        ("faults.too_few", faults.too_few, simulated.too_few),
-    ):
-        if value != expected:
-            raise ValueError(f"{name}: expected {expected!r} with Flower, got {value!r}")

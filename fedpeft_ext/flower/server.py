@@ -8,6 +8,7 @@ server draws comes from secret seeds: noise, and with `cdp` the samples of clien
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -20,8 +21,9 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
+from fedpeft_ext.backbones import Backbone
 from fedpeft_ext.config import Config
-from fedpeft_ext.flower.files import read_server
+from fedpeft_ext.flower.files import check_supported, read_server
 from fedpeft_ext.flower.protocol import (
     CLIENTS,
     METRICS,
@@ -30,7 +32,6 @@ from fedpeft_ext.flower.protocol import (
     SETUP,
     STARTS,
     UPDATES,
-    check_supported,
     payload_bytes,
     to_record,
     to_tensors,
@@ -56,9 +57,12 @@ from fedpeft_ext.simulation.privacy import (
 from fedpeft_ext.simulation.randomness import choose_clients
 from fedpeft_ext.simulation.setup import (
     build_model,
+    carry_over,
     clients_per_round,
     counted_traffic,
     needs_pretrained,
+    server_lr,
+    warmup_rounds,
 )
 from fedpeft_ext.simulation.simulator import VALID
 
@@ -132,7 +136,6 @@ class FlowerServer:
         timeout: float = 3600.0,
     ) -> None:
         check_supported(config)
-        dtype = getattr(torch, config.dtype)
         if pretrained is None and needs_pretrained(config.embedding.name):
             raise ValueError(
                 f"pretrained: expected embeddings, which {config.embedding.name} needs, got None"
@@ -140,35 +143,54 @@ class FlowerServer:
         self.config = config
         self._grid, self._num_items = grid, num_items
         self._min_nodes, self._timeout = min_nodes, timeout
-        self.model = build_model(
-            config,
-            num_items,
-            base=None if pretrained is None else pretrained.full.to(dtype),
-            codes=None if pretrained is None else pretrained.codes,
-            codebooks=None if pretrained is None else pretrained.codebooks,
-        )
-        self._shapes = {name: tensor.shape for name, tensor in averaged(self.model).items()}
-        parameters = dict(self.model.named_parameters())
-        # Of clients' state the server holds what newcomers start from, and nobody's own.
-        self._starts = ClientStore({}, {name: parameters[name] for name in self.model.averaged_start}, 1)
+        self._pretrained = pretrained
+        self._warmup_rounds = warmup_rounds(config)
         self._faults = make_faults(config)
         self._central = config.privacy.mode == "cdp"
         self._seed = secret_seed() if self._central else config.seed
         self._noise = make_noise(config.privacy, 0.0, secret_seed()) if self._central else None
+        check_accountant(config.privacy)
+        self._ledger: Ledger | None = None  # from the first round on, whose clients it is about
+        self.rounds_done = self.sent = self.received = 0
+        self.model = self._begin_phase(None)
+        parameters = dict(self.model.named_parameters())
+        # Of clients' state the server holds what newcomers start from, and nobody's own.
+        self._starts = ClientStore({}, {name: parameters[name] for name in self.model.averaged_start}, 1)
+
+    @property
+    def phase(self) -> str:
+        """ "warm-up" or "training", of the next round."""
+        return "warm-up" if self.rounds_done < self._warmup_rounds else "training"
+
+    def _begin_phase(self, before: Backbone | None) -> Backbone:
+        """The model of the phase of the next round, with what the one before trained besides the item
+        embedding; aggregation for it. Nodes are to be set up anew.
+        """
+        config, pretrained, warmup = self.config, self._pretrained, self.phase == "warm-up"
+        dtype = getattr(torch, config.dtype)
+        model = build_model(
+            config,
+            self._num_items,
+            base=None if pretrained is None else pretrained.full.to(dtype),
+            codes=None if pretrained is None else pretrained.codes,
+            codebooks=None if pretrained is None else pretrained.codebooks,
+            warmup=warmup,
+        )
+        if before is not None:
+            carry_over(before, model)
+        self._shapes = {name: tensor.shape for name, tensor in averaged(model).items()}
         self._aggregator = Aggregator(
-            averaged(self.model),
-            frozenset(ParameterRoles.of(self.model).rows),
+            averaged(model),
+            frozenset(ParameterRoles.of(model).rows),
             config.training.server_optimizer,
-            config.training.server_lr,
+            server_lr(config, warmup=warmup),
             make_clipping(config.privacy) if self._central else (),
             self._noise,
             self._faults,
         )
-        check_accountant(config.privacy)
-        self._ledger: Ledger | None = None  # from the first round on, whose clients it is about
-        self.traffic = counted_traffic(config, self.model)
+        self.traffic = counted_traffic(config, model)
         self._users: dict[int, np.ndarray] = {}  # of each node
-        self.rounds_done = self.sent = self.received = 0
+        return model
 
     # ---- nodes
 
@@ -194,7 +216,9 @@ class FlowerServer:
         """Set up nodes that are new, and forget those that left."""
         present = set(self._grid.get_node_ids())
         self._users = {node: users for node, users in self._users.items() if node in present}
-        settings = ConfigRecord({"config": self.config.to_yaml(), "num_items": self._num_items})
+        settings = ConfigRecord(
+            {"config": self.config.to_yaml(), "num_items": self._num_items, "phase": self.phase}
+        )
         content = RecordDict({SETTINGS: settings, SETUP: to_record(setup_message(self.model))})
         new = dict.fromkeys(sorted(present - set(self._users)), content)
         for node, reply in self._ask(MessageType.QUERY, new).items():
@@ -235,7 +259,7 @@ class FlowerServer:
             RuntimeError: no node has a user who can train. FloatingPointError: the sum of updates is NaN or
                 infinite (the parameters are those of the round before). ValueError: a malformed update.
         """
-        began, number = time.perf_counter(), self.rounds_done + 1
+        began, number, phase, counted = time.perf_counter(), self.rounds_done + 1, self.phase, self.traffic
         self._meet()
         chosen = self._sample(number)
         parameters = to_record(averaged(self.model))
@@ -274,15 +298,20 @@ class FlowerServer:
             self._faults.counts["dropped"] += len(chosen) - clients
             self._faults.counts["skipped"] += not enough
         self.rounds_done = number
+        if phase == "warm-up" and self.phase == "training":
+            full = self.model.item_embedding.full_embedding().detach()
+            self._pretrained = dataclasses.replace(self._pretrained or Pretrained(full), full=full)
+            self.model = self._begin_phase(self.model)
+            self._meet()
         return RoundInfo(
             round=number,
             rounds=self.config.training.rounds,
-            phase="training",
+            phase=phase,
             loss=float(np.mean(losses)) if losses else float("nan"),
             clients=clients,
             seconds=time.perf_counter() - began,
-            bytes_down=self.traffic.down,
-            bytes_up=self.traffic.up,
+            bytes_down=counted.down,
+            bytes_up=counted.up,
             faults=None if self._faults is None else dict(self._faults.counts),
         )
 

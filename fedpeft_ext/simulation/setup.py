@@ -119,6 +119,21 @@ def local_settings(config: Config, model: Backbone, *, warmup: bool = False) -> 
     )
 
 
+def server_lr(config: Config, *, warmup: bool = False) -> float | None:
+    """The server's learning rate; warm-up rounds, which train other parameters, may have one of their own."""
+    training = config.training
+    return (training.warmup_server_lr if warmup else None) or training.server_lr
+
+
+@torch.no_grad()
+def carry_over(before: Backbone, model: Backbone) -> None:
+    """Give `model` what warm-up trained in `before`, less the item embedding and what is a client's own."""
+    trained = dict(before.named_parameters())
+    for name, parameter in model.named_parameters():
+        if not name.startswith("item_embedding.") and name not in model.local_parameters:
+            parameter.copy_(trained[name])
+
+
 def make_engine(config: Config, federation: Federation) -> tuple[str, Engine]:
     """The engine that the settings ask for, under its own name."""
     name, chunk_bytes = config.engine, config.chunk_memory_mb * 2**20

@@ -55,6 +55,7 @@ from fedpeft_ext.simulation.randomness import choose_clients
 from fedpeft_ext.simulation.scaffold import ControlVariates, check_memory
 from fedpeft_ext.simulation.setup import (
     build_model,
+    carry_over,
     clients_per_round,
     counted_traffic,
     eligible_clients,
@@ -62,6 +63,7 @@ from fedpeft_ext.simulation.setup import (
     make_engine,
     needs_pretrained,
     prepare_items,
+    server_lr,
     warmup_rounds,
 )
 from fedpeft_ext.simulation.state import State, Stateful, below, copy_into, prefixed
@@ -367,16 +369,10 @@ class Simulator:
                 {name: parameters[name] for name in model.averaged_start},
                 users,
             )
-        else:  # after warm-up: what it trained besides the item embedding goes on
-            before = dict(self._federation.model.named_parameters())
-            for name, parameter in model.named_parameters():
-                if not name.startswith("item_embedding.") and name not in model.local_parameters:
-                    parameter.data.copy_(before[name].data)
-        training = config.training
-        server_lr = training.server_lr
-        if self.phase == "warm-up":  # which trains other parameters, and may want other steps
-            server_lr = training.warmup_server_lr or server_lr
-        settings = local_settings(config, model, warmup=self.phase == "warm-up")
+        else:
+            carry_over(self._federation.model, model)
+        training, warmup = config.training, self.phase == "warm-up"
+        settings = local_settings(config, model, warmup=warmup)
         variates = self._control_variates(model, settings) if training.algorithm == "scaffold" else None
         self._federation = Federation(model, self._store, self._interactions, settings, variates)
         self._engine_name, self._engine = make_engine(config, self._federation)
@@ -384,7 +380,7 @@ class Simulator:
             message(model),
             frozenset(ParameterRoles.of(model).rows),
             training.server_optimizer,
-            server_lr,
+            server_lr(config, warmup=warmup),
             self._upload_stages(model),
             make_noise(config.privacy, self._per_round, config.seed),
             self._faults,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 
 pytest.importorskip(
     "flwr", reason="flwr is not installed here; `make test-flower` makes an environment with it"
@@ -22,6 +23,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.flower import client, prepare, read_node, read_server
+from fedpeft_ext.flower.__main__ import main
 from fedpeft_ext.flower.files import node_file, write_node
 from fedpeft_ext.flower.server import FlowerServer
 from fedpeft_ext.pretrain import Pretrained
@@ -165,6 +167,14 @@ def simulated(config: Config, dataset: Dataset, pretrained: Pretrained) -> Simul
         {"embedding.name": "p-rq", "backbone.name": "fedncf", "training.server_optimizer": "adam"},
         {"embedding.name": "p-lora", "backbone.name": "pfedrec", "training.weighting": "uniform"},
         {"embedding.name": "full", "faults.reject": True, "faults.max_norm": 0.9},
+        {"embedding.name": "p-lora", "training.warmup_rounds": 1, "training.warmup_server_lr": 0.7},
+        {
+            "embedding.name": "p-rq",
+            "backbone.name": "pfedrec",
+            "training.warmup_rounds": 2,
+            "training.warmup_lr": 0.02,
+            "compression.method": "top-k",
+        },
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -230,16 +240,21 @@ def test_a_node_that_does_not_answer_loses_its_clients_for_the_round(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"),
+    "changes",
     [
-        ("training.warmup_rounds", 1),
-        ("faults.dropout_rate", 0.5),
-        ("faults.too_few", "repeat"),
+        {"training.algorithm": "scaffold", "training.optimizer": "sgd"},
+        {"faults.dropout_rate": 0.5},
+        {"faults.too_few": "repeat"},
     ],
+    ids=str,
 )
-def test_refuses_what_only_a_simulation_has(setting: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"{setting}: expected"):
-        FlowerServer(InProcess(Path(), 0), make_config(**{setting: value}), ITEMS)
+def test_refuses_what_only_a_simulation_has(changes: dict[str, Any], tmp_path: Path) -> None:
+    config, setting = make_config(**changes), next(iter(changes))
+    with pytest.raises(ValueError, match=rf"{setting}: expected .* with Flower"):
+        FlowerServer(InProcess(Path(), 0), config, ITEMS)
+    with pytest.raises(ValueError, match=rf"{setting}: expected .* with Flower"):
+        prepare(config, make_dataset(), tmp_path / "prepared", 2, pretrained=make_pretrained())
+    assert not (tmp_path / "prepared").exists()
 
 
 PRIVATE = {
@@ -376,6 +391,21 @@ def test_a_node_with_a_budget_refuses_what_does_not_protect_it(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         run_privately(tmp_path, node_config={"epsilon": 4.0}, **changes)
+
+
+def test_writes_its_files_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, settings = tmp_path / "prepared", ["dataset.name=synthetic", "embedding.name=c-lora"]
+    main(folder, nodes=3, set_=settings)
+    assert sorted(path.name for path in folder.iterdir())[1:] == [
+        "node-00000.safetensors",
+        "node-00001.safetensors",
+        "node-00002.safetensors",
+        "server.safetensors",
+    ]
+    with pytest.raises(typer.Exit) as ended:
+        main(folder, nodes=0, set_=settings)
+    assert ended.value.exit_code == 2
+    assert "error: num_nodes: expected 1 to" in capsys.readouterr().err
 
 
 def test_node_files_hold_their_own_users_alone(tmp_path: Path) -> None:

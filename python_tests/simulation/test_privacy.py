@@ -321,6 +321,17 @@ def test_a_delta_of_one_over_the_clients_is_warned_of() -> None:
         Ledger(settings, "poisson", 10, 1.0, 10)
 
 
+def test_the_ledger_follows_a_population_that_changes() -> None:
+    """The largest share of clients that a round took, and users that nobody knew of at first."""
+    settings = PrivacyConfig(mode="cdp", clip=1.0, noise_multiplier=1.0)
+    ledger = Ledger(settings, "poisson", 100, 10.0, 0)
+    for share in (0.1, 0.2, 0.05):
+        ledger.add_round(np.array([3, 7]), share)
+    ledger.add_round(np.array([], dtype=np.int64))
+    assert ledger.participations.tolist() == [0, 0, 0, 3, 0, 0, 0, 3]
+    assert ledger.report().epsilon == epsilon("gaussian", 1.0, 4, 1e-5, 0.2, "poisson")
+
+
 def test_sampling_never_makes_epsilon_larger() -> None:
     """The bound of fixed samples exceeds what holds without sampling where there is little noise."""
     unsampled = epsilon("gaussian", 0.5, 60, 1e-5, 1.0, "fixed")
