@@ -167,7 +167,12 @@ def simulated(config: Config, dataset: Dataset, pretrained: Pretrained) -> Simul
         {"embedding.name": "p-rq", "backbone.name": "fedncf", "training.server_optimizer": "adam"},
         {"embedding.name": "p-lora", "backbone.name": "pfedrec", "training.weighting": "uniform"},
         {"embedding.name": "full", "faults.reject": True, "faults.max_norm": 0.9},
-        {"embedding.name": "p-lora", "training.warmup_rounds": 1, "training.warmup_server_lr": 0.7},
+        {
+            "embedding.name": "p-lora",
+            "backbone.name": "fedncf",
+            "training.warmup_rounds": 1,
+            "training.warmup_server_lr": 0.7,
+        },
         {
             "embedding.name": "p-rq",
             "backbone.name": "pfedrec",
@@ -324,6 +329,7 @@ def test_central_noise_and_samples_are_secret(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("mechanism", "deviation"), [("gaussian", 1.0), ("laplace", 2**0.5)])
 def test_local_noise_is_on_what_leaves_the_node(mechanism: str, deviation: float, tmp_path: Path) -> None:
     changes = {
+        "backbone.name": "pfedrec",  # whose clients send what newcomers start from
         "privacy.mode": "ldp",
         "privacy.mechanism": mechanism,
         "privacy.noise_multiplier": 100.0,
