@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedpeft_ext.config import Config
+from fedpeft_ext.data import Dataset, load_dataset
 from fedpeft_ext.simulation.checkpoint import delete_checkpoints, has_checkpoint
 from fedpeft_ext.simulation.files import append, remove_part, replace_bytes, replace_file, replace_text
 
@@ -29,6 +30,16 @@ CONFIG, METRICS, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "summary.json"
 CSV, TENSORBOARD = "metrics.csv", "tensorboard"
 FILES = (CONFIG, METRICS, SUMMARY, MODEL, CSV)
 """Beside TensorBoard's events and the checkpoints."""
+
+
+def dataset_of_run(config: Config, folder: Path) -> Dataset:
+    """The data set of the settings of the run in `folder`; raises what `load_dataset` raises."""
+    try:
+        return load_dataset(config.dataset.name, **config.dataset.options)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"dataset: {error} (seen from {Path.cwd()}); {folder / CONFIG} names the data and may be edited"
+        ) from error
 
 
 def prepare_folder(folder: str | Path, overwrite: bool = False, *, clear: bool = True) -> Path:

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from fedpeft_ext.backbones import Backbone, ClientContext
 from fedpeft_ext.config import Config, load_config
-from fedpeft_ext.data import Dataset, load_dataset
+from fedpeft_ext.data import Dataset
 from fedpeft_ext.nn import FullEmbedding, Items
 from fedpeft_ext.simulation.checkpoint import check_no_runs_inside, has_checkpoint, load_checkpoint
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
 from fedpeft_ext.simulation.evaluation import evaluation_mode, refuse_nan, scoring_inputs, users_at_once
-from fedpeft_ext.simulation.output import CONFIG, MODEL, SUMMARY
+from fedpeft_ext.simulation.output import CONFIG, MODEL, SUMMARY, dataset_of_run
 from fedpeft_ext.simulation.setup import build_model, warmup_rounds
 from fedpeft_ext.simulation.state import below, copy_into
 
@@ -225,7 +225,7 @@ def load_run(
         raise FileNotFoundError(f"run: expected a finished run, or a checkpoint of one, in {folder}")
     config = saved.config
     if dataset is None:
-        dataset = load_dataset(config.dataset.name, **config.dataset.options)
+        dataset = dataset_of_run(config, folder)
     if saved.digest not in ("", dataset.digest):
         raise ValueError(
             f"dataset: the run in {folder} was trained on other data than {dataset.name!r} "
@@ -271,8 +271,11 @@ def _unfinished(folder: Path) -> _Saved:
     store.load_state_dict(below("clients", saved.state))
     everyone = range(len(next(iter(store.state.values()), ())))
     server = below("model", saved.state) | below("model", saved.constants)
+    config = Config.from_dict(saved.header["config"])
+    if (folder / CONFIG).exists():  # where the data are now
+        config = config.model_copy(update={"dataset": load_config(folder / CONFIG).dataset})
     return _Saved(
-        Config.from_dict(saved.header["config"]),
+        config,
         saved.round,
         saved.header["dataset"],
         server,

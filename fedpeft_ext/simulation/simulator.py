@@ -21,7 +21,7 @@ from torch import Tensor
 from fedpeft_ext import _C
 from fedpeft_ext.backbones import Backbone
 from fedpeft_ext.config import Config, ConfigError, load_config
-from fedpeft_ext.data import Dataset, load_dataset
+from fedpeft_ext.data import Dataset
 from fedpeft_ext.nn import parse_spec
 from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation.aggregation import Aggregator
@@ -46,6 +46,7 @@ from fedpeft_ext.simulation.output import (
     TENSORBOARD,
     RunFolder,
     clear_folder,
+    dataset_of_run,
     flat,
     prepare_folder,
     saved_metrics,
@@ -282,7 +283,7 @@ class Simulator:
                 f"{config.training.rounds}"
             )
         if dataset is None:
-            dataset = load_dataset(config.dataset.name, **config.dataset.options)
+            dataset = dataset_of_run(config, folder)
         if dataset.digest != saved.header["dataset"]:
             raise ValueError(
                 f"dataset: {saved.path} was saved by a run on other data than {dataset.name!r} "
@@ -743,8 +744,10 @@ class Simulator:
         )
 
 
-ADJUSTABLE = ("training.rounds", "threads", "chunk_memory_mb", "checkpoint", "log")
-"""Settings, or sections, that a run may go on with other values of."""
+ADJUSTABLE = ("training.rounds", "threads", "chunk_memory_mb", "checkpoint", "log", "dataset")
+"""Settings, or sections, that a run may go on with other values of. `dataset` tells where the data are; that
+they are the same is checked by their digest.
+"""
 
 
 def _resumed_config(folder: Path, saved: Checkpoint) -> Config:

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+import yaml
 from killed_run import StopAfter, go_on, one_of_two, prepared
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -29,8 +30,17 @@ from small_federation import make_dataset, small_config
 
 from fedpeft_ext.cli import _run_until_signal, _Stopped
 from fedpeft_ext.config import CheckpointConfig, Config
-from fedpeft_ext.data import Dataset
-from fedpeft_ext.simulation import Callback, Interrupted, RoundInfo, Simulator, checkpoint, files, output
+from fedpeft_ext.data import Dataset, save_dataset
+from fedpeft_ext.simulation import (
+    Callback,
+    Interrupted,
+    RoundInfo,
+    Simulator,
+    checkpoint,
+    files,
+    load_run,
+    output,
+)
 from fedpeft_ext.simulation.checkpoint import CheckpointFolder, has_checkpoint
 
 TIMED = ("seconds", "training_seconds", "clients_per_second")
@@ -435,7 +445,7 @@ def refused(folder: Path, error: type[Exception], message: str, **options: Any) 
     """`resume` fails with one sentence and leaves every file as it is."""
     before = content(folder) if folder.is_dir() else {}
     with pytest.raises(error, match=message) as raised:
-        Simulator.resume(folder, options.pop("dataset", None) or make_dataset(), **options)
+        Simulator.resume(folder, **{"dataset": make_dataset()} | options)
     assert "\n" not in str(raised.value)
     if before:
         assert content(folder) == before
@@ -506,6 +516,24 @@ def test_other_settings_or_data(interrupted: Path) -> None:
     refused(interrupted, ValueError, r"dataset: .*on other data than 'tiny'", dataset=make_dataset(seed=1))
     refused(interrupted, ValueError, r"training\.rounds: expected at least 3, .* got 2", rounds=2)
     refused(interrupted, ValueError, r"training\.rounds", rounds=-1)
+
+
+def test_data_that_moved(interrupted: Path, tmp_path: Path) -> None:
+    path, moved = interrupted / "config.yaml", tmp_path / "moved"
+    save_dataset(make_dataset(), moved)
+    text = path.read_text()
+
+    def data_are_in(name: Path) -> None:
+        path.write_text(yaml.safe_dump(yaml.safe_load(text) | {"dataset": {"name": str(name)}}))
+
+    data_are_in(tmp_path / "gone.csv")
+    error = r"gone\.csv: no such file .*config\.yaml names the data"
+    refused(interrupted, FileNotFoundError, error, dataset=None)
+    with pytest.raises(FileNotFoundError, match=error):
+        load_run(interrupted)
+    data_are_in(moved)
+    assert load_run(interrupted).round == 3
+    assert Simulator.resume(interrupted).run().rounds == 5
 
 
 def test_metrics_that_were_changed(interrupted: Path) -> None:
