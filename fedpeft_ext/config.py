@@ -54,6 +54,17 @@ def _accepts_bool(annotation: Any) -> bool:
     return any(_accepts_bool(argument) for argument in typing.get_args(annotation))
 
 
+def _check_own_options(section: BackboneConfig | EmbeddingConfig, declared: Iterable[str]) -> None:
+    """Raise ValueError for one of `options` that is a setting of the section, or that nothing declares."""
+    valid = sorted(set(declared) - type(section).model_fields.keys())
+    for name in section.options:
+        if name in type(section).model_fields:
+            raise ValueError(f"options: expected none of the settings beside it, got {name!r}")
+        if name not in valid:
+            known = f"one of {', '.join(valid)}" if valid else f"none, since {section.name} has none"
+            raise ValueError(f"options: expected {known}, got {name!r}")
+
+
 class DatasetConfig(_Section):
     """Which interactions to load: `fedpeft_ext.data.load_dataset(name, **options)`."""
 
@@ -74,6 +85,9 @@ class BackboneConfig(_Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         default=None, description="FedNCF, PFedRec: of hidden units (None: 0.5 and 0)"
     )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="of a registered backbone: its other options, by name"
+    )
 
     @field_validator("name")
     @classmethod
@@ -90,6 +104,7 @@ class BackboneConfig(_Section):
         for option in ("hidden", "dropout"):
             if getattr(self, option) is not None and option not in backbone_class(self.name).options:
                 raise ValueError(f"{option}: expected none, since {self.name} does not have it")
+        _check_own_options(self, backbone_class(self.name).options)
         return self
 
 
@@ -115,6 +130,9 @@ class EmbeddingConfig(_Section):
         default=True, description="p-X: false trains and sends the full embedding as well"
     )
     warm_start_codebooks: bool = Field(default=False, description="RQ: start from the pre-trained codebooks")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="of registered strategies: their other options, by name"
+    )
 
     @field_validator("name")
     @classmethod
@@ -122,6 +140,13 @@ class EmbeddingConfig(_Section):
         from fedpeft_ext.nn import parse_spec
 
         return str(parse_spec(name))
+
+    @model_validator(mode="after")
+    def _options_of_strategies(self) -> EmbeddingConfig:
+        from fedpeft_ext.nn.spec import registered_options
+
+        _check_own_options(self, registered_options())
+        return self
 
 
 class PretrainConfig(_Section):
@@ -631,9 +656,9 @@ def _unknown(name: str, section: type[BaseModel]) -> str:
     for outer, inner in _sections():
         for key in inner.model_fields:
             places.setdefault(key, []).append(f"{outer}.{key}")
-    options = _dataset_options() if section in (Config, DatasetConfig) else []
-    for key in options:
-        places.setdefault(key, [f"dataset.options.{key}"])
+    options = _inner_options(section)
+    for key, path in options.items():
+        places.setdefault(key, [path])
     # A name that another section has was probably put at the wrong level.
     everywhere = [*valid, *(places if section is Config else options)]
     nearest = difflib.get_close_matches(name, everywhere, n=1, cutoff=0.5)
@@ -646,12 +671,25 @@ def _unknown(name: str, section: type[BaseModel]) -> str:
     )
 
 
-def _dataset_options() -> list[str]:
-    """Options of `data.read_dataset` and of synthetic data."""
+def _inner_options(section: type[BaseModel]) -> dict[str, str]:
+    """Paths, by name, of what may be set under `options` of a section, or of all sections."""
+    from fedpeft_ext.backbones import backbone_class, backbone_names
     from fedpeft_ext.data import read_dataset, synthetic_dataset
+    from fedpeft_ext.nn.spec import registered_options
 
     parameters = (inspect.signature(function).parameters for function in (read_dataset, synthetic_dataset))
-    return sorted({name for names in parameters for name in names} - {"path", "name", "seed"})
+    of_data = {name for names in parameters for name in names} - {"path", "name", "seed"}
+    of_backbones = {option for name in backbone_names() for option in backbone_class(name).options}
+    return {
+        name: f"{where}.options.{name}"
+        for kind, where, names in (
+            (DatasetConfig, "dataset", of_data),
+            (EmbeddingConfig, "embedding", registered_options()),
+            (BackboneConfig, "backbone", of_backbones),
+        )
+        if section in (Config, kind)
+        for name in sorted(names - kind.model_fields.keys())
+    }
 
 
 def _sections() -> list[tuple[str, type[BaseModel]]]:

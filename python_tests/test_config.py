@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from fedpeft_ext.backbones import FedMF, base, register_backbone
 from fedpeft_ext.config import Config, ConfigError, load_config
+from fedpeft_ext.nn import LoRAEmbedding, register_strategy, spec
 from fedpeft_ext.presets import FOLDER, preset_names
+from fedpeft_ext.simulation.setup import build_model, has_codes
 
 
 def test_defaults_are_those_of_the_paper() -> None:
@@ -153,3 +159,41 @@ def test_a_file_goes_before_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load_config("ml-100")
     with pytest.raises(FileNotFoundError, match=r"found no file .*none/ml-100k"):
         load_config(tmp_path / "none" / "ml-100k")
+
+
+class _Own(LoRAEmbedding):
+    """A strategy with settings of this package, one of its own, and codes."""
+
+    def __init__(self, *sizes: int, levels: int, codes: Tensor, slope: float = 1.0, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.got = (levels, list(codes.shape), slope)
+
+
+def test_registered_strategies_and_backbones_have_options_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(spec, "STRATEGIES", dict(spec.STRATEGIES))
+    monkeypatch.setattr(spec, "_REGISTERED", dict(spec._REGISTERED))
+    monkeypatch.setattr(base, "_BACKBONES", dict(base._BACKBONES))
+    register_strategy("own", "levels", "codes", "slope")(_Own)
+    register_backbone(type("Heads", (FedMF,), {"name": "heads", "options": ("heads",)}))
+
+    config = Config().updated(["embedding.name=c-own", "embedding.levels=2", "embedding.options.slope=3"])
+    assert has_codes("p-lora+own")
+    model = build_model(config, 5, codes=torch.zeros(5, 2, dtype=torch.int64))
+    assert model.item_embedding.got == (2, [5, 2], 3)
+    config.updated(["embedding.name=full"])  # of a comparison with `c-own`
+
+    for override, message in (
+        ("embedding.options.slop=1", "^embedding.options: expected one of slope, got 'slop'$"),
+        ("embedding.options.rank=1", "^embedding.options: .*settings beside it, got 'rank'$"),
+        ("embedding.slope=1", "^embedding.slope: unknown key; did you mean 'embedding.options.slope'"),
+        ("slope=1", "did you mean 'embedding.options.slope'"),
+        ("backbone.options.heads=2", "^backbone.options: expected none, since fedmf has none"),
+        ("backbone.heads=2", "did you mean 'backbone.options.heads'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config.updated([override])
+    config = config.updated(["backbone.name=heads", "backbone.options.heads=2"])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'heads'"):  # FedMF's constructor got it
+        build_model(config, 5, codes=torch.zeros(5, 2, dtype=torch.int64))

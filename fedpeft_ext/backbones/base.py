@@ -53,7 +53,8 @@ class Backbone(nn.Module):
 
     name: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
-    """Settings of `config.BackboneConfig` that the constructor takes by name, besides `dim`."""
+    """What the constructor takes by name besides `dim`: settings of `config.BackboneConfig`, or others, which
+    are then given as `backbone.options.NAME`."""
     local_parameters: tuple[str, ...] = ()
     averaged_start: tuple[str, ...] = ()
     """Local parameters that a client without a state of its own starts with the mean of, over those that the

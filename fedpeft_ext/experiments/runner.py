@@ -12,13 +12,12 @@ from typing import Any
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.experiments.results import RunResult
-from fedpeft_ext.nn import parse_spec
 from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation import Callback, Simulator, traffic
 from fedpeft_ext.simulation.checkpoint import has_checkpoint
 from fedpeft_ext.simulation.files import replace_text
 from fedpeft_ext.simulation.output import CONFIG, SUMMARY
-from fedpeft_ext.simulation.setup import build_model, needs_pretrained, prepare_items
+from fedpeft_ext.simulation.setup import build_model, has_codes, needs_pretrained, prepare_items
 
 DIVERGED = "diverged.json"
 """Beside config.yaml in the folder of a run whose training ended in NaN or infinity."""
@@ -46,9 +45,9 @@ class Server:
         if not needs_pretrained(config.embedding.name):
             return None
         embedding = config.embedding
-        coded = "rq" in parse_spec(embedding.name).parts
+        coded = has_codes(embedding.name)
         if not coded:  # codes change no full embedding: let those be prepared that a run with codes needs
-            others = (other for other in self.configs if "rq" in parse_spec(other.embedding.name).parts)
+            others = (other for other in self.configs if has_codes(other.embedding.name))
             shared = next((other for other in others if _same_items(other, config)), None)
             if shared is not None:
                 return self.pretrained(shared)

@@ -45,8 +45,9 @@ def register_strategy(name: str, *options: str) -> Callable[[_Class], _Class]:
 
     Args:
         name: lower-case letters, digits and underscores.
-        options: keyword arguments of the constructor that settings may give, out of those in
-            `config.EmbeddingConfig`. It must also take those of `ItemEmbedding`, and `generator`.
+        options: keyword arguments of the constructor that settings may give: of the same name in
+            `config.EmbeddingConfig`, or as `embedding.options.NAME`; `codes` gets the items' codes [I, L].
+            It must also take those of `ItemEmbedding`, and `generator`.
 
     Raises:
         TypeError: not a subclass of `ItemEmbedding`. ValueError: another name, or that of another strategy.
@@ -65,6 +66,12 @@ def register_strategy(name: str, *options: str) -> Callable[[_Class], _Class]:
         return cls
 
     return register
+
+
+def registered_options() -> set[str]:
+    """Options of registered strategies that none of this package's has."""
+    own = {option for name in STRATEGIES.keys() - _REGISTERED for option in STRATEGIES[name]}
+    return {option for name in _REGISTERED for option in STRATEGIES[name]} - own
 
 
 def _place(cls: type) -> tuple[str, str]:

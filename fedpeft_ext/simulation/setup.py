@@ -14,6 +14,7 @@ from fedpeft_ext.backbones import Backbone, build_backbone
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.nn import build_embedding, parse_spec
+from fedpeft_ext.nn.spec import spec_options
 from fedpeft_ext.pretrain import Pretrained, pretrain
 from fedpeft_ext.simulation.batched import BatchedEngine
 from fedpeft_ext.simulation.communication import Traffic, message, num_bytes, traffic
@@ -23,10 +24,15 @@ from fedpeft_ext.simulation.local_training import Engine, Federation, LocalSetti
 from fedpeft_ext.simulation.sequential import SequentialEngine
 
 
+def has_codes(embedding: str) -> bool:
+    """Whether a strategy of an embedding reads the items' codes."""
+    return "codes" in spec_options(parse_spec(embedding))
+
+
 def needs_pretrained(embedding: str) -> bool:
     """Whether an embedding starts from what the server prepares: full embeddings or codes."""
     spec = parse_spec(embedding)
-    return spec.plug or not {"full", "rq"}.isdisjoint(spec.parts)
+    return spec.plug or "full" in spec.parts or has_codes(embedding)
 
 
 def warmup_rounds(config: Config) -> int:
@@ -37,7 +43,7 @@ def warmup_rounds(config: Config) -> int:
 
 def prepare_items(config: Config, dataset: Dataset) -> Pretrained:
     """Full embeddings and, where the embedding of `config` has them, codes; see `pretrain`."""
-    coded = "rq" in parse_spec(config.embedding.name).parts
+    coded = has_codes(config.embedding.name)
     return pretrain(
         config.pretrain,
         dataset,
@@ -67,7 +73,7 @@ def build_model(
         warmup: build the model of warm-up rounds, whose embedding is the full one.
     """
     embedding, dtype = config.embedding, getattr(torch, config.dtype)
-    coded = "rq" in parse_spec(embedding.name).parts
+    coded = has_codes(embedding.name)
     table = build_embedding(
         "full" if warmup else embedding.name,
         num_items,
@@ -85,9 +91,10 @@ def build_model(
         codebooks=codebooks if coded and embedding.warm_start_codebooks else None,
         codebook_size=embedding.codebook_size,
         warm_start=embedding.warm_start_codebooks,
-        levels=embedding.levels if coded else None,
+        levels=embedding.levels,
         seed=config.seed,
         init_std=embedding.init_std,
+        **embedding.options,
     )
     return build_backbone(
         config.backbone.name,
@@ -96,6 +103,7 @@ def build_model(
         config.seed,
         hidden=config.backbone.hidden,
         dropout=config.backbone.dropout,
+        **config.backbone.options,
     ).to(dtype)
 
 

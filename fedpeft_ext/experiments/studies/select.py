@@ -22,7 +22,7 @@ from fedpeft_ext.experiments.studies.pictures import bytes_picture
 from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table, Trained, Variant
 from fedpeft_ext.nn import parse_spec
 from fedpeft_ext.simulation import traffic
-from fedpeft_ext.simulation.setup import build_model
+from fedpeft_ext.simulation.setup import build_model, has_codes
 from fedpeft_ext.simulation.simulator import VALID
 from fedpeft_ext.words import counted
 
@@ -51,7 +51,7 @@ def bytes_up(config: Config, dataset: Dataset) -> int:
         config,
         rows,
         base=torch.zeros(rows, config.backbone.dim) if spec.plug else None,
-        codes=torch.zeros(rows, levels, dtype=torch.int64) if "rq" in spec.parts else None,
+        codes=torch.zeros(rows, levels, dtype=torch.int64) if has_codes(str(spec)) else None,
         codebooks=torch.zeros(levels, config.embedding.codebook_size, config.backbone.dim),
     )
     return traffic(model).up
