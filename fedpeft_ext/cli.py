@@ -121,6 +121,7 @@ _Threads = Annotated[
 ]
 _Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results.", show_default=False)]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that are in the folder.")]
+_Pdf = Annotated[bool, typer.Option("--pdf", help="Draw the pictures as PDF, too.")]
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the results.")]
 _Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout, and nothing else there.")]
 _Debug = Annotated[
@@ -242,6 +243,7 @@ def compare(
     device: _Device = None,
     threads: _Threads = None,
     overwrite: _Overwrite = False,
+    pdf: _Pdf = False,
     quiet: _Quiet = False,
     json_: _Json = False,
     debug: _Debug = False,
@@ -262,7 +264,7 @@ def compare(
         started(folder)
         names = [name for name in embeddings.split(",") if name.strip()]
         tuned = None if config else _tuned(settings)
-        _compare(settings, names, folder, tuned, overwrite=overwrite, quiet=quiet, as_json=json_)
+        _compare(settings, names, folder, tuned, overwrite=overwrite, pdf=pdf, quiet=quiet, as_json=json_)
 
 
 @app.command(short_help="List known data sets, or tell what is in one.")
@@ -680,6 +682,7 @@ def _compare(
     tuned: str | None,
     *,
     overwrite: bool,
+    pdf: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -706,6 +709,7 @@ def _compare(
             _loaded(config, tuned, notify),
             out=folder,
             overwrite=overwrite,
+            pdf=pdf,
             callbacks_for=callbacks_for,
             notify=notify,
         )

@@ -19,8 +19,8 @@ def study(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="table2, communication, sensitivity, privacy, hybrid, warm-start, pretraining, new-items or "
-            "select; without it, what each of them asks.",
+            help="table2, communication, sensitivity, privacy, hybrid, warm-start, pretraining, new-items, "
+            "select or grid; without it, what each of them asks.",
             show_default=False,
         ),
     ] = None,
@@ -37,10 +37,14 @@ def study(
     ] = None,
     rounds: cli._Rounds = None,
     backbones: Annotated[
-        str | None, typer.Option("--backbones", help="table2: names, by commas.", show_default="all")
+        str | None, typer.Option("--backbones", help="table2, grid: names, by commas.", show_default="all")
     ] = None,
     embeddings: Annotated[
         str | None, typer.Option("--embeddings", "-e", help="Names, by commas.", show_default="the study's")
+    ] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option("--vary", metavar="KEY=V,V", help="grid: a setting and its values; repeatable."),
     ] = None,
     budget: Annotated[
         float | None,
@@ -57,10 +61,11 @@ def study(
     engine: cli._Engine = None,
     device: cli._Device = None,
     threads: cli._Threads = None,
+    pdf: cli._Pdf = False,
     quiet: cli._Quiet = False,
     debug: cli._Debug = False,
 ) -> None:
-    """Train a grid of runs and answer one of the paper's questions with it.
+    """Train a grid of runs and answer a question with it.
 
     The folder (default: runs/study-NAME-DATASET) gets NAME.md, CSV and LaTeX files, pictures,
     study.json for fedpeft report, and a folder for each run. Start it again after an
@@ -74,7 +79,13 @@ def study(
         from fedpeft_ext.experiments.studies import STUDIES, StudyOptions, study_by_name
 
         chosen = study_by_name(name)
-        given = {"backbones": backbones, "embeddings": embeddings, "budget": budget, "check": check}
+        given = {
+            "backbones": backbones,
+            "embeddings": embeddings,
+            "vary": vary,
+            "budget": budget,
+            "check": check,
+        }
         for option, value in given.items():
             if value is not None and option not in chosen.options:
                 having = [study.name for study in STUDIES.values() if option in study.options]
@@ -86,6 +97,7 @@ def study(
         options = StudyOptions(
             backbones=_names(backbones, "--backbones"),
             embeddings=_embeddings(embeddings),
+            vary=None if vary is None else tuple(vary),
             budget_kb=budget,
             check=check is not False,
         )
@@ -93,7 +105,7 @@ def study(
         settings = cli._settings(config, named, [*chosen.settings, *(set_ or [])])
         folder = out or Path("runs") / f"study-{name}-{Path(settings.dataset.name).name}"
         started(folder)
-        _study(chosen, settings, options, folder, runs or folder / "runs", seeds, quiet=quiet)
+        _study(chosen, settings, options, folder, runs or folder / "runs", seeds, pdf=pdf, quiet=quiet)
 
 
 def report(
@@ -145,6 +157,7 @@ def _study(
     runs: Path,
     seeds: int,
     *,
+    pdf: bool,
     quiet: bool,
 ) -> None:
     import torch
@@ -167,12 +180,12 @@ def _study(
             callbacks_for=lambda settings: callbacks_for(settings.embedding.name),
             notify=notify,
         )
-        _, files = run_study(chosen, context, folder)
+        _, files = run_study(chosen, context, folder, pdf=pdf)
     typer.echo(files[0].read_text(encoding="utf-8"))
     typer.echo(f"Files: {folder}/ {', '.join(file.name for file in files)}")
 
 
 def add_commands(app: typer.Typer) -> None:
     """Make `study` and `report` commands of `app`."""
-    app.command(short_help="Answer one of the paper's questions by a grid of runs.")(study)
+    app.command(short_help="Answer a question by a grid of runs.")(study)
     app.command(short_help="Write one HTML page of all results in a folder.")(report)

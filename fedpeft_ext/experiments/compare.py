@@ -13,7 +13,7 @@ import torch
 
 from fedpeft_ext.config import Config, load_config
 from fedpeft_ext.data import Dataset, load_dataset
-from fedpeft_ext.experiments.plots import plot_accuracy_against_bytes, plot_learning_curves
+from fedpeft_ext.experiments.plots import files_of, plot_accuracy_against_bytes, plot_learning_curves
 from fedpeft_ext.experiments.results import RunResult, headline_k
 from fedpeft_ext.experiments.runner import (
     DIVERGED,
@@ -76,6 +76,7 @@ def compare(
     *,
     out: str | Path | None = None,
     overwrite: bool = False,
+    pdf: bool = False,
     callbacks_for: Callable[[str], Sequence[Callback]] = lambda embedding: (),
     notify: Callable[[str], None] = lambda message: None,
 ) -> Comparison:
@@ -92,6 +93,7 @@ def compare(
         out: folder for compare.json, compare.csv, compare.md, compare.tex, accuracy_bytes.png, curves.png and
             a folder for each run; None writes nothing.
         overwrite: whether `out` may hold earlier results, which are replaced.
+        pdf: draw the pictures as PDF, too.
         callbacks_for: observers of the run of an embedding.
         notify: told in a sentence what is being done between runs.
 
@@ -145,8 +147,9 @@ def compare(
             _write_tables(comparison, runs, folder)
     if folder is not None and results:
         metric = f"HR@{comparison.k}"
-        plot_accuracy_against_bytes(results, folder / SCATTER, metric=metric, title=comparison.title)
-        plot_learning_curves(results, folder / CURVES, metric=metric, title=comparison.title)
+        for plot, name in ((plot_accuracy_against_bytes, SCATTER), (plot_learning_curves, CURVES)):
+            for file in files_of(folder / name, pdf):
+                plot(results, file, metric=metric, title=comparison.title)
     return comparison
 
 
@@ -234,8 +237,11 @@ class _Begins(Callback):
         folder = self._folder
         if self._replaced:
             clear_folder(folder)
-            for name in (JSON, CSV, MARKDOWN, LATEX, SCATTER, CURVES):
+            for name in (JSON, CSV, MARKDOWN, LATEX):
                 (folder / name).unlink(missing_ok=True)
+            for name in (SCATTER, CURVES):
+                for file in files_of(folder / name, pdf=True):
+                    file.unlink(missing_ok=True)
         for embedding in self._replaced:
             if embedding != simulator.config.embedding.name and (folder / embedding).is_dir():
                 clear_folder(folder / embedding)

@@ -1,4 +1,5 @@
-"""Pictures as PNG: accuracy against bytes, learning curves, and the points and lines of studies.
+"""Pictures as PNG, or PDF by the file's name: accuracy against bytes, learning curves, and the points and
+lines of studies.
 
 Drawn on figures of their own (no pyplot): this needs no display and leaves a caller's figures alone.
 """
@@ -11,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -85,7 +87,7 @@ class _End(NamedTuple):
 def plot_accuracy_against_bytes(
     results: Sequence[RunResult], path: str | Path, *, metric: str = "HR@10", title: str = ""
 ) -> Path:
-    """Draw `metric` of each run against its bytes per client and round, and write it to `path` as PNG.
+    """Draw `metric` of each run against its bytes per client and round, and write it to `path`.
 
     The x axis is logarithmic, in KB (1,000 bytes), down and up together; each point is named.
 
@@ -104,7 +106,7 @@ def plot_accuracy_against_bytes(
 
 
 def plot_points(points: Sequence[Point], path: str | Path, *, xlabel: str, ylabel: str, title: str) -> Path:
-    """Draw named points over a logarithmic x axis and write them to `path` as PNG.
+    """Draw named points over a logarithmic x axis and write them to `path`.
 
     A dashed line marks the height of `full`.
 
@@ -143,7 +145,7 @@ def plot_points(points: Sequence[Point], path: str | Path, *, xlabel: str, ylabe
 def plot_learning_curves(
     results: Sequence[RunResult], path: str | Path, *, metric: str = "HR@10", title: str = ""
 ) -> Path:
-    """Draw `metric` over rounds, one named line a run, and write it to `path` as PNG.
+    """Draw `metric` over rounds, one named line a run, and write it to `path`.
 
     Raises:
         ValueError: no results, or `metric` is not among their metrics.
@@ -164,7 +166,7 @@ def plot_lines(
     title: str,
     log_x: bool = False,
 ) -> Path:
-    """Draw named lines of (x, y) and write them to `path` as PNG; the line `full` is black.
+    """Draw named lines of (x, y) and write them to `path`; the line `full` is black.
 
     Args:
         lines: places in order; a `Place` may have a spread, drawn as a band.
@@ -367,7 +369,18 @@ def _top(cluster: Sequence[float], gap: float) -> float:
     return sum(cluster) / len(cluster) + gap * (len(cluster) - 1) / 2
 
 
+def files_of(path: Path, pdf: bool) -> list[Path]:
+    """Where a picture is to be drawn: at `path`, and as PDF beside it, also where one is there already."""
+    vector = path.with_suffix(".pdf")
+    return [path, vector] if pdf or vector.is_file() else [path]
+
+
 def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
-    figure.savefig(path, format="png")
+    # Fonts as TrueType, since publishers refuse matplotlib's Type 3; no date, for the same bytes every time.
+    with rc_context({"pdf.fonttype": 42}):
+        if path.suffix == ".pdf":
+            figure.savefig(path, format="pdf", metadata={"CreationDate": None})
+        else:
+            figure.savefig(path, format="png")
     return path

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import polars as pl
 import pytest
 import torch
 
-from fedpeft_ext.config import Config
+from fedpeft_ext.config import Config, load_config
 from fedpeft_ext.data import Dataset, load_dataset
 from fedpeft_ext.experiments import runner
+from fedpeft_ext.experiments.intervals import t_quantile
 from fedpeft_ext.experiments.report import write_report
 from fedpeft_ext.experiments.results import RunResult
 from fedpeft_ext.experiments.runner import DIVERGED, fingerprint, run_name
@@ -90,6 +92,7 @@ def test_table2_tabulates_every_pair_and_goes_on_where_it_stopped(
         ]
         assert float(row["HR@10"]) == pytest.approx(np.mean(values))
         assert float(row["HR@10 sd"]) == pytest.approx(np.std(values, ddof=1))
+        assert float(row["HR@10 ci95"]) == pytest.approx(12.7062 / 2**0.5 * np.std(values, ddof=1))
     assert {picture.name for picture in findings.pictures} == {"table2-fedmf"}
 
     # One run is lost; the others are not trained again.
@@ -381,6 +384,56 @@ def test_sweeps_validate_every_run_before_the_first(
     assert not findings.pictures  # since nothing was trained
     expected = 25 + 8 + 12 if name == "sensitivity" else 3 * (2 + 5 + 4)
     assert len(asked) == len({run_name(settings, "") for settings in asked}) == expected
+
+
+def test_grid_trains_every_combination(config: Config, dataset: Dataset, tmp_path: Path) -> None:
+    vary = ("training.lr=1e-2,0.5", "training.batch_size=null,3")
+    made = context(config, dataset, tmp_path / "runs", 1, embeddings=("c-hash", "c-lora"), vary=vary)
+    findings, files = run_study(STUDIES["grid"], made, tmp_path, pdf=True)
+    table = findings.tables[0].frame
+    assert table.select("embedding", "lr", "batch_size").rows() == list(
+        product(("c-hash", "c-lora"), (0.01, 0.5), ("null", "3"))
+    )
+    for run in rows_of(tmp_path / "runs.csv"):
+        settings = load_config(tmp_path / "runs" / run["run"] / "config.yaml")
+        size = settings.training.batch_size
+        assert (settings.embedding.name, settings.training.lr) == (run["embedding"], float(run["lr"]))
+        assert str(size or "null") == run["batch_size"]
+    best = table.row(table["valid/HR@10"].arg_max() or 0, named=True)
+    chosen = f"embedding {best['embedding']}, lr {best['lr']}, batch_size {best['batch_size']}"
+    assert findings.answers[0].startswith(f"Best by valid/HR@10: {chosen} (")
+    assert [file.name for file in files[-3:]] == ["grid.png", "grid.pdf", "runs.csv"]
+    drawn = (tmp_path / "grid.pdf").read_bytes()
+    assert drawn.startswith(b"%PDF")
+    assert b"Type3" not in drawn
+
+
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ((), "at least one"),
+        (("embedding.rank",), "KEY=VALUE,VALUE"),
+        (("embedding.rank=",), "KEY=VALUE,VALUE"),
+        (("embedding.rank=[1",), "expected a YAML value"),
+        (("embedding.rank=1,1",), "each value once"),
+        (("embedding.rank=1", "embedding.rank=2"), "each setting once"),
+        (("seed=1,2",), "seeds are those of --seeds"),
+        (("dataset.name=a,b",), "all runs share the data"),
+        (("embedding.rnk=1,2",), "embedding.rnk: unknown key"),
+    ],
+)
+def test_grid_refuses_what_it_cannot_vary(
+    config: Config, dataset: Dataset, tmp_path: Path, vary: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_study(STUDIES["grid"], context(config, dataset, tmp_path / "runs", 1, vary=vary), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.70620), (2, 4.30265), (3, 3.18245), (4, 2.77645), (30, 2.04227)]
+)
+def test_quantiles_of_student(freedom: int, quantile: float) -> None:
+    assert t_quantile(freedom) == pytest.approx(quantile, abs=5e-6)
 
 
 def test_unknown_studies_are_told_the_nearest() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from fedpeft_ext.experiments.compare import JSON as COMPARISON
 from fedpeft_ext.experiments.studies import (
     communication,
+    grid,
     hybrid,
     new_items,
     pretraining,
@@ -38,6 +39,7 @@ STUDIES = {
         pretraining.STUDY,
         new_items.STUDY,
         select.STUDY,
+        grid.STUDY,
     )
 }
 
@@ -51,8 +53,11 @@ def study_by_name(name: str) -> Study:
     return STUDIES[name]
 
 
-def run_study(study: Study, context: Context, folder: str | Path) -> tuple[Findings, list[Path]]:
+def run_study(
+    study: Study, context: Context, folder: str | Path, *, pdf: bool = False
+) -> tuple[Findings, list[Path]]:
     """Run a study and write its tables and pictures into `folder`; runs that are finished are not repeated.
+    `pdf`: draw the pictures as PDF, too.
 
     Returns:
         The findings, and the files, the Markdown page first.
@@ -71,7 +76,7 @@ def run_study(study: Study, context: Context, folder: str | Path) -> tuple[Findi
         )
     folder.mkdir(parents=True, exist_ok=True)
     findings = study.run(context)
-    return findings, write(study, context, findings, folder)
+    return findings, write(study, context, findings, folder, pdf=pdf)
 
 
 def _other_results(study: Study, folder: Path) -> str:

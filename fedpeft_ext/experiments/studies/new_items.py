@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
+from fedpeft_ext.experiments.intervals import half_width
 from fedpeft_ext.experiments.runner import DIVERGED, mark_diverged, run_name
 from fedpeft_ext.experiments.studies.pictures import line_picture
 from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table, mean_place
@@ -242,7 +243,9 @@ def run(context: Context) -> Findings:
         for column in columns:
             values = [_moments(result, metric)[column] for result in results]
             row[column] = float(np.mean(values)) if values else None
-            row[f"{column} sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            row[f"{column} sd"] = deviation
+            row[f"{column} ci95"] = None if deviation is None else deviation * half_width(len(values))
         rows.append({**row, "seeds": len(found), "diverged": len(found) - len(results)})
         lines[name] = [
             mean_place(places[0]["round"], [place[f"new {metric}"] for place in places])

@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 
+from fedpeft_ext.experiments.plots import files_of
 from fedpeft_ext.experiments.results import KB
 from fedpeft_ext.experiments.studies.study import Context, Findings, Study
 from fedpeft_ext.experiments.tables import latex_table, metric_heading
@@ -28,7 +29,7 @@ def shown(frame: pl.DataFrame) -> tuple[list[str], list[list[str]]]:
     columns = [
         name
         for name in frame.columns
-        if not name.endswith(" sd") and not (name == "diverged" and not frame[name].sum())
+        if not name.endswith((" sd", " ci95")) and not (name == "diverged" and not frame[name].sum())
     ]
     rows = []
     for row in frame.iter_rows(named=True):
@@ -87,8 +88,11 @@ def markdown(frame: pl.DataFrame) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (headings, kinds, *rows))
 
 
-def write(study: Study, context: Context, findings: Findings, folder: Path) -> list[Path]:
-    """Write the files of a finished study into its folder, over those of an earlier one.
+def write(
+    study: Study, context: Context, findings: Findings, folder: Path, *, pdf: bool = False
+) -> list[Path]:
+    """Write the files of a finished study into its folder, over those of an earlier one; `pdf`: the pictures
+    as PDF, too.
 
     Returns:
         The files, the Markdown page first.
@@ -123,8 +127,9 @@ def write(study: Study, context: Context, findings: Findings, folder: Path) -> l
     pictures = []
     for picture in findings.pictures:
         file = folder / f"{picture.name}.png"
-        picture.draw(file)
-        written.append(file)
+        for form in files_of(file, pdf):
+            picture.draw(form)
+            written.append(form)
         pictures.append({"caption": picture.caption, "file": file.name})
         page.append(f"![{picture.caption}]({file.name})\n\n{picture.caption}")
     if findings.answers:

@@ -16,6 +16,7 @@ import polars as pl
 
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
+from fedpeft_ext.experiments.intervals import half_width
 from fedpeft_ext.experiments.plots import Place
 from fedpeft_ext.experiments.results import RunResult, headline_k
 from fedpeft_ext.experiments.runner import fingerprint, is_done, run_all, run_name
@@ -61,7 +62,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of a study: `draw` writes it to a path as PNG."""
+    """A figure of a study: `draw` writes it to a path, as PNG or PDF by its end."""
 
     name: str
     caption: str
@@ -106,12 +107,14 @@ class StudyOptions:
 
     Attributes:
         backbones, embeddings: names.
+        vary: ``section.key=value,value``, settings of `grid` with the values that they take.
         budget_kb: KB that a client may send in a round.
         check: whether `select` trains the whole grid to check its choice.
     """
 
     backbones: tuple[str, ...] | None = None
     embeddings: tuple[str, ...] | None = None
+    vary: tuple[str, ...] | None = None
     budget_kb: float | None = None
     check: bool = True
 
@@ -164,9 +167,11 @@ class Trained:
         return pl.DataFrame(rows, infer_schema_length=None)
 
     def means(self, metrics: Sequence[str], others: Sequence[str] = ()) -> pl.DataFrame:
-        """A row a variant: labels, mean and standard deviation (`<metric> sd`) of `metrics` over seeds, the
-        first value of `others`, the number of `seeds`, and how many of their runs `diverged`.
+        """A row a variant: labels; mean, standard deviation (`<metric> sd`) and half of the 95% confidence
+        interval (`<metric> ci95`) of `metrics` over seeds; the first value of `others`; the number of
+        `seeds`, and how many of their runs `diverged`.
         """
+        widths = {count: half_width(count) if count > 1 else None for count in range(len(self.seeds) + 1)}
         frame = self.frame()
         absent = [name for name in (*metrics, *others) if name not in frame.columns]  # all runs diverged
         frame = frame.with_columns(pl.lit(None, pl.Float64).alias(name) for name in absent)
@@ -174,7 +179,14 @@ class Trained:
             *(
                 expression
                 for name in metrics
-                for expression in (pl.col(name).mean(), pl.col(name).std().alias(f"{name} sd"))
+                for expression in (
+                    pl.col(name).mean(),
+                    pl.col(name).std().alias(f"{name} sd"),
+                    (
+                        pl.col(name).std()
+                        * pl.col(name).count().replace_strict(widths, return_dtype=pl.Float64)
+                    ).alias(f"{name} ci95"),
+                )
             ),
             *(pl.col(name).drop_nulls().first() for name in others),
             pl.len().alias("seeds"),
