@@ -272,18 +272,28 @@ def data(
     name: Annotated[
         str | None, typer.Argument(help="Data set to check: name, file or folder.", show_default=False)
     ] = None,
+    config: _ConfigFile = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", "-s", metavar="KEY=VALUE", help="Option such as user_column=uid; repeatable."),
     ] = None,
     debug: _Debug = False,
 ) -> None:
-    """List the data sets known by name, or load one and tell what is in it."""
+    """List the data sets known by name, or load one and tell what is in it.
+
+    With --config the data set and the options of these settings, unless others are named.
+    """
     with _reported_errors(debug):
-        if name is None:
+        if name is None and config is None:
+            if set_:
+                raise ValueError("--set: expected a data set besides, by name or --config, got none")
             _list_datasets()
-        else:
-            _describe_dataset(name, set_ or [])
+            return
+        options = _dataset_options(set_ or [])
+        if config is not None:
+            given = _settings(config, {"dataset.name": name}, None).dataset
+            name, options = given.name, {**given.options, **options}
+        _describe_dataset(str(name), options)
 
 
 @app.command(short_help="Write a data set as arrays that are mapped into memory.")
@@ -647,11 +657,15 @@ def _recommend(folder: Path, users: Sequence[str], k: int, *, as_json: bool) -> 
 
 def _loaded(config: Config, tuned: str | None, notify: Callable[[str], None]) -> Dataset:
     """The data set, told of before and after."""
+    from fedpeft_ext.data.catalogue import order_notes
+
     if tuned is not None:
         notify(tuned)
     notify(f"Loading {config.dataset.name}")
     dataset = _load(config)
     notify(_size(dataset))
+    for note in order_notes(dataset.report):
+        notify(f"note: {note}")
     return dataset
 
 
@@ -759,11 +773,11 @@ def _dataset_options(options: Sequence[str]) -> dict[str, Any]:
     return chosen
 
 
-def _describe_dataset(name: str, options: Sequence[str]) -> None:
+def _describe_dataset(name: str, options: Mapping[str, Any]) -> None:
     from fedpeft_ext.data import check_dataset
 
     try:
-        report = check_dataset(name, **_dataset_options(options))
+        report = check_dataset(name, **options)
     except TypeError as error:  # an option's name or type
         raise ValueError(str(error)) from error
     notes = report.pop("notes")

@@ -170,10 +170,9 @@ def _study(
         callbacks_for,
         notify,
     ):
-        notify(f"Loading {config.dataset.name}")
         context = Context(
             config,
-            cli._load(config),
+            cli._loaded(config, None, notify),
             runs,
             seeds,
             options,

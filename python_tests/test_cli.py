@@ -500,6 +500,16 @@ def test_data_lists_and_checks(tmp_path: Path) -> None:
     assert report.exit_code == 0, report.output
     assert "users" in report.stdout
     assert "note: no timestamps" in report.stdout
+    settings = tmp_path / "mine.yaml"
+    settings.write_text(f"dataset: {{name: {table}, options: {{user_column: wo}}}}")
+    assert fedpeft("data", "-c", settings, "--set", "user_column=who").stdout == report.stdout
+    assert "'wo'" in refused("data", "-c", settings)
+    assert "expected a data set" in refused("data", "--set", "user_column=who")
+    small = ("--set=dataset.options.user_column=who", "--set=evaluation.num_negatives=5", "-ec-lora", "-r1")
+    for command in (("run",), ("study", "hybrid", "--seeds=1")):
+        trained = fedpeft(*command, "-d", table, *small, "-o", tmp_path / command[0])
+        assert trained.exit_code == 0, trained.output
+        assert "note: no timestamps" in trained.stderr
     assert "user_column" in refused("data", table, "--set", "user_colum=who")
     assert "KEY=VALUE" in refused("data", table, "--set", "user_column")
     assert "ml-100k" in refused("data", "ml-10k")

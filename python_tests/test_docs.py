@@ -90,7 +90,9 @@ def test_commands_are_valid(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         parse_spec(embedding)
     if name == "study":
         options = study_by_name(given["name"]).options
-        assert {key for key in ("backbones", "embeddings", "budget", "check") if given[key]} <= options
+        assert {
+            key for key in ("backbones", "embeddings", "vary", "budget", "check") if given[key]
+        } <= options
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,11 +190,7 @@ def check_dataset(name_or_path: str | Path, **options: Any) -> dict[str, Any]:
         "items_without_text": without_text,
         "most_popular_share": float(trained[:top].sum() / max(1, trained.sum())),
     }
-    notes = []
-    if report.get("order") == "file":
-        others = ", ".join(map(repr, report.get("other_columns", ())))
-        which = f"; if a time is in {others}, name the column as timestamp_column" if others else ""
-        notes.append(f"no timestamps: the order of the file is taken for the order in time{which}")
+    notes = order_notes(report)
     if report.get("incomplete_dropped"):
         notes.append(f"rows without a user, an item or a time: {report['incomplete_dropped']:,}, left out")
     if report.get("duplicates_dropped"):
@@ -207,7 +203,8 @@ def check_dataset(name_or_path: str | Path, **options: Any) -> dict[str, Any]:
         )
     if dataset.item_text is None:
         notes.append(
-            "no item text: full, p-X and c-rq need other item features (pretrain.features: a file, or random)"
+            "no item text (item_file): full, p-X and c-rq need other item features (pretrain.features: a "
+            "file, or random)"
         )
     elif without_text:
         notes.append(f"items without text: {without_text:,}; their features are the mean of the others'")
@@ -224,6 +221,15 @@ def check_dataset(name_or_path: str | Path, **options: Any) -> dict[str, Any]:
         )
     report["notes"] = notes
     return report
+
+
+def order_notes(report: Mapping[str, Any]) -> list[str]:
+    """From the report of a data set: that held-out items are the last of the file, where that is so."""
+    if report.get("order") != "file":
+        return []
+    others = ", ".join(map(repr, report.get("other_columns", ())))
+    which = f"; if a time is in {others}, name the column as timestamp_column" if others else ""
+    return [f"no timestamps: the order of the file is taken for the order in time{which}"]
 
 
 def _quantiles(counts: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, float]:
