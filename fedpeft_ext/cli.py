@@ -227,6 +227,34 @@ def recommend(
         _recommend(folder, user, k, as_json=json_)
 
 
+@app.command(short_help="Evaluate a run again, by other settings or user by user.")
+def evaluate(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of the run to evaluate.", show_default=False)
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", "-s", metavar="KEY=VALUE", help="Setting such as evaluation.ks=[1,10]; repeatable."
+        ),
+    ] = None,
+    users: Annotated[
+        Path | None,
+        typer.Option("--users", metavar="FILE", help="CSV file to write each user's metrics to."),
+    ] = None,
+    json_: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Rank the test items of a run again, by other settings of evaluation, or for metrics of each user.
+
+    A run that is not finished is taken as its newest checkpoint has it.
+    """
+    with _reported_errors(debug) as started:
+        if users is not None:
+            started(users)
+        _evaluate(folder, set_ or [], users, as_json=json_)
+
+
 @app.command(short_help="Train several embeddings alike; one table, two pictures.")
 def compare(
     embeddings: Annotated[
@@ -653,6 +681,41 @@ def _recommend(folder: Path, users: Sequence[str], k: int, *, as_json: bool) -> 
         for place, item in enumerate(items, start=1):
             words = " ".join((item["text"] or "").split())
             typer.echo(f"{place:>4}  {item['item']:<{width}}  {item['score']:>8.4f}  {words}".rstrip())
+
+
+def _evaluate(folder: Path, overrides: Sequence[str], file: Path | None, *, as_json: bool) -> None:
+    import polars as pl
+
+    from fedpeft_ext.experiments.tables import metrics_table
+    from fedpeft_ext.simulation import load_run
+    from fedpeft_ext.simulation.files import replace_text
+
+    for override in overrides:
+        if not override.strip().startswith("evaluation."):
+            raise ValueError(f"--set: expected evaluation.ks or another of evaluation, got {override!r}")
+    run = load_run(folder)
+    config, dataset = run.config, run.dataset
+    found = run.evaluate(config.updated(overrides).evaluation)
+    if file is not None:
+        ids = [dataset.user_ids[user] for user in found.users.tolist()]
+        columns = {name: values.tolist() for name, values in found.values.items()}
+        replace_text(file, pl.DataFrame({"user": ids, **columns}).write_csv())
+    if as_json:
+        told = {
+            "folder": str(folder),
+            "round": run.round,
+            "users": len(found.users),
+            "metrics": found.means(),
+        }
+        typer.echo(json.dumps(told, allow_nan=False))
+        return
+    title = (
+        f"{config.backbone.name} with {config.embedding.name} on {dataset.name}, "
+        f"{counted(run.round, 'round')}, {counted(len(found.users), 'user')}"
+    )
+    _print_table(metrics_table(found.means(), title))
+    if file is not None:
+        typer.echo(f"File: {file}")
 
 
 def _loaded(config: Config, tuned: str | None, notify: Callable[[str], None]) -> Dataset:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import csv
 import errno
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -604,6 +606,26 @@ def test_recommend_lists_the_best_items(tmp_path: Path) -> None:
     assert "expected a finished run" in refused("recommend", out / "checkpoints", "--user", "u1")
     all_items = json.loads(fedpeft("recommend", out, "-u", "u1", "-k", "140", "--json").stdout)[0]["items"]
     assert len(all_items) == 140 - (run.dataset.indptr[2] - run.dataset.indptr[1])
+
+
+def test_evaluate_tells_other_metrics_of_a_run(tmp_path: Path) -> None:
+    out, file = tmp_path / "run", tmp_path / "users.csv"
+    assert fedpeft("run", *SMALL, "-ec-lora", "-r1", "-q", "-o", out).exit_code == 0
+    metrics = json.loads((out / "summary.json").read_text())["metrics"]
+    result = fedpeft("evaluate", out, "--users", file, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    told = json.loads(result.stdout)
+    assert told == {"folder": str(out), "round": 1, "users": 40, "metrics": metrics}
+    with file.open(encoding="utf-8") as text:
+        rows = list(csv.DictReader(text))
+    assert [row["user"] for row in rows] == [f"u{user}" for user in range(40)]
+    for name, mean in metrics.items():
+        assert math.fsum(float(row[name]) for row in rows) / 40 == pytest.approx(mean)
+    table = fedpeft("evaluate", out, "--set", "evaluation.ks=[3]", "--set", "evaluation.full_ranking=false")
+    assert [line.split()[0] for line in table.stdout.splitlines() if "@" in line] == ["HR@3", "NDCG@3"]
+    assert "another of evaluation" in refused("evaluate", out, "--set", "training.lr=1")
+    assert "evaluation.kz" in refused("evaluate", out, "--set", "evaluation.kz=1")
+    assert "no" in refused("evaluate", out, "--users", tmp_path / "none" / "u.csv")
 
 
 def test_json_is_all_of_stdout(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedpeft_ext.experiments.results import KB, RunResult
@@ -125,10 +125,6 @@ def terminal_table(results: Sequence[RunResult], k: int = 10, title: str | None 
 
 def summary_table(summary: Summary) -> Table:
     """A rich table of one run: metrics among sampled and among all items, bytes, speed."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
     traffic = (
         f"{summary.bytes_down / KB:,.1f} KB down and {summary.bytes_up / KB:,.1f} KB up per client and round"
         f", {summary.bytes_setup / KB:,.1f} KB once"
@@ -139,23 +135,32 @@ def summary_table(summary: Summary) -> Table:
         privacy += "\nFaults: " + ", ".join(
             f"{count:,} {name.replace('_', ' ')}" for name, count in faults.items()
         )
+    rounds = counted(summary.rounds, "round")
+    title = f"{summary.backbone} with {summary.embedding} on {summary.dataset}, {rounds}"
+    caption = f"{traffic}; {summary.clients_per_second:,.0f} clients/s; {summary.seconds:.1f} s{privacy}"
+    return metrics_table(summary.metrics, title, caption)
+
+
+def metrics_table(metrics: Mapping[str, float], title: str, caption: str | None = None) -> Table:
+    """A rich table of metrics by name: a row each, and a column for each of what items are ranked among."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table(
-        title=escape(
-            f"{summary.backbone} with {summary.embedding} on {summary.dataset}, "
-            f"{counted(summary.rounds, 'round')}"
-        ),
+        title=escape(title),
         title_justify="left",
         box=box.SIMPLE_HEAD,
-        caption=f"{traffic}; {summary.clients_per_second:,.0f} clients/s; {summary.seconds:.1f} s{privacy}",
+        caption=caption,
         caption_justify="left",
     )
     columns = {"": "sampled items", "full/": "all items", "valid/": "validation item"}
-    columns = {p: c for p, c in columns.items() if any(name.startswith(p) for name in summary.metrics)}
+    columns = {p: c for p, c in columns.items() if any(name.startswith(p) for name in metrics)}
     table.add_column("test item among")
     for heading in columns.values():
         table.add_column(heading, justify="right")
-    for name in (name for name in summary.metrics if "/" not in name):
-        table.add_row(name, *(f"{summary.metrics[prefix + name]:.4f}" for prefix in columns))
+    for name in (name for name in metrics if "/" not in name):
+        table.add_row(name, *(f"{metrics[prefix + name]:.4f}" for prefix in columns))
     return table
 
 

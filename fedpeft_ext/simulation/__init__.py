@@ -9,7 +9,7 @@ from fedpeft_ext.simulation.distributed import RankError
 from fedpeft_ext.simulation.evaluation import Evaluator, rank_counts, ranking_metrics
 from fedpeft_ext.simulation.local_training import ClientError
 from fedpeft_ext.simulation.privacy import PrivacyReport
-from fedpeft_ext.simulation.serving import ClientModel, RankedItems, TrainedRun, load_run
+from fedpeft_ext.simulation.serving import ClientModel, RankedItems, TrainedRun, UserMetrics, load_run
 from fedpeft_ext.simulation.simulator import Interrupted, Simulator, Summary
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Summary",
     "Traffic",
     "TrainedRun",
+    "UserMetrics",
     "load_run",
     "rank_counts",
     "ranking_metrics",

@@ -65,7 +65,12 @@ def rank_counts(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ranking_metrics(greater: Tensor, equal: Tensor, ks: Sequence[int]) -> dict[str, float]:
-    """Mean HR@k, NDCG@k (one relevant item) and MRR over users, from `rank_counts`.
+    """Mean HR@k, NDCG@k (one relevant item) and MRR over users, from `rank_counts`; see `user_metrics`."""
+    return {name: float(values.mean()) for name, values in user_metrics(greater, equal, ks).items()}
+
+
+def user_metrics(greater: Tensor, equal: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
+    """HR@k, NDCG@k (one relevant item) and MRR of each user, float64 [U], from `rank_counts`.
 
     The target's rank is uniform over greater + 1 ... greater + equal + 1; each metric is its mean over those
     ranks.
@@ -82,9 +87,9 @@ def ranking_metrics(greater: Tensor, equal: Tensor, ks: Sequence[int]) -> dict[s
     for k in ks:
         # Only ranks up to k count; where first >= k none does.
         low, high = first.clamp(max=k), last.clamp(max=k)
-        metrics[f"HR@{k}"] = float(((high - low) / ties).mean())
-        metrics[f"NDCG@{k}"] = float(((gains[high.long()] - gains[low.long()]) / ties).mean())
-    metrics["MRR"] = float(((reciprocals[last.long()] - reciprocals[first.long()]) / ties).mean())
+        metrics[f"HR@{k}"] = (high - low) / ties
+        metrics[f"NDCG@{k}"] = (gains[high.long()] - gains[low.long()]) / ties
+    metrics["MRR"] = (reciprocals[last.long()] - reciprocals[first.long()]) / ties
     return metrics
 
 
@@ -185,10 +190,27 @@ class Evaluator:
         Raises:
             FloatingPointError: a score is NaN.
         """
+        metrics: dict[str, float] = {}
         with evaluation_mode(model):
-            return self._evaluate(model, store, round)
+            for prefix, counts in self._counts(model, store, round).items():
+                means = ranking_metrics(*self._joined(counts), self.ks)
+                metrics |= {f"{prefix}{name}": value for name, value in means.items()}
+        return metrics
 
-    def _evaluate(self, model: Backbone, store: ClientStore, round: int) -> dict[str, float]:
+    @torch.no_grad()
+    def by_user(
+        self, model: Backbone, store: ClientStore, round: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The users of this rank, int64 [n], and what `__call__` takes the means of, float64 [n] by name."""
+        metrics: dict[str, Tensor] = {}
+        with evaluation_mode(model):
+            for prefix, counts in self._counts(model, store, round).items():
+                each = user_metrics(counts[0], counts[1], self.ks)
+                metrics |= {f"{prefix}{name}": values for name, values in each.items()}
+        return self._users, metrics
+
+    def _counts(self, model: Backbone, store: ClientStore, round: int) -> dict[str, Tensor]:
+        """`rank_counts` [2, n] of this rank's users, by prefix of the metrics' names."""
         catalogue = torch.arange(self._interactions.num_items, device=self._interactions.device)
         vectors = model.item_embedding(catalogue) if self.full_ranking else None
         width = len(catalogue) if self.full_ranking else self._width
@@ -219,12 +241,7 @@ class Evaluator:
             scores.scatter_(1, ranked.candidates[:, :1], target[:, None])
             full[0, at], full[1, at] = rank_counts(scores, target)
 
-        metrics = ranking_metrics(*self._joined(sampled), self.ks)
-        if self.full_ranking:
-            metrics |= {
-                f"full/{name}": value for name, value in ranking_metrics(*self._joined(full), self.ks).items()
-            }
-        return metrics
+        return {"": sampled, "full/": full} if self.full_ranking else {"": sampled}
 
     def _ranked(self, at: slice) -> _Ranked:
         users, device = self._users[at].cpu().numpy(), self._users.device

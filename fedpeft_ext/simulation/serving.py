@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +20,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedpeft_ext.backbones import Backbone, ClientContext
-from fedpeft_ext.config import Config, load_config
+from fedpeft_ext.config import Config, EvaluationConfig, load_config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.nn import FullEmbedding, Items
 from fedpeft_ext.simulation.checkpoint import check_no_runs_inside, has_checkpoint, load_checkpoint
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
-from fedpeft_ext.simulation.evaluation import evaluation_mode, refuse_nan, scoring_inputs, users_at_once
+from fedpeft_ext.simulation.evaluation import (
+    Evaluator,
+    evaluation_mode,
+    refuse_nan,
+    scoring_inputs,
+    users_at_once,
+)
 from fedpeft_ext.simulation.output import CONFIG, MODEL, SUMMARY, dataset_of_run
 from fedpeft_ext.simulation.setup import build_model, warmup_rounds
 from fedpeft_ext.simulation.state import below, copy_into
@@ -41,6 +47,22 @@ class RankedItems(NamedTuple):
 
     items: Tensor
     scores: Tensor
+
+
+class UserMetrics(NamedTuple):
+    """Metrics of n users.
+
+    Attributes:
+        users: int64 [n], numbers of those who have a held-out item.
+        values: float64 [n] by the metric's name, as in a `Summary`.
+    """
+
+    users: Tensor
+    values: dict[str, Tensor]
+
+    def means(self) -> dict[str, float]:
+        """Over users: what a `Summary` has."""
+        return {name: float(values.mean()) for name, values in self.values.items()}
 
 
 class ClientModel(nn.Module):
@@ -129,6 +151,31 @@ class TrainedRun:
             at = slice(start, start + len(part))
             items[at], best[at] = best_columns(scores, k)
         return RankedItems(items.masked_fill_(best == -torch.inf, -1), best)
+
+    def evaluate(
+        self, settings: EvaluationConfig | None = None, *, target: Literal["test", "valid"] = "test"
+    ) -> UserMetrics:
+        """Rank each user's held-out item, for metrics of each user, or other ones than those of the run.
+
+        Args:
+            settings: None: those of the run, whose means are the metrics of its summary.
+            target: which item; "valid" needs `dataset.options.validation`.
+
+        Raises:
+            ValueError: no user has such an item, or one has too few items never met.
+            FloatingPointError: a score is NaN.
+        """
+        settings = self.config.evaluation if settings is None else settings
+        evaluator = Evaluator(
+            self.dataset,
+            self._interactions,
+            num_negatives=settings.num_negatives,
+            full_ranking=settings.full_ranking,
+            ks=settings.ks,
+            seed=self.config.seed if settings.seed is None else settings.seed,
+            target=target,
+        )
+        return UserMetrics(*evaluator.by_user(self.model, self.store, self.round))
 
     def _leave_out_met(self, scores: Tensor, users: Tensor) -> None:
         held = torch.from_numpy(self.dataset.valid_items[users.cpu().numpy()]).to(users.device)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_federation import make_dataset, small_config
 
-from fedpeft_ext.config import Config
+from fedpeft_ext.config import Config, EvaluationConfig
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.export import plain_decompositions
 from fedpeft_ext.pretrain import Pretrained
@@ -86,6 +86,21 @@ def test_recommendations_hit_as_often_as_the_evaluator_says(
     again = load_run(folder, held).recommend([held.user_ids[user] for user in users])
     torch.testing.assert_close(again.items, ranked.items)
     torch.testing.assert_close(again.scores, ranked.scores)
+
+
+def test_a_run_is_evaluated_again(trained: TrainedRun, folder: Path, held: Dataset) -> None:
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    found, held_out = trained.evaluate(), trained.evaluate(target="valid").means()
+    assert (
+        found.means() | {f"valid/{name}": held_out[name] for name in held_out if "/" not in name} == metrics
+    )
+    users, values = found
+    assert users.tolist() == np.flatnonzero(held.test_items >= 0).tolist()
+    hits = (trained.recommend(users, 3).items == torch.from_numpy(held.test_items)[users, None]).any(1)
+    other = trained.evaluate(EvaluationConfig(ks=(3,), num_negatives=5))
+    assert other.values["full/HR@3"].tolist() == hits.double().tolist()
+    assert (other.values["HR@3"] >= hits).all()  # fewer candidates
+    assert len(values["MRR"]) == len(users)
 
 
 def test_a_run_in_its_warm_up_can_be_used(held: Dataset, pretrained: Pretrained, tmp_path: Path) -> None:
