@@ -222,7 +222,14 @@ def _check_parameters(model: Backbone) -> None:
     state = model.initial_state(
         torch.zeros(1, dtype=torch.int64, device=next(iter(parameters.values())).device), 0, 0.1
     )
-    expected = {name: [1, *parameters[name].shape] for name in local if name not in model.averaged_start}
+    own = [name for name in local if name not in model.averaged_start]
+    expected = {name: [1, *parameters[name].shape] for name in own}
     got = {name: list(value.shape) for name, value in state.items()}
     if got != expected:
         raise ValueError(f"{kind}.initial_state: expected of one client the shapes {expected}, got {got}")
+    for name in own:
+        if state[name].dtype != parameters[name].dtype:
+            raise ValueError(
+                f"{kind}.initial_state: expected {name!r} in the dtype of the parameter, "
+                f"{parameters[name].dtype}, got {state[name].dtype}"
+            )

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fedpeft_ext.nn.contract import check_strategy
 from fedpeft_ext.nn.embedding import ItemEmbedding, require_table
 from fedpeft_ext.nn.full import FullEmbedding
 from fedpeft_ext.nn.hash import HashEmbedding
@@ -247,7 +248,9 @@ def _build_part(
             own["init_std"] = 0.0  # a change of the base, so that training starts at the base
         return FullEmbedding(num_embeddings, embedding_dim, **own, **common)
     if part in _REGISTERED:
-        return _REGISTERED[part](num_embeddings, embedding_dim, **own, **common)
+        module = _REGISTERED[part](num_embeddings, embedding_dim, **own, **common)
+        check_strategy(module)
+        return module
     if part == "lora":
         return LoRAEmbedding(num_embeddings, embedding_dim, **own, **common)
     if part != "rq":

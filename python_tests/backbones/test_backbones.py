@@ -106,6 +106,10 @@ def test_a_backbone_of_ones_own() -> None:
             {"initial_state": lambda self, clients, seed, std: {"user": torch.zeros(8)}},
             r"Mine\.initial_state: .*got \{'user': \[8\]\}",
         ),
+        (
+            {"initial_state": lambda self, clients, seed, std: {"user": torch.zeros(1, 8).double()}},
+            r"Mine\.initial_state: expected 'user' in the dtype .*float32, got torch.float64",
+        ),
     ],
 )
 @pytest.mark.usefixtures("registry")

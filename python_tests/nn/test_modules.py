@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fedpeft_ext.nn import (
     LoRAEmbedding,
     RQEmbedding,
     SumEmbedding,
+    build_embedding,
     register_strategy,
     residual_kmeans,
     spec,
@@ -578,6 +580,61 @@ def test_rows_index_the_listed_tables_alone() -> None:
 def test_vectors_of_another_width_are_refused() -> None:
     with pytest.raises(ValueError, match=r"OwnTable\._lookup: expected vectors \[2, 8\].*got shape \[2, 4\]"):
         OwnTable(width=4)(torch.tensor([0, 1]))
+
+
+def _plain(table: Tensor, items: Items, base: Tensor | None) -> Tensor:
+    vectors = table[items.ids % I]
+    return vectors * (items.ids >= 0)[..., None] + (0 if base is None else read_rows(base, items))
+
+
+@pytest.mark.parametrize(
+    ("lookup", "stacked", "message"),
+    [
+        (_plain, False, None),
+        (_plain, True, r"Mine\.takes_stacked: expected False"),
+        (
+            lambda table, items, base: table[items.ids] + read_rows(base, items),
+            False,
+            "zeros for items of -1",
+        ),
+        (
+            lambda table, items, base: nn.functional.embedding(items.ids, table) + read_rows(base, items),
+            False,
+            "zeros for items of -1.*IndexError",
+        ),
+        (lambda table, items, base: _plain(table, items, None), False, "rows of `base`"),
+        (lambda table, items, base: read_rows(table, items) + read_rows(base, items), True, None),
+        # Right for one client, and for many at once of a shape that looks right.
+        (
+            lambda table, items, base: read_rows(table.flatten(0, -2)[:I], items) + read_rows(base, items),
+            True,
+            "takes_stacked",
+        ),
+    ],
+)
+def test_strategies_of_others_are_checked_when_built(
+    lookup: Callable[[Tensor, Items, Tensor | None], Tensor],
+    stacked: bool,
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(spec, "STRATEGIES", dict(spec.STRATEGIES))
+    monkeypatch.setattr(spec, "_REGISTERED", dict(spec._REGISTERED))
+
+    class Mine(OwnTable):
+        takes_stacked = stacked
+
+        def __init__(self, items: int, dim: int, *, generator: torch.Generator, **options: Any) -> None:
+            ItemEmbedding.__init__(self, items, dim, **options)
+            self.table = nn.Parameter(torch.randn(items, dim, generator=generator))
+
+        def _lookup(self, items: Items, base: Tensor | None) -> Tensor:
+            return lookup(self.table, items, base)
+
+    register_strategy("mine")(Mine)
+    base, generator = torch.ones(I, D), torch.Generator().manual_seed(0)
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        build_embedding("p-mine", I, D, base=base, generator=generator)
 
 
 def test_registering_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
