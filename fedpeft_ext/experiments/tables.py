@@ -70,8 +70,10 @@ _LATEX = str.maketrans(
 
 
 def _latex_row(cells: Sequence[str]) -> str:
-    # A hyphen before a number would not be printed as a minus.
-    return " & ".join(re.sub(r"^-(?=\d)", "$-$", cell.translate(_LATEX)) for cell in cells) + r" \\"
+    # A hyphen before a number would not be printed as a minus; a bracket that begins a row would be read as
+    # the length of the line break before it.
+    row = " & ".join(re.sub(r"^-(?=\d)", "$-$", cell.translate(_LATEX)) for cell in cells)
+    return f"{'{}' if row.startswith('[') else ''}{row} \\\\"
 
 
 def csv_table(results: Sequence[RunResult], k: int = 10) -> str:

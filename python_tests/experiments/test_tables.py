@@ -42,13 +42,14 @@ def test_latex_escapes_and_has_what_markdown_has(result: Maker) -> None:
     assert text.count(" \\\\\n") == 3
     assert r"p-lora & 0.4000" in text
     assert "& $-$" in text
-    assert latex_table(["a_b %"], [["8.99 ± 1.33"], ["–"]], [False]).splitlines()[1:] == [
+    assert latex_table(["a_b %"], [["8.99 ± 1.33"], ["–"], ["[8]"]], [False]).splitlines()[1:] == [
         r"\begin{tabular}{r}",
         r"\toprule",
         r"a\_b \% \\",
         r"\midrule",
         r"8.99 $\pm$ 1.33 \\",
         r"-- \\",
+        r"{}[8] \\",
         r"\bottomrule",
         r"\end{tabular}",
     ]
