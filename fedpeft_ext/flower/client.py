@@ -158,8 +158,7 @@ class _Uplink(UploadStage):
             update = {name: uploads.whole(name, c, p.shape) for name, p in self._model.items()}
             weight = float(uploads.weights[c])
             if privacy.mode == "ldp":  # clipping is in the weight
-                update = noisy_upload({name: value * weight for name, value in update.items()}, privacy)
-                weight = 1.0
+                update, weight = noisy_upload(update, weight, privacy), 1.0
             self._add(client, update, uploads.round)
             self.clients.append(client)
             self.weights.append(weight)

@@ -118,10 +118,12 @@ def secret_seed() -> int:
     return secrets.randbits(63)
 
 
-def noisy_upload(update: Mapping[str, Tensor], config: PrivacyConfig) -> dict[str, Tensor]:
-    """A client's own upload with the noise of `ldp`, from a secret seed: float64, rounded to its dtype."""
+def noisy_upload(update: Mapping[str, Tensor], scale: float, config: PrivacyConfig) -> dict[str, Tensor]:
+    """`scale` times a client's own upload, with the noise of `ldp` from a secret seed: in float64, rounded to
+    its dtype at the end.
+    """
     noise = Noise("ldp", config.mechanism, config.noise_scale, 1.0, secret_seed())
-    noisy = {name: value.to(torch.float64, copy=True) for name, value in update.items()}
+    noisy = {name: scale * value.to(torch.float64) for name, value in update.items()}
     noise.add_(noisy, 1, 0)
     return {name: value.to(update[name].dtype) for name, value in noisy.items()}
 
