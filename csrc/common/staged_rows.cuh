@@ -38,7 +38,7 @@ struct StagedPlan {
 
   // Copying a table pays where each row is read about twice; else caches do as well.
   static bool pays(int64_t positions, int64_t slots, int64_t rows, int64_t D) {
-    return D > 0 && positions * slots >= 2 * rows && rows * D < INT32_MAX;
+    return D > 0 && rows > 0 && positions * slots >= 2 * rows && rows * D < INT32_MAX;
   }
   static int64_t chunk_of(int64_t positions, int64_t slots) {
     while (positions > 1 && positions * slots > 2048) positions = (positions + 1) / 2;

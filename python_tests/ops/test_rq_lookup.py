@@ -80,15 +80,17 @@ def test_shared_codebooks_take_items_of_any_shape(shape: tuple[int, ...], target
     assert_equals_twin(case, target.ops, torch.float64)
 
 
-def test_padding_alone_and_an_empty_catalogue(target: Any) -> None:
-    items = torch.full((2, 3), -1, device=target.device)
-    codes = torch.zeros(0, 2, dtype=torch.uint8, device=target.device)
-    codebooks = torch.randn(2, 2, 4, 5, device=target.device, requires_grad=True)
-    out = target.ops.rq_lookup(items, codes, codebooks)
+@pytest.mark.parametrize(("items", "size"), [(0, 4), (3, 0)])
+def test_padding_alone_and_an_empty_catalogue(items: int, size: int, target: Any) -> None:
+    positions = torch.full((2, 3), -1, device=target.device)
+    codes = torch.zeros(items, 2, dtype=torch.uint8, device=target.device)
+    codebooks = torch.randn(2, 2, size, 5, device=target.device, requires_grad=True)
+    base = torch.randn(items, 5, device=target.device)
+    out = target.ops.rq_lookup(positions, codes, codebooks, base)
     assert torch.equal(out, torch.zeros(2, 3, 5, device=target.device))
     (grad,) = torch.autograd.grad(out.sum(), codebooks)
     assert torch.equal(grad, torch.zeros_like(codebooks))
-    assert torch.equal(reference.rq_lookup(items, codes, codebooks), out)
+    assert torch.equal(reference.rq_lookup(positions, codes, codebooks, base), out)
 
 
 def test_large_shared_backward_is_the_same_for_any_threads(target: Any) -> None:
