@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(ScatterStage::kThreads, 3)
       for (int column = first_of_lane; column < columns; column += lanes * V) {
         T* to = values + group * slice + column;
         const T* row = from + group * plan.width + column;
-#pragma unroll 1
+#pragma unroll(kCopyTurns<T, V>)
         for (int p = group; p < positions; p += groups) {
           copy_to_shared<V>(to, row);
           to += groups * slice;

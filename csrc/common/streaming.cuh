@@ -9,6 +9,16 @@
 
 namespace fedpeft::gpu {
 
+// Copies of V elements that a loop has to keep under way itself, by so many turns at once: those
+// that are not made in the background.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <typename T, int V>
+constexpr int kCopyTurns = 4;
+#else
+template <typename T, int V>
+constexpr int kCopyTurns = sizeof(T) * V < 4 ? 4 : 1;
+#endif
+
 // V elements to shared memory, in the background where they are 4, 8 or 16 bytes; copies_done waits
 // for the calling thread's.
 template <int V, typename T>
