@@ -364,6 +364,7 @@ bool hash_lookup_backward_whole(const HashLookupArgs& a, DType dtype, int64_t cl
   // clients leave most of the device idle.
   const int64_t most = clients < limits().multiprocessors ? 512 : 4096;
   if (a.positions * a.H > most || a.M > most) return false;
+  if (a.positions * a.D > UINT32_MAX) return false;  // sum_rows has such offsets
   bool done = false;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
