@@ -435,10 +435,15 @@ struct SenetPart {
   void add_gradients(const Batch& batch, const T* coefficients) {
     const int64_t all = in_blocks(batch.size);
     for (int64_t h = 0; h < H; ++h) {
-      const T *const gate = gates + h * pitch, *const dot_of = dots_at + h * pitch;
-      T* const slope = slopes + h * pitch;
-      for (int64_t k = 0; k < batch.size; ++k)
-        slope[k] = coefficients[k] * dot_of[k] * gate[k] * (1 - gate[k]);
+      const T* const dot_of = dots_at + h * pitch;
+      T *const gate = gates + h * pitch, *const slope = slopes + h * pitch;
+      // An entry's share of alpha takes its gate's place, rounded: a product that is fused with the
+      // sum would leave a residue where a pair cancels.
+      for (int64_t k = 0; k < batch.size; ++k) {
+        const T share = coefficients[k] * gate[k];
+        slope[k] = share * dot_of[k] * (1 - gate[k]);
+        gate[k] = share;
+      }
       zero_row(slope + batch.size, all - batch.size);
       V sum = {};
       for (int64_t k = 0; k < all; k += N) sum += load(slope + k);
@@ -449,12 +454,11 @@ struct SenetPart {
     T *const alpha = table.slots.alpha, *const beta = table.slots.beta;
     with_fixed_count<T>(H, [&](auto count) {
       const int64_t hashes = count.or_else(H), row = pitch;
-      const T *const gate = gates, *const pull = betas;
+      const T *const share = gates, *const pull = betas;
       for (int64_t k = 0; k < batch.size; ++k) {
         const int32_t* s = table.at + batch.draws[k] * hashes;
-        const T coefficient = coefficients[k];
         for (int64_t h = 0; h < hashes; ++h) {
-          alpha[s[h]] = multiply_add(coefficient, gate[h * row + k], alpha[s[h]]);
+          alpha[s[h]] += share[h * row + k];
           beta[s[h]] += pull[h * row + k];
         }
       }

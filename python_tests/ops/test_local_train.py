@@ -285,6 +285,24 @@ def test_a_client_that_met_every_item_has_no_negative(device: torch.device) -> N
         train(device, clients, indptr, items, positives, 4, user, ItemParts(), seed=0, round=0)
 
 
+@pytest.mark.parametrize("kind", ["hash", "senet"])
+def test_a_row_that_both_items_of_every_pair_read_stays(device: torch.device, kind: str) -> None:
+    """Its gradient is zero with BPR; a residue of rounding would be a full step of Adam."""
+    g = torch.Generator().manual_seed(2)
+    parts = make_parts([kind], 30, 9, 1, torch.float32)._replace(
+        buckets=torch.randn(1, 9, generator=g), hashes=ops.make_hashes(1, seed=1)
+    )
+    if parts.senet:
+        w1, b1, w2, b2 = parts.senet
+        parts = parts._replace(senet=SENetWeights(w1[:, :1].contiguous(), b1, w2[:1], b2[:1]))
+    user = torch.randn(2, 9, generator=g)
+    updates = train(
+        device, torch.arange(2), *federation([9, 4], 30, 1), 30, user, parts, **options_of("bpr", "adam")
+    )
+    assert updates.buckets is not None
+    assert not updates.buckets.any()
+
+
 def test_gradients_through_training_are_refused() -> None:
     with pytest.raises(RuntimeError, match="local_train is not differentiable"):
         ops.local_train(**{**arguments(), "user": torch.ones(2, 4, requires_grad=True)})
