@@ -4,12 +4,7 @@
 #include <string>
 
 #include "common/isa.h"
-
-namespace fedpeft {
-
-void throw_type_error(const std::string& message) { throw pybind11::type_error(message); }
-
-}  // namespace fedpeft
+#include "common/python_errors.h"
 
 namespace {
 

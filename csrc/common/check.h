@@ -3,9 +3,6 @@
 // IndexError.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -15,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "common/torch.h"
 #include "common/types.h"
 
 namespace fedpeft {
@@ -22,7 +20,7 @@ namespace fedpeft {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-[[noreturn]] void throw_type_error(const std::string& message);  // Python's TypeError (module.cpp)
+[[noreturn]] void throw_type_error(const std::string& message);  // Python's TypeError
 
 template <typename... Parts>
 std::string text(const Parts&... parts) {

@@ -2,9 +2,6 @@
 // or, in the test module `_emulator`, CUDA kernels on the CPU. For the binding files.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-
 #include <array>
 #include <optional>
 #include <utility>
@@ -12,6 +9,7 @@
 
 #include "common/check.h"
 #include "common/scatter.h"
+#include "common/torch.h"
 
 // Registers the implementations of an op family for every device that this build has:
 // `FEDPEFT_IMPL(m) { ... }`.

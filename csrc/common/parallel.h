@@ -1,12 +1,11 @@
 // Work sharing for the binding files: ranges of work items on torch's threads.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <vector>
+
+#include "common/torch.h"
 
 namespace fedpeft {
 

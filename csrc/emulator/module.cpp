@@ -5,16 +5,9 @@
 
 #include <string>
 
+#include "common/python_errors.h"
 #include "emulator/emulator.h"
 #include "emulator/faults.h"
-
-namespace fedpeft {
-
-[[noreturn]] void throw_type_error(const std::string& message) {
-  throw pybind11::type_error(message);
-}
-
-}  // namespace fedpeft
 
 PYBIND11_MODULE(_emulator, m) {
   using namespace fedpeft::emulator;
@@ -32,6 +25,8 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("leave_out", &leave_out, pybind11::arg("place"),
         "Passes the waits of kernels at this place (file.cu:12) as if they were not there.");
   m.def("waits", &waits, "Places where kernels have waited since the last leave_out.");
+  m.def("throw_with_message", &fedpeft::throw_with_message, pybind11::arg("message"),
+        "Raises what a call of torch that fails with this message does.");
   m.def("fault_names", &fault_names, "Kernels with a planted fault.");
   m.def("run_fault", &run_fault, pybind11::arg("name"), pybind11::arg("planted"),
         "Runs such a kernel with its fault or without and returns its output.");

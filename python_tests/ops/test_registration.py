@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated import _emulator
 from op_cases import CPU_ALONE
 from torch import Tensor
 
@@ -198,6 +199,21 @@ def test_only_torchs_own_tensors_take_the_short_way() -> None:
     assert is_plain((plain, torch.nn.Parameter(plain), None, 1, 0.5, True, [], [plain, None]))
     assert not is_plain((plain, other))
     assert not is_plain((plain, [plain, other]))
+
+
+def test_memory_that_there_is_not() -> None:
+    # Torch before 2.13 does not tell an extension what failed, but writes it to standard error.
+    said = "can't allocate memory|failed; torch has written why"
+    with pytest.raises(RuntimeError, match=said):  # the output
+        ops.client_embedding(torch.full((2**10,), -1), torch.empty(0, 2**40))
+    with pytest.raises(RuntimeError, match=said):  # a copy without strides
+        ops.client_embedding(ITEMS, torch.zeros(1).expand(2**50, 4))
+
+
+@pytest.mark.skipif(_emulator is None, reason="fedpeft_ext._emulator is not built")
+def test_memory_that_a_gpu_has_not_is_torchs_own_error() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        _emulator.throw_with_message("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...")
 
 
 def test_every_op_is_checked() -> None:
