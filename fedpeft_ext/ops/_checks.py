@@ -8,6 +8,7 @@ data.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -126,7 +127,9 @@ def check_not_negative(value: float, name: str) -> None:
 
 
 def check_range(value: int, low: int, high: int, name: str) -> None:
-    """low <= value < high."""
+    """An integer, low <= value < high."""
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if not low <= value < high:
         raise ValueError(f"{name}: expected {low} to {high - 1}, got {value}")
 

@@ -2,9 +2,8 @@
 an op.
 
 `torch.library.register_autograd` builds an ordinary autograd.Function, which refuses to run inside
-torch.func.grad; `register_autograd` below differs from it only in that it also works there, at any nesting of
-vmap and grad, and in that forward-mode differentiation raises where it would otherwise be lost without a
-word.
+torch.func.grad; `register_autograd` below also works there, at any nesting of vmap, grad and jvp, and takes a
+rule for forward mode.
 """
 
 from __future__ import annotations
@@ -110,21 +109,33 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 # Autograd ---------------------------------------------------------------------------------------------------
 
 
-def _refuse_forward_mode(name: str, args: tuple[Any, ...]) -> None:
-    for x in args:
-        if isinstance(x, Tensor) and _FORWARD_AD.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(
-                f"{name}: forward-mode differentiation is not supported; "
-                "use reverse mode (backward, torch.func.grad, vjp)"
-            )
+def _have_tangents(args: tuple[Any, ...]) -> bool:
+    return _FORWARD_AD._current_level >= 0 and any(
+        isinstance(x, Tensor) and _FORWARD_AD.unpack_dual(x).tangent is not None for x in args
+    )
+
+
+def total(*terms: Tensor | None) -> Tensor:
+    """The sum of those that are there, at least one."""
+    return reduce(torch.add, [t for t in terms if t is not None])
+
+
+def or_zeros(tangent: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if tangent is None else tangent
 
 
 def register_autograd(
     name: str,
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., tuple[Tensor | None, ...]],
+    tangent: Callable[[tuple[Any, ...], tuple[Any, ...], Any], Any],
 ) -> None:
-    """Registers `backward(ctx, *grads)`, which returns one gradient (or None) for each argument of the op."""
+    """Registers both modes of differentiation.
+
+    `backward(ctx, *grads)` returns one gradient (or None) for each argument of the op, `tangent(args,
+    tangents, output)` the tangent of each output, where at least one of the arguments has one and the others'
+    are None. It calls differentiable functions, so that forward mode nests with both modes.
+    """
     op = raw_op(name)
 
     def below(keyset: Any, args: tuple[Any, ...]) -> Any:
@@ -134,14 +145,25 @@ def register_autograd(
     def forward(*args: Any) -> Any:
         *inputs, keyset = args
         if _are_functorch_transforms_active():
-            # Outer levels of functorch's stack run inside this call and record gradients of their own, which
-            # the no_grad of an autograd.Function's forward must not switch off.
-            with torch.enable_grad():
+            # Outer levels of functorch's stack run inside this call and record gradients and tangents of
+            # their own, which an autograd.Function's forward, without both modes, must not switch off.
+            with torch.enable_grad(), _FORWARD_AD._set_fwd_grad_enabled(True):
                 return below(keyset, tuple(inputs))
         return below(keyset, tuple(inputs))
 
     def setup_without_keyset(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         setup_context(ctx, inputs[:-1], output)
+        if _FORWARD_AD._current_level >= 0:
+            with _FORWARD_AD._set_fwd_grad_enabled(True):  # to see them
+                if _have_tangents(inputs):
+                    ctx.moving = inputs[:-1], output
+
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        args, output = ctx.moving
+        del ctx.moving  # the output holds the context
+        primals = tuple(_FORWARD_AD.unpack_dual(x).primal if isinstance(x, Tensor) else x for x in args)
+        with _FORWARD_AD._set_fwd_grad_enabled(True):  # as above
+            return tangent(primals, tangents[:-1], output)
 
     def eager_forward(ctx: Any, *args: Any) -> Any:
         with _BelowAutograd():
@@ -161,6 +183,7 @@ def register_autograd(
             "forward": staticmethod(forward),
             "setup_context": staticmethod(setup_without_keyset),
             "backward": staticmethod(backward_and_keyset),
+            "jvp": staticmethod(jvp),
         },
     )
     apply_here = function.apply
@@ -173,9 +196,8 @@ def register_autograd(
     eager_op(name).apply = super(torch.autograd.Function, eager_function).apply  # type: ignore[misc]
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        if _FORWARD_AD._current_level >= 0:
-            _refuse_forward_mode(name, args)
-        if not (is_grad_enabled() and _any_requires_grad(*args)):
+        recorded = is_grad_enabled() and _any_requires_grad(*args)
+        if not recorded and not _have_tangents(args):
             return below(keyset, args)
         if not _are_functorch_transforms_active():
             return apply_here(*args, keyset)
@@ -194,6 +216,8 @@ def register_not_differentiable(name: str) -> None:
     def autograd_kernel(keyset: Any, *args: Any) -> Any:
         if is_grad_enabled() and _any_requires_grad(*args):
             raise RuntimeError(f"{name} is not differentiable: call it under torch.no_grad()")
+        if _have_tangents(args):
+            raise RuntimeError(f"{name} is not differentiable: call it on tensors without tangents")
         with _BelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 

@@ -107,8 +107,18 @@ def _double_backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None, ...]
     return _OP(rows, grad_weight), None, None, None
 
 
-register_autograd("client_embedding", _setup, _backward)
-register_autograd("client_embedding_backward", _setup_backward, _double_backward)
+def _tangent(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -> Tensor:
+    moved: Tensor = _OP(args[0], tangents[1])
+    return moved
+
+
+def _tangent_backward(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -> Tensor:
+    moved: Tensor = _BACKWARD(tangents[0], *args[1:])
+    return moved
+
+
+register_autograd("client_embedding", _setup, _backward, _tangent)
+register_autograd("client_embedding_backward", _setup_backward, _double_backward, _tangent_backward)
 
 
 @register_vmap("client_embedding")

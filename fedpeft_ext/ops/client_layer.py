@@ -17,7 +17,17 @@ from ._checks import (
     check_range,
     check_shape,
 )
-from ._library import Dims, eager_op, promoted, register_autograd, register_fake, register_vmap, to_front
+from ._library import (
+    Dims,
+    eager_op,
+    or_zeros,
+    promoted,
+    register_autograd,
+    register_fake,
+    register_vmap,
+    to_front,
+    total,
+)
 from .sampling import client_dropout_reference
 
 _OP = eager_op("client_layer")
@@ -181,8 +191,30 @@ def _double_backward(
     return out_grad, out_x, out_weight, None, None, None
 
 
-register_autograd("client_layer", _setup, _backward)
-register_autograd("client_layer_backward", _setup_backward, _double_backward)
+def _tangent(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -> Tensor:
+    x, weight, _, _, _, p, *_ = args
+    moved_x, moved_weight, moved_bias, *_ = tangents
+    moved = total(
+        None if moved_x is None else moved_x @ weight.mT,
+        None if moved_weight is None else x @ moved_weight.mT,
+        None if moved_bias is None else moved_bias.unsqueeze(-2),
+    )
+    factor: Tensor = (output.detach() > 0).to(output.dtype) / (1 - p)
+    return factor * moved
+
+
+def _tangent_backward(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Any) -> tuple[Tensor, ...]:
+    grad, x, weight, out, items, p = args
+    moved_x, moved_weight = or_zeros(tangents[1], x), or_zeros(tangents[2], weight)
+    by_x, by_weight, _ = _BACKWARD(grad, moved_x, moved_weight, out, items, p)
+    if tangents[0] is None:
+        return by_x, by_weight, torch.zeros_like(output[2])
+    grad_x, grad_weight, grad_bias = _BACKWARD(tangents[0], x, weight, out, items, p)
+    return grad_x + by_x, grad_weight + by_weight, grad_bias
+
+
+register_autograd("client_layer", _setup, _backward, _tangent)
+register_autograd("client_layer_backward", _setup_backward, _double_backward, _tangent_backward)
 
 
 def _flat(tensors: list[Tensor], per_client: bool) -> list[Tensor]:

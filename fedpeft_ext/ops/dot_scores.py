@@ -7,7 +7,17 @@ from typing import Any
 from torch import Tensor
 
 from ._checks import check_float, check_like, check_parameter_dim, check_shape
-from ._library import Dims, eager_op, promoted, register_autograd, register_fake, register_vmap, to_front
+from ._library import (
+    Dims,
+    eager_op,
+    or_zeros,
+    promoted,
+    register_autograd,
+    register_fake,
+    register_vmap,
+    to_front,
+    total,
+)
 
 _OP = eager_op("dot_scores")
 _BACKWARD = eager_op("dot_scores_backward")
@@ -92,8 +102,24 @@ def _double_backward(ctx: Any, grad_vectors: Tensor, grad_user: Tensor) -> tuple
     return out_grad, out_vectors, out_user
 
 
-register_autograd("dot_scores", _setup, _backward)
-register_autograd("dot_scores_backward", _setup, _double_backward)
+def _tangent(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -> Tensor:
+    vectors, user = args
+    moved_vectors, moved_user = tangents
+    return total(
+        None if moved_vectors is None else _OP(moved_vectors, user),
+        None if moved_user is None else _OP(vectors, moved_user),
+    )
+
+
+def _tangent_backward(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Any) -> tuple[Tensor, Tensor]:
+    grad, vectors, user = args
+    by_grad = (None, None) if tangents[0] is None else _BACKWARD(tangents[0], vectors, user)
+    by_factors = _BACKWARD(grad, or_zeros(tangents[1], vectors), or_zeros(tangents[2], user))
+    return total(by_grad[0], by_factors[0]), total(by_grad[1], by_factors[1])
+
+
+register_autograd("dot_scores", _setup, _backward, _tangent)
+register_autograd("dot_scores_backward", _setup, _double_backward, _tangent_backward)
 
 
 @register_vmap("dot_scores")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import philox
 from ._checks import (
@@ -31,19 +34,23 @@ from ._library import (
     add_batched_base,
     eager_op,
     loop_over,
+    or_zeros,
     promoted,
     register_autograd,
     register_fake,
     register_vmap,
     to_front,
+    total,
 )
 from ._plain import check_index_values, embedding, gather_rows, pad_to_zero, values_available
 
 HASH_PRIME = 2**61 - 1
+_FORWARD_AD: Any = forward_ad  # untyped in torch
 
 _OP = eager_op("hash_lookup")
 _BACKWARD = eager_op("hash_lookup_backward")
 _BUCKETS = eager_op("hash_buckets")
+_ROWS = eager_op("client_embedding")
 _ROWS_BACKWARD = eager_op("client_embedding_backward")
 
 
@@ -78,13 +85,12 @@ def make_hashes(num_hashes: int, seed: int) -> Tensor:
         >>> make_hashes(2, seed=0).shape
         torch.Size([2, 2])
     """
-    if num_hashes < 1:
-        raise ValueError(f"num_hashes: expected at least 1, got {num_hashes}")
+    check_range(num_hashes, 1, 2**31, "num_hashes")
     check_range(seed, 0, 2**63, "seed")
-    position = torch.arange(2 * num_hashes).numpy()
+    position = np.arange(2 * num_hashes)
     a = philox.integers(HASH_PRIME - 1, seed, 0, 0, position[0::2], philox.Purpose.INITIALISATION) + 1
     b = philox.integers(HASH_PRIME, seed, 0, 0, position[1::2], philox.Purpose.INITIALISATION)
-    return torch.stack([torch.from_numpy(a), torch.from_numpy(b)], dim=1)
+    return torch.tensor(np.stack([a, b], axis=1), device="cpu")
 
 
 def _check_hashes(items: Tensor, hashes: Tensor) -> None:
@@ -365,23 +371,74 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mean = mean
 
 
+def _senet_gradients(
+    items: Tensor, hashes: Tensor, grad: Tensor, table: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> tuple[Tensor, ...]:
+    """What `hash_lookup_backward` computes with SENet, differentiable further: by backward ops and plain
+    PyTorch."""
+    clients = items.size(0) if table.dim() == 3 else 1
+    width, count = table.size(-1), hashes.size(0)
+    buckets = _BUCKETS(items, hashes, table.size(-2)).reshape(clients, -1)
+    stacked = [t if table.dim() == 3 else t.unsqueeze(0) for t in (table, w1, b1, w2, b2)]
+    tables, w1, b1, w2, b2 = stacked
+    grad = pad_to_zero(grad, items).reshape(clients, -1, 1, width)
+    rows = _ROWS(buckets, tables).unflatten(1, (-1, count))
+    squeezed = rows.sum(-1) / max(width, 1)
+    inner = squeezed @ w1.mT + b1.unsqueeze(1)
+    hidden = torch.relu(inner)
+    gates = torch.sigmoid(hidden @ w2.mT + b2.unsqueeze(1))
+    by_gates = (grad * rows).sum(-1) * gates * (1 - gates)
+    by_hidden = (by_gates @ w2) * (inner > 0)
+    by_rows = gates.unsqueeze(-1) * grad + (by_hidden @ w1).unsqueeze(-1) / max(width, 1)
+    gradients = (
+        _ROWS_BACKWARD(by_rows.flatten(1, 2), buckets, tables.size(1), True),
+        by_hidden.mT @ squeezed,
+        by_hidden.sum(1),
+        by_gates.mT @ hidden,
+        by_gates.sum(1),
+    )
+    return gradients if table.dim() == 3 else tuple(g.squeeze(0) for g in gradients)
+
+
 def _double_backward(ctx: Any, grad_table: Tensor, *grad_weights: Tensor) -> tuple[Tensor | None, ...]:
     grad, items, table, hashes, *weights = ctx.saved_tensors
     if weights[0] is None:  # linear in grad, and table itself does not matter
         return _OP(items, grad_table, hashes, *weights, ctx.mean, None), *(None,) * 8
 
-    def first_order(grad: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        pull: Any = torch.func.vjp(lambda t, *w: _combine(items, t, hashes, w, ctx.mean), *parameters)[1]
-        result: tuple[Tensor, ...] = pull(grad)
-        return result
-
-    pull: Any = torch.func.vjp(first_order, grad, table, *weights)[1]
+    pull: Any = torch.func.vjp(partial(_senet_gradients, items, hashes), grad, table, *weights)[1]
     out_grad, out_table, *out_weights = pull((grad_table, *grad_weights))
     return out_grad, None, out_table, None, *out_weights, None
 
 
-register_autograd("hash_lookup", _setup, _backward)
-register_autograd("hash_lookup_backward", _setup_backward, _double_backward)
+def _with_tangents(args: tuple[Any, ...], tangents: tuple[Any, ...]) -> list[Any]:
+    return [x if t is None else _FORWARD_AD.make_dual(x, t) for x, t in zip(args, tangents, strict=True)]
+
+
+def _tangent(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -> Tensor:
+    items, table, hashes, *weights, mean, _ = args
+    moved_table, moved_base = tangents[1], tangents[8]
+    moved: Tensor | None = None
+    if weights[0] is not None and any(t is not None for t in (moved_table, *tangents[3:7])):
+        dual_table, *dual_weights = _with_tangents((table, *weights), (moved_table, *tangents[3:7]))
+        dual = _combine(items, dual_table, hashes, tuple(dual_weights), mean)
+        moved = _FORWARD_AD.unpack_dual(dual).tangent
+    elif moved_table is not None:
+        moved = _OP(items, moved_table, hashes, *weights, mean, None)
+    return total(moved, None if moved_base is None else _ROWS(items, moved_base))
+
+
+def _tangent_backward(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Any) -> tuple[Tensor, ...]:
+    grad, items, table, hashes, *weights, _ = args
+    if weights[0] is None:  # linear in grad, and table itself does not matter
+        moved = torch.zeros_like(output[0]) if tangents[0] is None else _BACKWARD(tangents[0], *args[1:])[0]
+        return moved, *(torch.zeros_like(empty) for empty in output[1:])
+    duals = _with_tangents((grad, table, *weights), (tangents[0], tangents[2], *tangents[4:8]))
+    gradients = _senet_gradients(items, hashes, *duals)
+    return tuple(or_zeros(_FORWARD_AD.unpack_dual(g).tangent, g) for g in gradients)
+
+
+register_autograd("hash_lookup", _setup, _backward, _tangent)
+register_autograd("hash_lookup_backward", _setup_backward, _double_backward, _tangent_backward)
 
 
 @register_vmap("hash_buckets")

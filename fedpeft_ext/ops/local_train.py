@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -927,8 +928,8 @@ def _batches(
     if size == 0:
         return []
     if batch_size is None:
-        return [torch.arange(size)]
-    positions = torch.arange(size).numpy()
+        return [torch.arange(size, device="cpu")]
+    positions = np.arange(size)
     words = philox.words(seed, round, client, positions, philox.Purpose.BATCH_ORDER, epoch=epoch)
     order = torch.from_numpy((philox.low64(words) >> 1).argsort(kind="stable"))
     return list(torch.split(order, batch_size))

@@ -24,15 +24,18 @@ from ._library import (
     LookupBatch,
     add_batched_base,
     eager_op,
+    or_zeros,
     promoted,
     register_autograd,
     register_fake,
     register_vmap,
+    total,
 )
 from ._plain import check_index_values, gather_rows, values_available
 
 _OP = eager_op("lora_lookup")
 _BACKWARD = eager_op("lora_lookup_backward")
+_ROWS = eager_op("client_embedding")
 _ROWS_BACKWARD = eager_op("client_embedding_backward")
 
 
@@ -171,8 +174,25 @@ def _double_backward(ctx: Any, grad_A: Tensor, grad_B: Tensor) -> tuple[Tensor |
     return out_grad, None, out_A, out_B
 
 
-register_autograd("lora_lookup", _setup, _backward)
-register_autograd("lora_lookup_backward", _setup_backward, _double_backward)
+def _tangent(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -> Tensor:
+    items, A, B, _, rows = args
+    _, moved_A, moved_B, moved_base, _ = tangents
+    return total(
+        None if moved_A is None else _OP(items, moved_A, B, None, rows),
+        None if moved_B is None else _OP(items, A, moved_B, None, rows),
+        None if moved_base is None else _ROWS(items, moved_base),
+    )
+
+
+def _tangent_backward(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Any) -> tuple[Tensor, Tensor]:
+    grad, rows, A, B = args
+    by_grad = (None, None) if tangents[0] is None else _BACKWARD(tangents[0], rows, A, B)
+    by_factors = _BACKWARD(grad, rows, or_zeros(tangents[2], A), or_zeros(tangents[3], B))
+    return total(by_grad[0], by_factors[0]), total(by_grad[1], by_factors[1])
+
+
+register_autograd("lora_lookup", _setup, _backward, _tangent)
+register_autograd("lora_lookup_backward", _setup_backward, _double_backward, _tangent_backward)
 
 
 @register_vmap("lora_lookup")

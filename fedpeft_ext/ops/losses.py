@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import check_device, check_float, check_index, check_like, check_shape
-from ._library import Dims, eager_op, promoted, register_autograd, register_fake, register_vmap, to_front
+from ._library import (
+    Dims,
+    eager_op,
+    or_zeros,
+    promoted,
+    register_autograd,
+    register_fake,
+    register_vmap,
+    to_front,
+)
 
 _BPR, _BCE = eager_op("bpr_loss"), eager_op("bce_loss")
 
@@ -174,8 +183,23 @@ def _register(name: str, double_backward: Callable[..., tuple[Tensor, Tensor, Te
     def backward_twice(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
         return *double_backward(*ctx.saved_tensors, a, b), None
 
-    register_autograd(name, setup, backward)
-    register_autograd(f"{name}_backward", setup, backward_twice)
+    def tangent(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -> Tensor:
+        positive, negative, items = args
+        a, b = or_zeros(tangents[0], positive), or_zeros(tangents[1], negative)
+        return double_backward(torch.ones_like(output), positive, negative, items, a, b)[0]
+
+    def tangent_backward(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Any) -> tuple[Tensor, ...]:
+        grad, positive, negative, items = args
+        a, b = or_zeros(tangents[1], positive), or_zeros(tangents[2], negative)
+        # Second derivatives are symmetric.
+        by_scores = double_backward(grad, positive, negative, items, a, b)[1:]
+        if tangents[0] is None:
+            return by_scores
+        by_grad = backward_op(tangents[0], positive, negative, items)
+        return by_grad[0] + by_scores[0], by_grad[1] + by_scores[1]
+
+    register_autograd(name, setup, backward, tangent)
+    register_autograd(f"{name}_backward", setup, backward_twice, tangent_backward)
 
     @register_vmap(name)
     def vmap(size: int, in_dims: Dims, *args: Tensor) -> Any:

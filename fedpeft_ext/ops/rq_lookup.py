@@ -35,6 +35,7 @@ from ._plain import check_index_values, embedding, gather_rows, nonempty, pad_to
 
 _OP = eager_op("rq_lookup")
 _BACKWARD = eager_op("rq_lookup_backward")
+_ROWS = eager_op("client_embedding")
 _ROWS_BACKWARD = eager_op("client_embedding_backward")
 
 
@@ -161,8 +162,20 @@ def _double_backward(ctx: Any, grad_codebooks: Tensor) -> tuple[Tensor | None, .
     return _OP(items, codes, grad_codebooks, None), None, None, None, None
 
 
-register_autograd("rq_lookup", _setup, _backward)
-register_autograd("rq_lookup_backward", _setup_backward, _double_backward)
+def _tangent(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -> Tensor:
+    items, codes, *_ = args
+    _, _, codebooks, base = tangents
+    moved: Tensor = _ROWS(items, base) if codebooks is None else _OP(items, codes, codebooks, base)
+    return moved
+
+
+def _tangent_backward(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -> Tensor:
+    moved: Tensor = _BACKWARD(tangents[0], *args[1:])
+    return moved
+
+
+register_autograd("rq_lookup", _setup, _backward, _tangent)
+register_autograd("rq_lookup_backward", _setup_backward, _double_backward, _tangent_backward)
 
 
 @register_vmap("rq_lookup")

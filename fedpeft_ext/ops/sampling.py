@@ -380,7 +380,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _DROPOUT(grad, clients, *ctx.numbers), *(None,) * 6
 
 
-register_autograd("client_dropout", _setup, _backward)
+def _tangent(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -> Tensor:
+    moved: Tensor = _DROPOUT(tangents[0], *args[1:])
+    return moved
+
+
+register_autograd("client_dropout", _setup, _backward, _tangent)
 
 
 @register_vmap("client_dropout")

@@ -150,8 +150,10 @@ def test_hash_functions_are_reproducible_and_spread(target: Any) -> None:
 
 
 def test_bad_hash_requests(target: Any) -> None:
-    with pytest.raises(ValueError, match="num_hashes: expected at least 1"):
+    with pytest.raises(ValueError, match="num_hashes: expected 1 to"):
         target.ops.make_hashes(0, seed=1)
+    with pytest.raises(TypeError, match="num_hashes: expected an integer, got float"):
+        target.ops.make_hashes(2.5, seed=1)
     with pytest.raises(ValueError, match="seed: expected 0"):
         target.ops.make_hashes(1, seed=-1)
     items, hashes = torch.tensor([1]), torch.tensor([[1, 0]])

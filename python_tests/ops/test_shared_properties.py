@@ -11,8 +11,9 @@ import torch
 from op_cases import CASES, FLOATS, IDS, Case, assert_equals_twin, gradients
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
-from fedpeft_ext import reference
+from fedpeft_ext import ops, reference
 
 each_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 
@@ -221,11 +222,51 @@ def test_autograd_outside_of_func_grad(case: Case, target: Any) -> None:
 
 
 @each_case
-def test_forward_mode_is_refused(case: Case, target: Any) -> None:
-    case = case.to(target.device)
-    inputs = case.floats()
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(case.function(target.ops), tuple(inputs), tuple(torch.ones_like(x) for x in inputs))
+def test_forward_mode(case: Case) -> None:
+    function, inputs = case.function(ops), case.floats(requires_grad=True)
+    fast = {"fast_mode": True, "check_undefined_grad": False}
+    assert torch.autograd.gradcheck(
+        function,
+        inputs,
+        check_forward_ad=True,
+        check_backward_ad=False,
+        check_batched_forward_grad=True,
+        **fast,
+    )
+    assert torch.autograd.gradgradcheck(
+        function, inputs, check_fwd_over_rev=True, check_rev_over_rev=False, **fast
+    )
+
+
+@each_case
+def test_forward_mode_nests_with_both(case: Case) -> None:
+    inputs = tuple(case.floats())
+    moves = tuple(torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) for x in inputs)
+
+    def products(ops: Any) -> list[Tensor]:
+        function, places = case.function(ops), tuple(range(len(inputs)))
+
+        def moved(*x: Tensor) -> Tensor:
+            return torch.func.jvp(function, x, moves)[1]
+
+        def loss(*x: Tensor) -> Tensor:
+            return (moved(*x) ** 2 + function(*x) ** 3).sum()
+
+        return [
+            torch.func.jvp(moved, inputs, moves)[1],
+            *torch.func.grad(loss, places)(*inputs),
+            *torch.func.jvp(torch.func.grad(loss, places), inputs, moves)[1],
+        ]
+
+    for a, b in zip(products(ops), products(reference), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_tangents_are_not_lost_where_there_is_no_rule() -> None:
+    with forward_ad.dual_level():
+        parameter = forward_ad.make_dual(torch.zeros(2, 3), torch.ones(2, 3))
+        with pytest.raises(RuntimeError, match=r"client_sgd_ is not differentiable: .* without tangents"):
+            ops.client_sgd_(parameter, torch.ones(2, 3), None, 0.1, 0.0, 0.0)
 
 
 # Tracing ----------------------------------------------------------------------------------------------------
