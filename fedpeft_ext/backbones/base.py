@@ -198,7 +198,8 @@ def build_backbone(
             raise ValueError(f"backbone.{option}: {name} does not take it; {has}")
     # Another stream than the item embedding's, which is drawn from `seed` too.
     stream = seed ^ 0x6D6C70
-    with torch.random.fork_rng(devices=[]):  # layers that a constructor draws depend on the seed alone
+    # Layers that a constructor draws depend on the seed alone, wherever new tensors are by default.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(stream)
         model = cls(item_embedding, dim, **given)
     model.reset_parameters(torch.Generator().manual_seed(stream))

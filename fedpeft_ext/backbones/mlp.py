@@ -53,13 +53,17 @@ class MLP(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Uniform draws from +-1/sqrt(inputs), as `nn.Linear` does."""
+
+        def draw(shape: torch.Size, bound: float) -> Tensor:
+            return torch.empty(shape, device=generator.device).uniform_(-bound, bound, generator=generator)
+
         for layer in self.layers:
             assert isinstance(layer, nn.Linear)
             bound = layer.in_features**-0.5
             for parameter in (layer.weight, layer.bias):
-                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+                parameter.copy_(draw(parameter.shape, bound))
         bound = len(self.output) ** -0.5
-        self.output.copy_(torch.empty(self.output.shape).uniform_(-bound, bound, generator=generator))
+        self.output.copy_(draw(self.output.shape, bound))
 
     def forward(
         self, x: Tensor, items: Tensor, context: ClientContext | None, user: Tensor | None = None

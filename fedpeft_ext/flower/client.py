@@ -224,7 +224,7 @@ class _Node:
         losses = make_engine(self.config, self.federation)[1].train(clients, number, aggregator)
         store.commit(average=False)
         budget.spend(uplink.clients)
-        sent = torch.tensor(uplink.clients, dtype=torch.int64)
+        sent = torch.tensor(uplink.clients, dtype=torch.int64, device="cpu")
         if self.config.privacy.mode == "none":  # no noise covers these
             uplink.starts = {name: store.state[name][sent] for name in model.averaged_start}
         own = self._context.state.array_records
@@ -299,7 +299,10 @@ class _Budget:
         for client in clients:
             releases[client] = releases.get(client, 0) + 1
         self._state.array_records[RELEASES] = to_record(
-            {"users": torch.tensor(list(releases)), "count": torch.tensor(list(releases.values()))}
+            {
+                "users": torch.tensor(list(releases), device="cpu"),
+                "count": torch.tensor(list(releases.values()), device="cpu"),
+            }
         )
 
     def _releases(self) -> dict[int, int]:
@@ -319,9 +322,15 @@ def _model(config: Config, num_items: int, frozen: Mapping[str, Tensor], warmup:
     """The model with the frozen tensors that the server sent."""
     dtype, dim = getattr(torch, config.dtype), config.backbone.dim
     # Placeholders of the right shapes; the values come with the frozen tensors, or with each message.
-    base = torch.zeros(num_items, dim, dtype=dtype) if needs_pretrained(config.embedding.name) else None
+    base = (
+        torch.zeros(num_items, dim, dtype=dtype, device="cpu")
+        if needs_pretrained(config.embedding.name)
+        else None
+    )
     codes = next((value for name, value in frozen.items() if name.endswith("codes")), None)
-    codebooks = torch.zeros(config.embedding.levels, config.embedding.codebook_size, dim, dtype=dtype)
+    codebooks = torch.zeros(
+        config.embedding.levels, config.embedding.codebook_size, dim, dtype=dtype, device="cpu"
+    )
     model = build_model(config, num_items, base=base, codes=codes, codebooks=codebooks, warmup=warmup)
     expected = set(setup_message(model))
     if set(frozen) != expected:

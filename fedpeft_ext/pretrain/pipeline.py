@@ -165,11 +165,12 @@ def _random(
 ) -> Pretrained:
     """Embeddings and codes that know nothing of the items."""
     generator = torch.Generator().manual_seed(seed)
+    drawn: dict[str, Any] = {"generator": generator, "device": generator.device}
     std = _INIT_STD if config.scale is None else config.scale
-    full = std * torch.randn(num_items, dim, generator=generator, dtype=torch.float32)
+    full = std * torch.randn(num_items, dim, **drawn, dtype=torch.float32)
     report = {"items": num_items, "features": 0}
     if levels is None:
         return Pretrained(full, report=report)
-    codes = torch.randint(codebook_size, (num_items, levels), generator=generator)
-    codebooks = std * torch.randn(levels, codebook_size, dim, generator=generator, dtype=torch.float32)
+    codes = torch.randint(codebook_size, (num_items, levels), **drawn)
+    codebooks = std * torch.randn(levels, codebook_size, dim, **drawn, dtype=torch.float32)
     return Pretrained(full, codes.to(smallest_dtype(codebook_size)), codebooks, report=report)

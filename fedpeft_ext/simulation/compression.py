@@ -124,7 +124,7 @@ class TopK(UploadStage):
     def state_dict(self, ranks: Ranks | None = None) -> State:
         """See `state.Stateful`."""
         own = {c: rest for c, rest in self.residuals.items() if ranks is None or c in ranks.owned}
-        clients = torch.tensor(list(own), dtype=torch.int64)
+        clients = torch.tensor(list(own), dtype=torch.int64, device="cpu")
         rests = torch.stack(list(own.values())) if own else self._none
         if ranks is not None:
             clients, rests = ranks.gather_rows(clients), ranks.gather_rows(rests)
@@ -194,7 +194,7 @@ def quantize(
         values = values.masked_fill((rows < 0).unsqueeze(-1), 0.0)
     else:  # the last dimension is a row's, so that a table is rounded alike with and without `rows`
         values = values.reshape(len(values), -1, values.shape[-1] if values.dim() > 1 else 1)
-        rows = torch.arange(values.shape[1]).expand(len(values), -1)
+        rows = torch.arange(values.shape[1], device=values.device).expand(len(values), -1)
     size = values.abs().flatten(1).amax(1) if values.numel() else values.new_zeros(len(values))
     # Rounded up, so that no quotient is above 127.
     scale = torch.nextafter((size / LEVELS).float(), torch.tensor(torch.inf, device=size.device))
@@ -267,7 +267,7 @@ def decode(
         index = np.frombuffer(data, "<u4", kept).astype(np.int64)
         if kept and int(index.max()) >= count:
             raise ValueError(f"data: expected indices below {count}, got {int(index.max())}")
-        flat = torch.zeros(count, dtype=dtype)
+        flat = torch.zeros(count, dtype=dtype, device="cpu")
         values = np.frombuffer(data, f"<f{dtype.itemsize}", kept, 4 * kept).copy()
         flat[torch.from_numpy(index)] = torch.from_numpy(values)
         return split(flat, shapes)

@@ -129,7 +129,7 @@ class Ranks:
 
         None where a rank has None, or where tables of `height` rows are summed with less traffic whole.
         """
-        own = torch.zeros(0, dtype=torch.int64)
+        own = torch.zeros(0, dtype=torch.int64, device="cpu")
         if rows:
             own = torch.cat([r.flatten() for r in rows])
             own = torch.unique(own[own >= 0])
@@ -144,7 +144,7 @@ class Ranks:
         if self.size == 1:
             return [values]
         values = values.detach().cpu().contiguous()
-        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths = torch.zeros(self.size, dtype=torch.int64, device="cpu")
         lengths[self.rank] = len(values)
         self._collective(dist.all_reduce, lengths, group=self._control)
         longest = int(lengths.max())
@@ -181,7 +181,11 @@ class Ranks:
         head = json.loads(self.gather_texts(json.dumps(head) if self.first else "")[0])
         result = {}
         for name, (dtype, shape) in head.items():
-            value = made[name].contiguous() if self.first else torch.empty(shape, dtype=getattr(torch, dtype))
+            value = (
+                made[name].contiguous()
+                if self.first
+                else torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
+            )
             raw = value.view(-1).view(torch.uint8)
             self._collective(dist.broadcast, raw, 0, group=self._control)
             result[name] = value

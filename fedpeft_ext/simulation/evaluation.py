@@ -79,7 +79,7 @@ def user_metrics(greater: Tensor, equal: Tensor, ks: Sequence[int]) -> dict[str,
         raise ValueError("evaluation: expected at least one user with a held-out item, got none")
     first, last = greater.cpu().double(), (greater + equal + 1).cpu().double()  # ranks in (first, last]
     ties = last - first
-    ranks = torch.arange(1, int(last.max()) + 1, dtype=torch.float64)
+    ranks = torch.arange(1, int(last.max()) + 1, dtype=torch.float64, device="cpu")
     gains = torch.cat([ranks.new_zeros(1), torch.cumsum(1.0 / torch.log2(ranks + 1.0), 0)])
     reciprocals = torch.cat([ranks.new_zeros(1), torch.cumsum(1.0 / ranks, 0)])
 

@@ -191,7 +191,9 @@ class FusedEngine:
 
     def _training_into(self, sums: Mapping[str, Tensor], marks: Tensor | None) -> SumTraining:
         return SumTraining(
-            **self._arguments() | self._own(torch.empty(0, dtype=torch.int64)) | self._sums(sums),
+            **self._arguments()
+            | self._own(torch.empty(0, dtype=torch.int64, device="cpu"))
+            | self._sums(sums),
             touched=marks if self._roles.rows else None,
         )
 

@@ -191,8 +191,8 @@ class ControlVariates:
         held = {c: own for c, own in self.clients.items() if ranks is None or c in ranks.owned}
         device = next(iter(self.server.values())).device
         clients: State = {
-            "clients": torch.tensor(list(held), dtype=torch.int64),
-            "sizes": torch.tensor([len(own.rows) for own in held.values()], dtype=torch.int64),
+            "clients": torch.tensor(list(held), dtype=torch.int64, device="cpu"),
+            "sizes": torch.tensor([len(own.rows) for own in held.values()], dtype=torch.int64, device="cpu"),
             "rows": torch.cat(
                 [torch.zeros(0, dtype=torch.int64, device=device), *(v.rows for v in held.values())]
             ),

@@ -364,7 +364,7 @@ class Simulator:
         if self._store is None:
             users = self.dataset.num_users
             parameters = dict(model.named_parameters())
-            owned = torch.arange(self._ranks.owned.start, self._ranks.owned.stop)
+            owned = torch.arange(self._ranks.owned.start, self._ranks.owned.stop, device="cpu")
             self._store = ClientStore(
                 initial_states(model, owned, users, config.seed, config.backbone.init_std),
                 {name: parameters[name] for name in model.averaged_start},

@@ -42,6 +42,23 @@ def test_a_run_is_a_function_of_its_settings(dataset: Dataset, pretrained: Pretr
     assert other.run().metrics != first.evaluate().values
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"backbone.name": "fedncf", "embedding.name": "p-rq+hash+senet"},
+        {"backbone.name": "pfedrec", "compression.method": "top-k", "engine": "sequential"},
+        {"training.algorithm": "scaffold", "training.optimizer": "sgd", "engine": "batched"},
+        {"pretrain.features": "random", "compression.method": "int8"},
+    ],
+    ids=lambda changes: "-".join(changes.values()),
+)
+def test_the_default_device_does_not_matter(dataset: Dataset, changes: dict[str, str]) -> None:
+    settings = config(**{"pretrain.features": "random", "pretrain.cache": False, **changes})
+    expected = Simulator(settings, dataset).run().metrics
+    with torch.device("meta"):
+        assert Simulator(settings, dataset).run().metrics == expected
+
+
 def test_validation_items_choose_the_best_round(pretrained: Pretrained) -> None:
     settings = config(**{"evaluation.every": 1, "training.lr": 0.05, "training.rounds": 8})
     with_valid = Simulator(settings, make_dataset(validation=True), pretrained=pretrained).run()

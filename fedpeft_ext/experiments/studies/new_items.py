@@ -113,7 +113,7 @@ def aligned(before: Tensor, trained: Tensor, new: Tensor) -> Tensor:
 
 
 def _with_ones(rows: Tensor) -> Tensor:
-    return torch.cat([rows.double(), torch.ones(len(rows), 1, dtype=torch.float64)], 1)
+    return torch.cat([rows.double(), rows.new_ones(len(rows), 1, dtype=torch.float64)], 1)
 
 
 @torch.no_grad()
