@@ -14,7 +14,10 @@ from fedpeft_ext.flower.files import prepare
 
 def main(
     folder: Annotated[Path, typer.Argument(help="where the files go")],
-    config: Annotated[Path | None, typer.Option(help="YAML settings; their data set is split")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="settings, a YAML file or the name of tuned ones; their data set is split"),
+    ] = None,
     nodes: Annotated[int, typer.Option(help="how many nodes share the users")] = 2,
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
 ) -> None:

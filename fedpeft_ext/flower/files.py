@@ -55,7 +55,7 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     if pretrained is None and needs_pretrained(config.embedding.name):
         pretrained = prepare_items(config, dataset)
-    tensors: dict[str, Tensor] = {"num_items": torch.tensor([dataset.num_items])}
+    tensors: dict[str, Tensor] = {"num_items": torch.tensor([dataset.num_items], device="cpu")}
     if pretrained is not None:
         tensors |= {name: value.contiguous() for name, value in pretrained.tensors().items()}
     save_file(tensors, folder / SERVER)

@@ -340,17 +340,21 @@ class FlowerServer:
         self._aggregator.begin(number, weight=sum(map(sum, weights.values())))
         losses: list[float] = []
         for node, answer in answers.items():
-            clients = torch.tensor([int(user) for user in _floats(answer, "users")], dtype=torch.int64)
+            clients = torch.tensor(
+                [int(user) for user in _floats(answer, "users")], dtype=torch.int64, device="cpu"
+            )
             if len(clients) == 0:
                 continue
             updates = self._decoded(to_tensors(answer, UPDATES), clients, node)
             accepted = self._aggregator.add(
-                updates, torch.tensor(weights[node], dtype=torch.float64), None, clients
+                updates, torch.tensor(weights[node], dtype=torch.float64, device="cpu"), None, clients
             )
             starts = to_tensors(answer, STARTS)
             if starts and self.config.privacy.mode == "none":
                 kept = starts if accepted is None else {name: v[accepted] for name, v in starts.items()}
-                self._starts.write(torch.zeros(len(next(iter(kept.values()))), dtype=torch.int64), kept)
+                self._starts.write(
+                    torch.zeros(len(next(iter(kept.values()))), dtype=torch.int64, device="cpu"), kept
+                )
             losses += _floats(answer, "loss")
         return losses
 
