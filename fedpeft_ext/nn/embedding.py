@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from typing_extensions import Self
 
 from fedpeft_ext import ops
@@ -118,7 +119,7 @@ class ItemEmbedding(nn.Module, ABC):
 
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the compressed part anew, as at construction; the base stays as it is."""
+        """Draw the compressed part anew, as at construction; base and codes stay as they are."""
 
     def _options(self) -> str:
         return ""
@@ -127,24 +128,49 @@ class ItemEmbedding(nn.Module, ABC):
         """Vectors of `items`.
 
         Args:
-            items: ids (int32 or int64, any shape), or `Items(ids, rows)`: then the parameters in
+            items: ids (int32 or int64, any shape; a jagged nested tensor stands for bags of differing size,
+                as in `nn.Embedding`), or `Items(ids, rows)`: then the parameters in
                 `row_parameters` are read at `rows`, as a caller needs that passes only the touched rows
                 through `torch.func.functional_call`. Parameters passed that way may also carry a leading
                 client dimension C, with items [C, P].
 
         Returns:
-            [*items.shape, embedding_dim], zero at -1 and at `padding_idx`.
+            [*items.shape, embedding_dim], of the dtype of the parameters; zero at -1 and at `padding_idx`.
 
         Raises:
             TypeError: `items` are not int32 or int64. IndexError: an id, or a row, out of range (on CUDA a
                 device-side assertion).
         """
-        items = self._masked(items if isinstance(items, Items) else Items(items))
+        items = items if isinstance(items, Items) else Items(items)
+        if isinstance(items.ids, Tensor) and items.ids.is_nested:
+            return self._jagged(items)
+        items = self._masked(items)
         base = self.base
-        if base is None or "base" not in self._parameters:
+        trained = "base" in self._parameters
+        if base is None or (not trained and base.dtype == self._dtype()):
             return self._vectors(items, base)
-        # A trained base is one more table indexed by item: a client holds only the rows it touches.
-        return self._vectors(items, None) + read_rows(base, items)
+        # A trained base is one more table indexed by item: a client holds only the rows it touches. And where
+        # parameters are cast for the forward alone (FSDP2's mixed precision), the base, a buffer, is not.
+        vectors = self._vectors(items, None)
+        return vectors + read_rows(base, items if trained else Items(items.ids)).to(vectors.dtype)
+
+    def _jagged(self, items: Items) -> Tensor:
+        ids: Any = items.ids
+        if ids.layout != torch.jagged:
+            raise TypeError("items.ids: expected a nested tensor of layout torch.jagged, got torch.strided")
+        rows: Any = items.rows
+        vectors = self(Items(ids.values(), None if rows is None else rows.values()))
+        bags: Tensor = torch.nested.nested_tensor_from_jagged(
+            vectors, ids.offsets(), ids.lengths(), jagged_dim=ids._ragged_idx
+        )
+        return bags
+
+    def _dtype(self) -> torch.dtype | None:
+        """Of the compressed part; None where there is no parameter."""
+        for name, parameter in self._parameters.items():
+            if parameter is not None and name != "base":
+                return parameter.dtype
+        return next((p.dtype for name, p in self.named_parameters() if name != "base"), None)
 
     def _vectors(self, items: Items, base: Tensor | None) -> Tensor:
         """`_lookup`, with rows only where they index a parameter of this module; raises ValueError on another
@@ -203,6 +229,14 @@ class ItemEmbedding(nn.Module, ABC):
         table: Tensor = self(torch.arange(self.num_embeddings, device=next(self.parameters()).device))
         return table
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and "weight" not in self.__dict__.get("_parameters", ()) and hasattr(self, name):
+            raise AttributeError(
+                f"weight: {type(self).__name__} computes it from its base and its compressed part; to start "
+                "from other vectors, make a new module of them, by from_pretrained or plug"
+            )
+        super().__setattr__(name, value)
+
     def extra_repr(self) -> str:
         text = f"{self.num_embeddings}, {self.embedding_dim}{self._options()}"
         if self.padding_idx is not None:
@@ -224,6 +258,11 @@ def read_rows(table: Tensor, items: Items) -> Tensor:
         return ops.client_embedding(items.ids, table)
     except IndexError as error:
         raise IndexError(f"items{str(error).removeprefix('rows')}") from None
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether a tensor has values to look at: not on device "meta", and no fake one."""
+    return not (t.is_meta or isinstance(t, FakeTensor))
 
 
 def require_positive(**sizes: int) -> None:

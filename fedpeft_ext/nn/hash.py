@@ -44,7 +44,8 @@ class HashEmbedding(ItemEmbedding):
         reduce: "mean" or "sum" of the rows; SENet, where on, takes its place.
         senet: weight the rows by SENet.
         senet_hidden: S; None: 16 H.
-        seed: of the hash functions, the buffer `hashes` [H, 2], which server and clients must agree on.
+        seed: of the hash functions, the buffer `hashes` [H, 2], which server and clients must agree on;
+            `reset_parameters` makes them anew.
         init_std: standard deviation of a new table; 0 with a base starts exactly at the base.
         generator: source of the initial draws; None: torch's global one.
         num_embeddings, embedding_dim: I and D.
@@ -78,13 +79,16 @@ class HashEmbedding(ItemEmbedding):
         self.num_hashes = num_hashes
         self.reduce: Literal["mean", "sum"] = reduce
         self.senet = senet
+        self.seed = seed
         self.init_std = require_std(init_std)
 
         def parameter(*shape: int) -> nn.Parameter:
             return new_parameter(*shape, base=self.base, options=options)
 
         self.table = parameter(table_size, embedding_dim)
-        self.register_buffer("hashes", ops.make_hashes(num_hashes, seed=seed).to(self.table.device))
+        self.register_buffer(
+            "hashes", torch.empty(num_hashes, 2, dtype=torch.int64, device=self.table.device)
+        )
         if senet:
             hidden = 16 * num_hashes if senet_hidden is None else senet_hidden
             self.w1, self.b1 = parameter(hidden, num_hashes), parameter(hidden)
@@ -95,7 +99,11 @@ class HashEmbedding(ItemEmbedding):
         senet = ops.SENetWeights(self.w1, self.b1, self.w2, self.b2) if self.senet else None
         return ops.hash_lookup(items.ids, self.table, self.hashes, senet=senet, reduce=self.reduce, base=base)
 
+    @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        # Of a module from device "meta", `to_empty` leaves whatever was in memory, and zeros would be hash
+        # functions, too: those that send all items to one row.
+        self.hashes.copy_(ops.make_hashes(self.num_hashes, self.seed))
         draw_normal(self.table, self.init_std, generator)
         if self.senet:
             for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fedpeft_ext.nn.embedding import ItemEmbedding
 from fedpeft_ext.nn.spec import (
@@ -63,9 +64,9 @@ def plug(
 
     Raises:
         ValueError: no such embedding (the message lists those there are, and the nearest), unknown strategy,
-            a tied weight, or an embedding that does more than look up (`max_norm`, `scale_grad_by_freq`,
-            hooks, a `forward` of its own). TypeError: not an `nn.Embedding`, or an option that the strategy
-            lacks.
+            a tied weight, a model in `DistributedDataParallel`, or an embedding that does more than look up
+            (`max_norm`, `scale_grad_by_freq`, hooks, a `forward` of its own). TypeError: not an
+            `nn.Embedding`, a weight that is sharded or quantised, or an option that the strategy lacks.
 
     Example:
         >>> model = nn.ModuleDict({"item_embedding": nn.Embedding(1000, 32), "out": nn.Linear(32, 1)})
@@ -78,6 +79,11 @@ def plug(
         raise TypeError(f"name: expected the path of an embedding, got {type(name).__name__}")
     spec = _strategy_spec(strategy, compressed_only)
     check_options(options, spec_options(spec))
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "model: expected one that DistributedDataParallel does not wrap yet, since that goes on with the "
+            "parameters that it found; plug first, then wrap"
+        )
     path, found = _find(model, name)
     old = _require_plain(path, found)
     if not allow_tied:
@@ -157,6 +163,12 @@ def _require_plain(path: str, module: nn.Module) -> nn.Embedding:
             f"{path}: expected nn.Embedding, got EmbeddingBag; put an nn.Embedding of its weight there and "
             "sum or average the vectors of a bag (-1 pads bags of differing size)"
         )
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and type(weight) not in (Tensor, nn.Parameter, FakeTensor):
+        raise TypeError(
+            f"{path}.weight: expected an ordinary tensor, got {type(weight).__name__}; plug first, then "
+            "shard or quantise the model"
+        )
     if type(module) is not nn.Embedding:
         raise TypeError(
             f"{path}: expected nn.Embedding itself, whose forward is known, got {type(module).__qualname__}"
@@ -194,10 +206,10 @@ def _require_untied(model: nn.Module, path: str, old: nn.Embedding) -> None:
         )
 
 
-def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _same_memory(one: Tensor, other: Tensor) -> bool:
     return (
         one.numel() > 0
-        and not one.is_meta
-        and one.device == other.device
-        and one.data_ptr() == other.data_ptr()
+        and torch._C._has_storage(one)
+        and cast(Any, torch._C)._is_alias_of(one, other)
+        and one.storage_offset() == other.storage_offset()
     )

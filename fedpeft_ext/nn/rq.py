@@ -18,6 +18,7 @@ from fedpeft_ext.nn.embedding import (
     BaseOptions,
     ItemEmbedding,
     draw_normal,
+    has_values,
     new_parameter,
     require_positive,
     require_std,
@@ -192,7 +193,7 @@ def _require_codes(codes: Tensor, num_embeddings: int) -> None:
 
 
 def _require_codes_below(codes: Tensor, codebook_size: int) -> None:
-    if codes.is_meta:
+    if not has_values(codes):
         return
     lowest, highest = (int(bound) for bound in codes.aminmax())
     if lowest < 0 or highest >= codebook_size:

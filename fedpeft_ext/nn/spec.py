@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedpeft_ext.nn.contract import check_strategy
-from fedpeft_ext.nn.embedding import ItemEmbedding, require_table
+from fedpeft_ext.nn.embedding import ItemEmbedding, has_values, require_table
 from fedpeft_ext.nn.full import FullEmbedding
 from fedpeft_ext.nn.hash import HashEmbedding
 from fedpeft_ext.nn.lora import LoRAEmbedding
@@ -275,8 +275,9 @@ def _codes_and_codebooks(
             raise ValueError("codes: expected the codes [I, L] that the given codebooks belong to, got None")
         if vectors is None:
             raise ValueError("codes: expected codes [I, L], or a base [I, D] to fit them to, got neither")
-        if vectors.is_meta:
-            raise ValueError("codes: expected codes [I, L], or a base with values, got one on device 'meta'")
+        if not has_values(vectors):
+            got = "one on device 'meta'" if vectors.is_meta else type(vectors).__name__
+            raise ValueError(f"codes: expected codes [I, L], or a base with values, got {got}")
         codes, fitted = residual_kmeans(vectors, 3 if levels is None else levels, codebook_size, seed=seed)
         codebooks = fitted if warm_start else None
     else:

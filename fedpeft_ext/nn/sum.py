@@ -87,6 +87,11 @@ class SumEmbedding(ItemEmbedding):
         assert total is not None
         return total
 
+    def _dtype(self) -> torch.dtype | None:
+        first = self.parts[0]
+        assert isinstance(first, ItemEmbedding)
+        return first._dtype()
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         for part in self.parts:
             assert isinstance(part, ItemEmbedding)

@@ -175,6 +175,46 @@ def test_dtype(make: Make) -> None:
     assert make(base=BASE, dtype=torch.float64).full_embedding().dtype == torch.float64
 
 
+@every
+@pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "trained-base"])
+def test_parameters_cast_for_the_forward_decide_the_dtype(make: Make, freeze: bool) -> None:
+    """As FSDP2's mixed precision does, which casts no buffers."""
+    module = moved(make(base=BASE, freeze_base=freeze))
+    cast = {name: p.detach().bfloat16() for name, p in module.named_parameters() if name != "base"}
+    vectors = functional_call(module, cast, (torch.arange(I),))
+    assert vectors.dtype == torch.bfloat16
+    torch.testing.assert_close(vectors.float(), module(torch.arange(I)), rtol=0.05, atol=0.05)
+
+
+@every
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+def test_bags_of_differing_size(make: Make) -> None:
+    module = moved(make(base=BASE, padding_idx=5))
+    sizes, ids = torch.tensor([2, 0, 3]), torch.tensor([1, 5, 3, -1, 19])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    bags = torch.nested.nested_tensor_from_jagged(ids, offsets)
+    vectors = module(bags)
+    assert vectors.shape == (3, bags.shape[1], D)
+    assert torch.equal(vectors.values(), module(ids))
+    assert torch.equal(module(Items(bags, bags)).values(), module(ids))
+    vectors.values().sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+    with pytest.raises(TypeError, match=r"layout torch\.jagged"):
+        module(torch.nested.nested_tensor([ids[:2], ids[2:]]))
+
+
+@pytest.mark.parametrize(
+    "make", [make for name, make in MAKERS.items() if "rq" not in name and name != "sum"]
+)
+def test_made_on_the_default_device_and_filled_later(make: Make) -> None:
+    with torch.device("meta"):
+        module = make()
+    assert all(tensor.is_meta for tensor in module.state_dict().values())
+    module.to_empty(device="cpu").reset_parameters(torch.Generator().manual_seed(3))
+    expected = make(generator=torch.Generator().manual_seed(3)).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in module.state_dict().items())
+
+
 # --- the base --------------------------------------------------------------------------------------
 
 
@@ -526,6 +566,12 @@ def test_rq_from_pretrained() -> None:
         (lambda: FullEmbedding(I, D)(torch.ones(2)), TypeError, "items.ids: expected an int32 or int64"),
         (lambda: FullEmbedding(I, D)([1, 2]), TypeError, "items.ids: .* got list"),
         (lambda: LoRAEmbedding(I, D)(Items(torch.ones(2).int(), torch.ones(2))), TypeError, "items.rows"),
+        (
+            lambda: setattr(LoRAEmbedding(I, D), "weight", nn.Parameter(BASE)),
+            AttributeError,
+            "weight: LoRAEmbedding computes it",
+        ),
+        (lambda: setattr(FullEmbedding(I, D, base=BASE), "weight", BASE), AttributeError, "computes it"),
     ],
 )
 def test_wrong_input(call: Callable[[], object], error: type[Exception], message: str) -> None:

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 
 from fedpeft_ext.nn import (
     EmbeddingSpec,
@@ -159,6 +161,39 @@ def test_tied_weights_need_leave() -> None:
         assert torch.equal(new.full_embedding(), before)
 
 
+@pytest.mark.parametrize("strategy", ["lora", "hash+senet+rq", "full"])
+def test_plug_into_a_fake_model(strategy: str) -> None:
+    with FakeTensorMode():
+        model = Recommender()
+        codes = {"codes": torch.zeros(I, 3, dtype=torch.int64), "codebook_size": 6}
+        plug(model, "item_embedding", strategy, **(codes if "rq" in strategy else {}))
+        assert model(torch.zeros(2, 3, dtype=torch.int64)).shape == (2, I)
+        tied = nn.ModuleDict({"e": nn.Embedding(I, D), "out": nn.Linear(D, I)})
+        tied["out"].weight = nn.Parameter(tied["e"].weight.data)
+        with pytest.raises(ValueError, match=r"tied to out\.weight"):
+            plug(tied, "e")
+        with pytest.raises(ValueError, match=r"codes: expected .* got FakeTensor"):
+            plug(Recommender(), "item_embedding", "rq")
+
+
+class Sharded(Tensor):
+    """A tensor of another type, as DTensor is."""
+
+
+def sharded() -> nn.ModuleDict:
+    embedding = nn.Embedding(I, D)
+    embedding.weight = nn.Parameter(embedding.weight.detach().as_subclass(Sharded))
+    return nn.ModuleDict({"e": embedding})
+
+
+def distributed() -> nn.Module:
+    """Without a process group, which wrapping by the constructor needs."""
+    wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = Recommender()
+    return nn.Sequential(wrapped)
+
+
 class Scaled(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)
@@ -202,6 +237,8 @@ def hooked() -> nn.ModuleDict:
             ValueError,
             "e: expected scale_grad_by_freq=False",
         ),
+        (lambda: plug(sharded(), "e"), TypeError, "e.weight: .* ordinary tensor, got Sharded; plug first"),
+        (lambda: plug(distributed(), "item_embedding"), ValueError, "model: .*DistributedDataParallel"),
         (lambda: plug(hooked(), "e"), ValueError, "without hooks.*got _forward_hooks, forward;"),
         (
             lambda: plug(nn.ModuleDict({"e": nn.Embedding(I, D, device="meta")}), "e", "rq"),
