@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from fedpeft_ext.nn.embedding import ItemEmbedding
+from fedpeft_ext.nn.embedding import ItemEmbedding, has_values
 from fedpeft_ext.nn.items import Items
 
 
@@ -16,7 +16,7 @@ def check_strategy(module: ItemEmbedding) -> None:
     """Raise ValueError unless padding gives zeros, a frozen base is read, and `takes_stacked` holds."""
     kind, parameters = type(module).__name__, dict(module.named_parameters())
     tensors = [*parameters.values(), *module.buffers()]
-    if any(tensor.is_meta for tensor in tensors):
+    if not all(has_values(tensor) for tensor in tensors):
         return
     ids = torch.arange(min(2, module.num_embeddings), device=tensors[0].device)
     padding = f"{kind}._lookup: expected zeros for items of -1, which are padding"
