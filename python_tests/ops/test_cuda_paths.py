@@ -440,6 +440,29 @@ def test_senets_of_any_size(limit: int, hidden: int, per_client: bool) -> None:
         torch.testing.assert_close(gpu(*arguments), cpu(*arguments), rtol=1e-4, atol=1e-4)
 
 
+# Two positions a group, a client a block, and a position a group.
+@pytest.mark.parametrize(
+    ("num_hashes", "rows", "width", "positions"), [(2, 16, 32, 40), (5, 16, 8, 40), (5, 600, 8, 60)]
+)
+def test_senets_whose_blocks_take_several_clients(
+    num_hashes: int, rows: int, width: int, positions: int
+) -> None:
+    g = torch.Generator().manual_seed(11)
+    clients, hidden = 7, 6
+    items = torch.randint(-1, 400, (clients, positions), generator=g)
+    hashes = torch.randint(1, 2**61 - 1, (num_hashes, 2), generator=g)
+    shapes = ((rows, width), (hidden, num_hashes), (hidden,), (num_hashes, hidden), (num_hashes,))
+    table, *weights = [torch.randn(clients, *shape, generator=g) for shape in shapes]
+    grad = torch.randn(clients, positions, width, generator=g)
+    for name, arguments in (
+        ("hash_lookup", (items, table, hashes, *weights, True, None)),
+        ("hash_lookup_backward", (grad, items, table, hashes, *weights, True)),
+    ):
+        cpu, gpu = both(name)
+        with grid_limit(2):
+            torch.testing.assert_close(gpu(*arguments), cpu(*arguments), rtol=1e-4, atol=1e-4)
+
+
 def test_index_errors_name_the_argument() -> None:
     _, gpu = both("client_embedding")
     with pytest.raises(IndexError, match="rows: index 5 at position 1 is out of range: expected -1"):
