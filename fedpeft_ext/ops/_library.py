@@ -124,11 +124,36 @@ def or_zeros(tangent: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if tangent is None else tangent
 
 
+_Tangent = Callable[[tuple[Any, ...], tuple[Any, ...], Any], Any]
+
+
+def linear_tangent(op: Callable[..., Tensor]) -> _Tangent:
+    """The rule of an op whose first argument alone can have a tangent, in which it is linear."""
+
+    def tangent(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -> Tensor:
+        return op(tangents[0], *args[1:])
+
+    return tangent
+
+
+def product_tangent(op: Callable[..., tuple[Tensor, ...]], *factors: int) -> _Tangent:
+    """The rule of an op that is linear in its first argument, and in those at `factors` together."""
+
+    def tangent(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Any) -> tuple[Tensor, ...]:
+        moved = [or_zeros(tangents[i], x) if i in factors else x for i, x in enumerate(args)]
+        by_factors = op(*moved)
+        if tangents[0] is None:
+            return by_factors
+        return tuple(map(torch.add, op(tangents[0], *args[1:]), by_factors))
+
+    return tangent
+
+
 def register_autograd(
     name: str,
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., tuple[Tensor | None, ...]],
-    tangent: Callable[[tuple[Any, ...], tuple[Any, ...], Any], Any],
+    tangent: _Tangent,
 ) -> None:
     """Registers both modes of differentiation.
 

@@ -15,7 +15,15 @@ from ._checks import (
     check_not_negative,
     check_parameter_dim,
 )
-from ._library import Dims, LookupBatch, eager_op, register_autograd, register_fake, register_vmap
+from ._library import (
+    Dims,
+    LookupBatch,
+    eager_op,
+    linear_tangent,
+    register_autograd,
+    register_fake,
+    register_vmap,
+)
 from ._plain import check_index_values, gather_rows
 
 _OP = eager_op("client_embedding")
@@ -112,13 +120,8 @@ def _tangent(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -
     return moved
 
 
-def _tangent_backward(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -> Tensor:
-    moved: Tensor = _BACKWARD(tangents[0], *args[1:])
-    return moved
-
-
 register_autograd("client_embedding", _setup, _backward, _tangent)
-register_autograd("client_embedding_backward", _setup_backward, _double_backward, _tangent_backward)
+register_autograd("client_embedding_backward", _setup_backward, _double_backward, linear_tangent(_BACKWARD))
 
 
 @register_vmap("client_embedding")

@@ -10,7 +10,7 @@ from ._checks import check_float, check_like, check_parameter_dim, check_shape
 from ._library import (
     Dims,
     eager_op,
-    or_zeros,
+    product_tangent,
     promoted,
     register_autograd,
     register_fake,
@@ -111,15 +111,8 @@ def _tangent(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -
     )
 
 
-def _tangent_backward(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Any) -> tuple[Tensor, Tensor]:
-    grad, vectors, user = args
-    by_grad = (None, None) if tangents[0] is None else _BACKWARD(tangents[0], vectors, user)
-    by_factors = _BACKWARD(grad, or_zeros(tangents[1], vectors), or_zeros(tangents[2], user))
-    return total(by_grad[0], by_factors[0]), total(by_grad[1], by_factors[1])
-
-
 register_autograd("dot_scores", _setup, _backward, _tangent)
-register_autograd("dot_scores_backward", _setup, _double_backward, _tangent_backward)
+register_autograd("dot_scores_backward", _setup, _double_backward, product_tangent(_BACKWARD, 1, 2))
 
 
 @register_vmap("dot_scores")

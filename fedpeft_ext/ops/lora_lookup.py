@@ -24,7 +24,7 @@ from ._library import (
     LookupBatch,
     add_batched_base,
     eager_op,
-    or_zeros,
+    product_tangent,
     promoted,
     register_autograd,
     register_fake,
@@ -184,15 +184,8 @@ def _tangent(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -
     )
 
 
-def _tangent_backward(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Any) -> tuple[Tensor, Tensor]:
-    grad, rows, A, B = args
-    by_grad = (None, None) if tangents[0] is None else _BACKWARD(tangents[0], rows, A, B)
-    by_factors = _BACKWARD(grad, rows, or_zeros(tangents[2], A), or_zeros(tangents[3], B))
-    return total(by_grad[0], by_factors[0]), total(by_grad[1], by_factors[1])
-
-
 register_autograd("lora_lookup", _setup, _backward, _tangent)
-register_autograd("lora_lookup_backward", _setup_backward, _double_backward, _tangent_backward)
+register_autograd("lora_lookup_backward", _setup_backward, _double_backward, product_tangent(_BACKWARD, 2, 3))
 
 
 @register_vmap("lora_lookup")

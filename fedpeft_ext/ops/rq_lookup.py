@@ -25,6 +25,7 @@ from ._library import (
     LookupBatch,
     add_batched_base,
     eager_op,
+    linear_tangent,
     loop_over,
     promoted,
     register_autograd,
@@ -169,13 +170,8 @@ def _tangent(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -
     return moved
 
 
-def _tangent_backward(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -> Tensor:
-    moved: Tensor = _BACKWARD(tangents[0], *args[1:])
-    return moved
-
-
 register_autograd("rq_lookup", _setup, _backward, _tangent)
-register_autograd("rq_lookup_backward", _setup_backward, _double_backward, _tangent_backward)
+register_autograd("rq_lookup_backward", _setup_backward, _double_backward, linear_tangent(_BACKWARD))
 
 
 @register_vmap("rq_lookup")

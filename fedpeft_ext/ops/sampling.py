@@ -15,6 +15,7 @@ from ._checks import check_device, check_dim, check_draw, check_float, check_ind
 from ._library import (
     Dims,
     eager_op,
+    linear_tangent,
     loop_over,
     register_autograd,
     register_fake,
@@ -380,12 +381,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _DROPOUT(grad, clients, *ctx.numbers), *(None,) * 6
 
 
-def _tangent(args: tuple[Any, ...], tangents: tuple[Any, ...], output: Tensor) -> Tensor:
-    moved: Tensor = _DROPOUT(tangents[0], *args[1:])
-    return moved
-
-
-register_autograd("client_dropout", _setup, _backward, _tangent)
+register_autograd("client_dropout", _setup, _backward, linear_tangent(_DROPOUT))
 
 
 @register_vmap("client_dropout")
