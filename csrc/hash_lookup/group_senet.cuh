@@ -117,25 +117,34 @@ FEDPEFT_DEVICE unsigned char* scratch_of(unsigned char* shared, unsigned char* m
   }
 }
 
-// Positions of all clients with SENet, tables through L2.
-template <typename T, int V, Scratch Where>
-__global__ void __launch_bounds__(kThreads, 2)
-    forward_groups(HashLookupArgs a, int64_t total, Modulus modulus, int lanes,
-                   unsigned char* memory) {
-  FEDPEFT_DYNAMIC_SHARED(shared);
-  const int groups = int(blockDim.x) / lanes;
-  const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
+// Calls f(net, the client's table, n, active) for the positions n of all clients; the lanes of a
+// warp together, those of a group beyond the last with active = false.
+template <typename T, Scratch Where, typename F>
+FEDPEFT_DEVICE void for_gated_positions(const HashLookupArgs& a, int64_t total, int lanes,
+                                        unsigned char* shared, unsigned char* memory, const F& f) {
+  const int groups = int(blockDim.x) / lanes, group = int(threadIdx.x) / lanes;
   const int64_t table = a.per_client ? a.M * a.D : 0;
   for (int64_t first = int64_t(blockIdx.x) * groups; first < total;
        first += int64_t(gridDim.x) * groups) {
     const int64_t n = first + group;
     const bool active = n < total;
     const int64_t client = active ? divide(n, a.positions) : 0;
-    const T* rows = static_cast<const T*>(a.table) + client * table;
     SENet<T> net(a, scratch_of<Where>(shared, memory, group, groups, SENet<T>::bytes(a.H, a.S)));
     net.select(a, client);
-    look_up_gated<T, V>(a, net, modulus, rows, n, active, lane, lanes);
+    f(net, static_cast<const T*>(a.table) + client * table, n, active);
   }
+}
+
+template <typename T, int V, Scratch Where>
+__global__ void __launch_bounds__(kThreads, 2)
+    forward_groups(HashLookupArgs a, int64_t total, Modulus modulus, int lanes,
+                   unsigned char* memory) {
+  FEDPEFT_DYNAMIC_SHARED(shared);
+  const int lane = int(threadIdx.x) % lanes;
+  for_gated_positions<T, Where>(
+      a, total, lanes, shared, memory, [&](SENet<T>& net, const T* rows, int64_t n, bool active) {
+        look_up_gated<T, V>(a, net, modulus, rows, n, active, lane, lanes);
+      });
 }
 
 // Activations of position n for its gradients: squeezed [H], gradient before the sigmoid [H],
@@ -195,17 +204,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     activate_groups(HashLookupArgs a, int64_t total, Modulus modulus, int lanes,
                     unsigned char* memory, acc_t<T>* activations) {
   FEDPEFT_DYNAMIC_SHARED(shared);
-  const int groups = int(blockDim.x) / lanes;
-  const int lane = int(threadIdx.x) % lanes, group = int(threadIdx.x) / lanes;
-  const int64_t table = a.per_client ? a.M * a.D : 0;
-  for (int64_t first = int64_t(blockIdx.x) * groups; first < total;
-       first += int64_t(gridDim.x) * groups) {
-    const int64_t n = first + group, client = n < total ? divide(n, a.positions) : 0;
-    SENet<T> net(a, scratch_of<Where>(shared, memory, group, groups, SENet<T>::bytes(a.H, a.S)));
-    net.select(a, client);
-    activate_position<T, V>(a, net, modulus, static_cast<const T*>(a.table) + client * table, n,
-                            n < total, lane, lanes, activations);
-  }
+  const int lane = int(threadIdx.x) % lanes;
+  for_gated_positions<T, Where>(
+      a, total, lanes, shared, memory, [&](SENet<T>& net, const T* rows, int64_t n, bool active) {
+        activate_position<T, V>(a, net, modulus, rows, n, active, lane, lanes, activations);
+      });
 }
 
 // Output i of [w1 (S, H), b1 (S), w2 (H, S), b2 (H)].
