@@ -8,7 +8,6 @@ server draws comes from secret seeds: noise, and with `cdp` the samples of clien
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import time
@@ -56,6 +55,7 @@ from fedpeft_ext.simulation.privacy import (
 )
 from fedpeft_ext.simulation.randomness import choose_clients
 from fedpeft_ext.simulation.setup import (
+    after_warmup,
     build_model,
     carry_over,
     clients_per_round,
@@ -261,7 +261,7 @@ class FlowerServer:
         """
         began, number, phase, counted = time.perf_counter(), self.rounds_done + 1, self.phase, self.traffic
         self._meet()
-        chosen = self._sample(number)
+        chosen, share = self._sample(number)
         parameters = to_record(averaged(self.model))
         starts = to_record(self._starts.starts)
         contents = {
@@ -293,14 +293,13 @@ class FlowerServer:
             self._aggregator.discard()
             self._starts.discard()
         if self._ledger is not None:
-            self._ledger.add_round(chosen, self._share)
+            self._ledger.add_round(chosen, share)
         if self._faults is not None:
             self._faults.counts["dropped"] += len(chosen) - clients
             self._faults.counts["skipped"] += not enough
         self.rounds_done = number
         if phase == "warm-up" and self.phase == "training":
-            full = self.model.item_embedding.full_embedding().detach()
-            self._pretrained = dataclasses.replace(self._pretrained or Pretrained(full), full=full)
+            self._pretrained = after_warmup(self.model, self._pretrained)
             self.model = self._begin_phase(self.model)
             self._meet()
         return RoundInfo(
@@ -315,19 +314,20 @@ class FlowerServer:
             faults=None if self._faults is None else dict(self._faults.counts),
         )
 
-    def _sample(self, number: int) -> np.ndarray:
+    def _sample(self, number: int) -> tuple[np.ndarray, float]:
+        """The clients of a round, and which share of all they are on average."""
         training = self.config.training
         eligible = np.sort(np.concatenate([np.empty(0, np.int64), *self._users.values()]))
         if len(eligible) == 0:
             raise RuntimeError("no node has a user who can train")
         count = clients_per_round(training.clients_per_round, len(eligible))
-        self._share = count / len(eligible)
         privacy = self.config.privacy
         if self._ledger is None and privacy.mode != "none":
             self._ledger = Ledger(privacy, training.client_sampling, len(eligible), count, 0)
         if self._noise is not None:
             self._noise.expected_clients = count
-        return choose_clients(eligible, count, training.client_sampling, self._seed, number)
+        chosen = choose_clients(eligible, count, training.client_sampling, self._seed, number)
+        return chosen, count / len(eligible)
 
     @property
     def privacy(self) -> PrivacyReport | None:

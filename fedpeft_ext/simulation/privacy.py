@@ -266,7 +266,8 @@ class Ledger:
         self.rounds += 1
         self._share = max(self._share, share)
         new = int(clients.max(initial=-1)) + 1 - len(self.participations)
-        self.participations = np.pad(self.participations, (0, max(new, 0)))
+        if new > 0:
+            self.participations = np.pad(self.participations, (0, new))
         self.participations[clients] += 1
 
     def state_dict(self, ranks: Ranks | None = None) -> State:

@@ -133,6 +133,12 @@ def server_lr(config: Config, *, warmup: bool = False) -> float | None:
     return (training.warmup_server_lr if warmup else None) or training.server_lr
 
 
+def after_warmup(model: Backbone, pretrained: Pretrained | None) -> Pretrained:
+    """What was prepared, with the full embeddings as warm-up left them in `model`."""
+    full = model.item_embedding.full_embedding().detach()
+    return dataclasses.replace(pretrained or Pretrained(full), full=full)
+
+
 @torch.no_grad()
 def carry_over(before: Backbone, model: Backbone) -> None:
     """Give `model` what warm-up trained in `before`, less the item embedding and what is a client's own."""

@@ -55,6 +55,7 @@ from fedpeft_ext.simulation.privacy import Ledger, PrivacyReport, make_clipping,
 from fedpeft_ext.simulation.randomness import choose_clients
 from fedpeft_ext.simulation.scaffold import ControlVariates, check_memory
 from fedpeft_ext.simulation.setup import (
+    after_warmup,
     build_model,
     carry_over,
     clients_per_round,
@@ -225,7 +226,7 @@ class Simulator:
         self._evaluations: list[Metrics] = []
         self._store: ClientStore | None = None
         self._federation: Federation
-        self._begin_phase(self._full_table())
+        self._begin_phase()
         self._seconds = time.perf_counter() - began
         self._mark: Mapping[str, Any] | None = None  # how far metrics.jsonl is that of this federation
         self._saved_rounds = config.training.rounds  # as many as the run to go on with was to have
@@ -342,21 +343,16 @@ class Simulator:
         """
         self._stopping = True
 
-    def _full_table(self) -> Tensor | None:
-        return None if self._pretrained is None else self._pretrained.full.to(self._device, self._dtype)
-
-    def _begin_phase(self, base: Tensor | None) -> None:
-        """Set up model, engine and aggregation for the phase of the next round, over the full embeddings
-        `base`.
-        """
-        config = self.config
+    def _begin_phase(self) -> None:
+        """Set up model, engine and aggregation for the phase of the next round."""
+        config, pretrained = self.config, self._pretrained
         self._constants: dict[str, Tensor] | None = None
         model = build_model(
             config,
             self.dataset.num_items,
-            base=base,
-            codes=None if self._pretrained is None else self._pretrained.codes,
-            codebooks=None if self._pretrained is None else self._pretrained.codebooks,
+            base=None if pretrained is None else pretrained.full.to(self._device, self._dtype),
+            codes=None if pretrained is None else pretrained.codes,
+            codebooks=None if pretrained is None else pretrained.codebooks,
             warmup=self.phase == "warm-up",
         ).to(self._device)
         for parameter in model.parameters():
@@ -477,9 +473,8 @@ class Simulator:
         self._trained_clients += trained
         self._training_seconds += seconds
         if phase == "warm-up" and self.phase == "training":
-            full = self.model.item_embedding.full_embedding().detach()
-            self._pretrained = dataclasses.replace(self._pretrained or Pretrained(full), full=full)
-            self._begin_phase(full)
+            self._pretrained = after_warmup(self.model, self._pretrained)
+            self._begin_phase()
         for callback in self._callbacks:
             callback.on_round(info)
         return info
@@ -685,7 +680,7 @@ class Simulator:
         phase = self.phase
         self.rounds_done = saved.round
         if self.phase != phase:
-            self._begin_phase(self._full_table())
+            self._begin_phase()
         try:
             copy_into(message(self.model), below("model", saved.state))
             copy_into(setup_message(self.model), below("model", saved.constants))
