@@ -94,6 +94,8 @@ def train(message: Message, context: Context) -> Message:
     strangers = np.setdiff1d(clients, node.users)
     if len(strangers):
         raise ValueError(f"users: expected users of this node, got {strangers.tolist()}")
+    if len(np.unique(clients)) < len(clients):  # several uploads in one round would go past a budget
+        raise ValueError(f"users: expected each once, got {clients.tolist()}")
     sent, losses = node.train(node.interactions.by_size(clients), number)
     return _reply(
         message,
@@ -282,9 +284,7 @@ class _Budget:
         privacy, releases = config.privacy, self._releases()
         ratio = privacy.noise_scale / float(privacy.clip or 0.0)
         able = [
-            epsilon(
-                privacy.mechanism, ratio, releases.get(client, 0) + 1, self._delta, share=1.0, sampling="ldp"
-            )
+            epsilon(privacy.mechanism, ratio, releases.get(client, 0) + 1, self._delta, share=None)
             <= self._epsilon
             for client in clients.tolist()
         ]

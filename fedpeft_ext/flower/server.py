@@ -262,6 +262,8 @@ class FlowerServer:
         began, number, phase, counted = time.perf_counter(), self.rounds_done + 1, self.phase, self.traffic
         self._meet()
         chosen, share = self._sample(number)
+        if self._ledger is not None:  # with `ldp` what was asked for has left the clients, whatever follows
+            self._ledger.add_round(chosen, share)
         parameters = to_record(averaged(self.model))
         starts = to_record(self._starts.starts)
         contents = {
@@ -292,8 +294,6 @@ class FlowerServer:
         else:
             self._aggregator.discard()
             self._starts.discard()
-        if self._ledger is not None:
-            self._ledger.add_round(chosen, share)
         if self._faults is not None:
             self._faults.counts["dropped"] += len(chosen) - clients
             self._faults.counts["skipped"] += not enough

@@ -136,10 +136,11 @@ def make_noise(config: PrivacyConfig, expected_clients: float, seed: int) -> Noi
 
 
 def _uniform_pairs(count: int, seed: int, round: int, index: int) -> philox.Float64:
-    """Two independent uniform float64 in (0, 1), of 53 bits, from each of `count` blocks: [count, 2]."""
+    """Two independent uniform float64 in (0, 1), of 52 bits, from each of `count` blocks: [count, 2]."""
     block = philox.words(seed, round, index, np.arange(count), philox.Purpose.NOISE)
     words = np.stack([philox.low64(block), philox.low64(block[:, 2:])], axis=1)
-    return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    # With a bit more the largest would round to 1, at which Laplace noise is infinite.
+    return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def gaussian_sum(count: int, summands: int, seed: int, round: int, index: int) -> philox.Float64:
@@ -174,8 +175,8 @@ class PrivacyReport:
     Attributes:
         mode, mechanism, clip: as in `PrivacyConfig`.
         scale: of the noise, in units of the update.
-        releases: noisy results that count: rounds with `cdp`; with `ldp` uploads of the client that took
-            part most often.
+        releases: noisy results that count: rounds with `cdp` and `poisson`, else rounds of the client that
+            took part most often.
         neighbours: what epsilon is about: "one client's data replaced", or "one client added or removed".
         epsilon, delta: the guarantee; None where there is none.
         reasons: why there is none.
@@ -282,31 +283,23 @@ class Ledger:
     def report(self) -> PrivacyReport:
         """The guarantee for everything released so far."""
         config, reasons = self._config, self._config.why_no_guarantee()
-        local = config.mode == "ldp"
-        releases = int(self.participations.max(initial=0)) if local else self.rounds
+        hidden = config.mode == "cdp" and self._sampling == "poisson"
+        releases = self.rounds if hidden else int(self.participations.max(initial=0))
         value = None
         if not reasons:
             multiplier = config.noise_scale / float(config.clip or 0.0)
-            share = 1.0 if local else self._share
-            value = epsilon(
-                config.mechanism,
-                multiplier,
-                releases,
-                config.delta,
-                share,
-                "ldp" if local else self._sampling,
-            )
+            share = self._share if hidden else None
+            value = epsilon(config.mechanism, multiplier, releases, config.delta, share)
             if not math.isfinite(value):
                 reasons = (f"epsilon is infinite at delta {config.delta:g}",)
                 value = None
-        added = not local and self._sampling == "poisson"
         return PrivacyReport(
             config.mode,
             config.mechanism,
             config.clip,
             config.noise_scale,
             releases,
-            "one client added or removed" if added else "one client's data replaced",
+            "one client added or removed" if hidden else "one client's data replaced",
             value,
             None if value is None else config.delta,
             tuple(reasons),
@@ -324,62 +317,49 @@ def epsilon(
     multiplier: float,
     releases: int,
     delta: float,
-    share: float,
-    sampling: Literal["fixed", "poisson", "ldp"],
+    share: float | None,
 ) -> float:
     """The smallest epsilon that the accountant can show at `delta`; infinite where it can show none.
 
-    With `poisson`, neighbours differ by one client and the sum changes by at most clip. With `fixed` and
-    `ldp` a client's data are replaced by others, which changes an upload by at most 2 clip. Tight numerical
-    composition (Doroshenko et al., "Connect the Dots", PoPETs 2022) is used but for fixed samples of Gaussian
-    noise, for which the accountant has the Renyi bound of Wang, Balle and Kasiviswanathan (AISTATS 2019,
-    theorem 27), and of Laplace noise, by amplification of pure privacy (Balle, Barthe, Gaboardi, NeurIPS
-    2018, theorem 9) and optimal composition. Gaussian noise without sampling has a closed form, since n
-    releases are as one with the deviation divided by sqrt(n) (Balle and Wang, ICML 2018).
+    Tight numerical composition (Doroshenko et al., "Connect the Dots", PoPETs 2022). Gaussian noise without
+    sampling has a closed form, since n releases are as one with the deviation divided by sqrt(n) (Balle and
+    Wang, ICML 2018).
+
+    Clients keep state from round to round, so what they upload may tell who took part before. Chosen
+    independently of each other they tell nothing about anybody else; samples of a fixed size are not
+    independent, so that no bound for these counts on their being secret.
 
     Args:
         mechanism: `gaussian` or `laplace`.
         multiplier: scale of the noise / clip.
         releases: how many results.
         delta: 0 <= delta < 1.
-        share: part of the clients in a round.
-        sampling: `fixed`, `poisson`, or `ldp`, where a client's uploads are seen one by one and sampling
-            hides nothing.
+        share: probability that a client takes part in a round, independently of all others and unknown
+            ("Poisson sampling"): neighbours differ by one client, which changes a sum by at most clip. None:
+            it is known who takes part, in each of the `releases`; neighbours differ in one client's data,
+            which changes an upload by at most 2 clip.
     """
     if releases == 0:
         return 0.0
     dp = _accounting()
-    from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
-    from dp_accounting.rdp import RdpAccountant
+    from dp_accounting.pld import PLDAccountant
 
-    ratio = multiplier if sampling == "poisson" else multiplier / 2.0  # scale / sensitivity
+    share, ratio = (1.0, multiplier / 2.0) if share is None else (share, multiplier)  # scale / sensitivity
     event = dp.GaussianDpEvent(ratio) if mechanism == "gaussian" else dp.LaplaceDpEvent(ratio)
-    if mechanism == "laplace":
-        pure = math.log1p(share * math.expm1(min(1.0 / ratio, 700.0)))
+    value = math.inf
+    if mechanism == "laplace":  # pure privacy amplified: log(1 + share (exp(1 / ratio) - 1))
+        value = releases * (1.0 / ratio + math.log(share + (1.0 - share) * math.exp(-1.0 / ratio)))
         if delta == 0.0:
-            return pure * releases
-        if sampling == "fixed" and share < 1.0:
-            parameters = dp.pld.common.DifferentialPrivacyParameters(pure, 0.0)
-            loss = privacy_loss_distribution.from_privacy_parameters(parameters)
-            composed = loss.self_compose(releases).get_epsilon_for_delta(delta)
-            return min(pure * releases, float(composed))
+            return value
     elif share >= 1.0 and hasattr(dp, "gaussian_mechanism"):  # from 0.6 on; the tight bound below is close
         return float(dp.gaussian_mechanism.get_epsilon_gaussian(ratio / math.sqrt(releases), delta))
-    elif sampling == "fixed" and share < 1.0:
-        accountant = RdpAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
-        size = 2**53  # the accountant uses sample / population alone
-        accountant.compose(dp.SampledWithoutReplacementDpEvent(size, share * size, event), releases)
-        # The bound of little noise is above what holds without sampling, which sampling only lowers.
-        unsampled = epsilon(mechanism, multiplier, releases, delta, 1.0, sampling)
-        return min(float(accountant.get_epsilon(delta)), unsampled)
-    value = math.inf
     for interval in (_COARSE, _FINE):
         tight = PLDAccountant(value_discretization_interval=interval)
         tight.compose(dp.PoissonSampledDpEvent(share, event) if share < 1.0 else event, releases)
         value = min(value, float(tight.get_epsilon(delta)))
         if value >= _SMALL_EPSILON:
             break
-    return min(value, pure * releases) if mechanism == "laplace" else value
+    return value
 
 
 def check_accountant(config: PrivacyConfig) -> None:

@@ -15,7 +15,7 @@ pytest.importorskip(
     "flwr", reason="flwr is not installed here; `make test-flower` makes an environment with it"
 )
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
@@ -25,6 +25,7 @@ from fedpeft_ext.data import Dataset
 from fedpeft_ext.flower import client, prepare, read_node, read_server
 from fedpeft_ext.flower.__main__ import main
 from fedpeft_ext.flower.files import node_file, write_node
+from fedpeft_ext.flower.protocol import PARAMETERS, SETTINGS, STARTS
 from fedpeft_ext.flower.server import FlowerServer
 from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation import Simulator
@@ -370,7 +371,7 @@ def test_a_node_keeps_its_users_within_a_budget(tmp_path: Path) -> None:
         "training.client_sampling": "fixed",
         "training.clients_per_round": USERS,
     }
-    two = epsilon("gaussian", 4.0, 2, 1e-4, share=1.0, sampling="ldp")
+    two = epsilon("gaussian", 4.0, 2, 1e-4, share=None)
     node_config = {"epsilon": 1.001 * two, "delta": 1e-4}
     server, grid = run_privately(tmp_path, node_config=node_config, **changes)
     assert [server.round().clients for _ in range(2)] == [USERS, USERS]
@@ -383,6 +384,30 @@ def test_a_node_keeps_its_users_within_a_budget(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="privacy: expected the settings that this run began with"):
         server.round()
     assert "noise_multiplier: 4.0" in str(grid.contexts[1].state.config_records["settings"]["config"])
+
+
+def test_a_node_sends_no_two_uploads_of_a_user_at_once(tmp_path: Path) -> None:
+    """Each of them would be within the budget."""
+    _, grid = run_privately(tmp_path, node_config={"epsilon": 4.0}, **{"privacy.mode": "ldp"})
+    settings = ConfigRecord({"round": 1, "users": [3, 3]})
+    content = RecordDict({PARAMETERS: ArrayRecord(), STARTS: ArrayRecord(), SETTINGS: settings})
+    message = Message(content=content, message_type="train", dst_node_id=1, group_id="1")
+    with pytest.raises(ValueError, match=r"users: expected each once, got \[3, 3\]"):
+        client.app(message, grid.contexts[1])
+
+
+def test_uploads_count_though_their_round_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, _ = run_privately(tmp_path, **{"privacy.mode": "ldp", "training.clients_per_round": USERS})
+
+    def broken(*answer: object) -> None:
+        raise ValueError("a malformed update")
+
+    monkeypatch.setattr(server, "_decoded", broken)
+    for attempt in (1, 2):
+        with pytest.raises(ValueError, match="malformed"):
+            server.round()
+        assert server.privacy is not None
+        assert server.privacy.releases == attempt
 
 
 @pytest.mark.parametrize(
