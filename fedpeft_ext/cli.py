@@ -242,17 +242,24 @@ def evaluate(
         Path | None,
         typer.Option("--users", metavar="FILE", help="CSV file to write each user's metrics to."),
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against", metavar="RUN", help="Another run on the same data, to tell differences to."
+        ),
+    ] = None,
     json_: _Json = False,
     debug: _Debug = False,
 ) -> None:
-    """Rank the test items of a run again, by other settings of evaluation, or for metrics of each user.
+    """Rank the test items of a run again, by other settings of evaluation, for metrics of each user, or to
+    compare it with another run.
 
     A run that is not finished is taken as its newest checkpoint has it.
     """
     with _reported_errors(debug) as started:
         if users is not None:
             started(users)
-        _evaluate(folder, set_ or [], users, as_json=json_)
+        _evaluate(folder, set_ or [], users, against, as_json=json_)
 
 
 @app.command(short_help="Train several embeddings alike; one table, two pictures.")
@@ -683,9 +690,12 @@ def _recommend(folder: Path, users: Sequence[str], k: int, *, as_json: bool) -> 
             typer.echo(f"{place:>4}  {item['item']:<{width}}  {item['score']:>8.4f}  {words}".rstrip())
 
 
-def _evaluate(folder: Path, overrides: Sequence[str], file: Path | None, *, as_json: bool) -> None:
+def _evaluate(
+    folder: Path, overrides: Sequence[str], file: Path | None, against: Path | None, *, as_json: bool
+) -> None:
     import polars as pl
 
+    from fedpeft_ext.experiments.intervals import paired_differences
     from fedpeft_ext.experiments.tables import metrics_table
     from fedpeft_ext.simulation import load_run
     from fedpeft_ext.simulation.files import replace_text
@@ -695,7 +705,13 @@ def _evaluate(folder: Path, overrides: Sequence[str], file: Path | None, *, as_j
             raise ValueError(f"--set: expected evaluation.ks or another of evaluation, got {override!r}")
     run = load_run(folder)
     config, dataset = run.config, run.dataset
-    found = run.evaluate(config.updated(overrides).evaluation)
+    settings = config.updated(overrides).evaluation
+    found = run.evaluate(settings)
+    differences = {}
+    if against is not None:  # with the same candidates, whatever the other run's seed
+        seed = config.seed if settings.seed is None else settings.seed
+        other = load_run(against, dataset).evaluate(settings.model_copy(update={"seed": seed}))
+        differences = paired_differences(found, other)
     if file is not None:
         ids = [dataset.user_ids[user] for user in found.users.tolist()]
         columns = {name: values.tolist() for name, values in found.values.items()}
@@ -707,6 +723,8 @@ def _evaluate(folder: Path, overrides: Sequence[str], file: Path | None, *, as_j
             "users": len(found.users),
             "metrics": found.means(),
         }
+        if against is not None:
+            told["differences"] = {"to": str(against), **differences}
         typer.echo(json.dumps(told, allow_nan=False))
         return
     title = (
@@ -714,6 +732,9 @@ def _evaluate(folder: Path, overrides: Sequence[str], file: Path | None, *, as_j
         f"{counted(run.round, 'round')}, {counted(len(found.users), 'user')}"
     )
     _print_table(metrics_table(found.means(), title))
+    if against is not None:
+        title = f"More than {against} (± half of the 95% confidence interval, paired over users)"
+        _print_table(metrics_table(differences, title))
     if file is not None:
         typer.echo(f"File: {file}")
 

@@ -624,6 +624,28 @@ def test_evaluate_tells_other_metrics_of_a_run(tmp_path: Path) -> None:
     table = fedpeft("evaluate", out, "--set", "evaluation.ks=[3]", "--set", "evaluation.full_ranking=false")
     assert [line.split()[0] for line in table.stdout.splitlines() if "@" in line] == ["HR@3", "NDCG@3"]
     assert "another of evaluation" in refused("evaluate", out, "--set", "training.lr=1")
+
+
+def test_evaluate_tells_the_difference_to_another_run(tmp_path: Path) -> None:
+    """On the candidates of the first run, which the other, of another seed, did not have."""
+    out, other = tmp_path / "run", tmp_path / "other"
+    for seed, folder in enumerate((out, other)):
+        assert fedpeft("run", *SMALL, "-ec-lora", "-r1", "-q", "-o", folder, "--seed", seed).exit_code == 0
+    told = json.loads(fedpeft("evaluate", out, "--against", other, "--json").stdout)
+    same = json.loads(fedpeft("evaluate", other, "-s", "evaluation.seed=0", "--json").stdout)["metrics"]
+    assert told["differences"].pop("to") == str(other)
+    for name, (mean, half) in told["differences"].items():
+        assert mean == pytest.approx(told["metrics"][name] - same[name])
+        assert half > 0
+    table = fedpeft("evaluate", out, "--against", out).stdout
+    assert "+0.0000 ± 0.0000" in table
+    assert "95% confidence interval" in table
+
+
+def test_evaluate_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert fedpeft("run", *SMALL, "-ec-lora", "-r1", "-q", "-o", out).exit_code == 0
+    assert "another of evaluation" in refused("evaluate", out, "--set", "training.lr=1")
     assert "evaluation.kz" in refused("evaluate", out, "--set", "evaluation.kz=1")
     assert "no" in refused("evaluate", out, "--users", tmp_path / "none" / "u.csv")
 

@@ -1,37 +1,34 @@
-"""Confidence intervals of means over seeds."""
+"""95% confidence intervals by Student's t: of means over seeds, and of paired differences over users."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-
-def t_quantile(freedom: int) -> float:
-    """The 97.5% quantile of Student's t.
-
-    Raises:
-        ValueError: freedom below 1.
-    """
-    if freedom < 1:
-        raise ValueError(f"freedom: expected at least 1, got {freedom}")
-    low, high = 1.9, 12.8  # of freedom infinity and 1
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < 0.95 else (low, middle)
-    return high
-
-
-def _within(t: float, freedom: int) -> float:
-    """P(|T| <= t); Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(freedom))
-    sine, square = math.sin(angle), math.cos(angle) ** 2
-    odd = freedom % 2
-    term, total = (math.cos(angle) if odd else 1.0), 0.0
-    for n in range(2 + odd, freedom + 1, 2):
-        total += term
-        term *= square * (n - 1) / n
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+if TYPE_CHECKING:
+    from fedpeft_ext.simulation import UserMetrics
 
 
 def half_width(count: int) -> float:
-    """Half of the 95% interval of a mean of `count` >= 2 normal values, in their standard deviations."""
-    return t_quantile(count - 1) / math.sqrt(count)
+    """Half of the interval of a mean of `count` >= 2 normal values, in their standard deviations."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(count - 1, 0.975)) / math.sqrt(count)
+
+
+def paired_differences(ours: UserMetrics, theirs: UserMetrics) -> dict[str, tuple[float, float]]:
+    """How much larger the metrics are in `ours`: by name, the mean over users and half of its interval.
+
+    Each user is compared with itself, so that what makes users easy or hard cancels. The interval is about
+    other users like these and these two models; models of other seeds vary besides.
+
+    Raises:
+        ValueError: the two are not of the same users and metrics, or of fewer than two users.
+    """
+    if ours.users.tolist() != theirs.users.tolist() or ours.values.keys() != theirs.values.keys():
+        raise ValueError("theirs: expected metrics of the same users by the same names, got others")
+    count = len(ours.users)
+    if count < 2:
+        raise ValueError(f"ours: expected at least 2 users, got {count}")
+    differences = {name: values - theirs.values[name] for name, values in ours.values.items()}
+    return {name: (float(d.mean()), float(d.std()) * half_width(count)) for name, d in differences.items()}

@@ -143,8 +143,12 @@ def summary_table(summary: Summary) -> Table:
     return metrics_table(summary.metrics, title, caption)
 
 
-def metrics_table(metrics: Mapping[str, float], title: str, caption: str | None = None) -> Table:
-    """A rich table of metrics by name: a row each, and a column for each of what items are ranked among."""
+def metrics_table(
+    metrics: Mapping[str, float | tuple[float, float]], title: str, caption: str | None = None
+) -> Table:
+    """A rich table of metrics by name: a row each, and a column for each of what items are ranked among.
+    Pairs are differences and half of their intervals.
+    """
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -162,7 +166,10 @@ def metrics_table(metrics: Mapping[str, float], title: str, caption: str | None 
     for heading in columns.values():
         table.add_column(heading, justify="right")
     for name in (name for name in metrics if "/" not in name):
-        table.add_row(name, *(f"{metrics[prefix + name]:.4f}" for prefix in columns))
+        found = [metrics[prefix + name] for prefix in columns]
+        table.add_row(
+            name, *(f"{v[0]:+.4f} ± {v[1]:.4f}" if isinstance(v, tuple) else f"{v:.4f}" for v in found)
+        )
     return table
 
 

@@ -14,11 +14,12 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from scipy import stats
 
 from fedpeft_ext.config import Config, load_config
 from fedpeft_ext.data import Dataset, load_dataset
 from fedpeft_ext.experiments import runner
-from fedpeft_ext.experiments.intervals import t_quantile
+from fedpeft_ext.experiments.intervals import half_width, paired_differences
 from fedpeft_ext.experiments.report import write_report
 from fedpeft_ext.experiments.results import RunResult
 from fedpeft_ext.experiments.runner import DIVERGED, fingerprint, run_name
@@ -34,7 +35,7 @@ from fedpeft_ext.experiments.studies.new_items import aligned, split_arrivals, t
 from fedpeft_ext.experiments.studies.output import shown
 from fedpeft_ext.experiments.studies.select import bytes_up, rungs
 from fedpeft_ext.experiments.studies.study import Variant, first_reaching
-from fedpeft_ext.simulation import Simulator
+from fedpeft_ext.simulation import Simulator, UserMetrics
 
 DATA = {"num_users": 50, "num_items": 210, "interactions_per_user": 10, "validation": True}
 
@@ -358,13 +359,15 @@ def test_privacy_tells_epsilon_where_there_is_one(
 ) -> None:
     few = {"cdp": (4.0, 8.0), "ldp": (4.0,)}  # accounting for weak noise takes long
     monkeypatch.setattr("fedpeft_ext.experiments.studies.privacy.MULTIPLIERS", few)
-    made = context(config, dataset, tmp_path / "runs", seeds=1, embeddings=("p-rq",))
+    made = context(config, dataset, tmp_path / "runs", seeds=3, embeddings=("p-rq",))
     findings, files = run_study(STUDIES["privacy"], made, tmp_path)
     assert all(file.is_file() and file.stat().st_size for file in files)
     rows = findings.tables[0].frame.select("privacy", "noise", "epsilon").rows()
     assert [privacy for privacy, _, epsilon in rows if epsilon is None] == ["none", "clipping"]
     weaker, stronger, local = (epsilon for *_, epsilon in rows if epsilon is not None)
     assert local > weaker > stronger > 0
+    each = made.all_runs[0].frame().filter(pl.col("privacy") == "ldp")["epsilon"]
+    assert each.min() < each.max() == local  # of the seed whose busiest client was chosen most often
 
 
 @pytest.mark.parametrize("name", ["sensitivity", "privacy"])
@@ -432,8 +435,21 @@ def test_grid_refuses_what_it_cannot_vary(
 @pytest.mark.parametrize(
     ("freedom", "quantile"), [(1, 12.70620), (2, 4.30265), (3, 3.18245), (4, 2.77645), (30, 2.04227)]
 )
-def test_quantiles_of_student(freedom: int, quantile: float) -> None:
-    assert t_quantile(freedom) == pytest.approx(quantile, abs=5e-6)
+def test_intervals_of_student(freedom: int, quantile: float) -> None:
+    assert half_width(freedom + 1) * (freedom + 1) ** 0.5 == pytest.approx(quantile, abs=5e-6)
+
+
+def test_paired_differences_are_those_of_scipy() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.random((2, 50))
+    ours, theirs = (UserMetrics(torch.arange(50), {"MRR": torch.from_numpy(v)}) for v in (first, second))
+    mean, half = paired_differences(ours, theirs)["MRR"]
+    low, high = stats.ttest_rel(first, second).confidence_interval()
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    with pytest.raises(ValueError, match="theirs: expected metrics of the same users"):
+        paired_differences(ours, theirs._replace(users=torch.arange(1, 51)))
+    with pytest.raises(ValueError, match="ours: expected at least 2 users, got 1"):
+        paired_differences(*[UserMetrics(torch.arange(1), {"MRR": torch.ones(1)})] * 2)
 
 
 def test_unknown_studies_are_told_the_nearest() -> None:

@@ -47,7 +47,8 @@ def run(context: Context) -> Findings:
         "Accuracy under noise",
         means,
         f"noise: standard deviation in clips; uploads are clipped to an L2 norm of {clip}. epsilon at delta "
-        f"{context.config.privacy.delta:g} after all rounds; – is no guarantee, or a run that diverged.",
+        f"{context.config.privacy.delta:g} after all rounds, the largest of the seeds; – is no guarantee, or "
+        "a run that diverged.",
     )
     return Findings(
         [table], [picture for mode in MULTIPLIERS for picture in _picture(context, means, mode, metric)]

@@ -168,8 +168,8 @@ class Trained:
 
     def means(self, metrics: Sequence[str], others: Sequence[str] = ()) -> pl.DataFrame:
         """A row a variant: labels; mean, standard deviation (`<metric> sd`) and half of the 95% confidence
-        interval (`<metric> ci95`) of `metrics` over seeds; the first value of `others`; the number of
-        `seeds`, and how many of their runs `diverged`.
+        interval (`<metric> ci95`) of `metrics` over seeds; the largest value of `others`, which but for
+        epsilon is that of every seed; the number of `seeds`, and how many of their runs `diverged`.
         """
         widths = {count: half_width(count) if count > 1 else None for count in range(len(self.seeds) + 1)}
         frame = self.frame()
@@ -188,7 +188,7 @@ class Trained:
                     ).alias(f"{name} ci95"),
                 )
             ),
-            *(pl.col(name).drop_nulls().first() for name in others),
+            *(pl.col(name).max() for name in others),
             pl.len().alias("seeds"),
             pl.col("diverged").sum(),
         )
