@@ -167,6 +167,8 @@ void prepare(Call& call, const Tensor& clients, const Training& training) {
     check_size(*codes, 0, I, "codes", "I, the number of items");
     check_size(*codes, 1, codebooks->size(0), "codes", "L, the levels of codebooks");
     check_same_device(*codes, user, "codes", "user");
+    check_value(codebooks->size(1) > 0, "codebooks: expected at least one row, got ",
+                shape_text(*codebooks));
   }
   check_table(buckets, {-1, D}, user, "buckets", "[M, D]");
   check_together(buckets, hashes, "buckets", "hashes");
@@ -180,6 +182,7 @@ void prepare(Call& call, const Tensor& clients, const Training& training) {
     check_value(buckets->size(0) > 0, "buckets: expected at least one row, got ",
                 shape_text(*buckets));
     H = hashes->size(0);
+    check_value(H > 0, "hashes: expected shape [H, 2] with H > 0, got ", shape_text(*hashes));
   }
   if (w1) {
     check_value(buckets.has_value(), "w1: expected together with buckets, got only w1");

@@ -9,6 +9,23 @@ namespace {
 constexpr int64_t kLevels = 32;  // more are not resolved ahead
 constexpr int64_t kAhead = 16;   // positions between the prefetch of an item's codes and their use
 
+// The item of a position, -1 where there is nothing to read: at padding, and where the item, or in
+// codebooks without rows its codes, are reported.
+FEDPEFT_INLINE int64_t readable_item(const RqLookupArgs& a, int64_t n) {
+  const int64_t item = a.items[n];
+  switch (classify(item, a.num_items)) {
+    case Position::padding:
+      return -1;
+    case Position::bad:
+      a.bad_item->report(n);
+      return -1;
+    default:
+      if (a.K > 0 || a.L == 0) return item;
+      a.bad_code->report(item * a.L);
+      return -1;
+  }
+}
+
 // Offset of the row of an item's code in the codebooks; a code past K is reported and read as 0.
 // `codes` is an IndexArray or a pointer.
 template <typename Codes>
@@ -41,11 +58,8 @@ FEDPEFT_INLINE void forward_as(RqLookupArgs a, Codes codes, Fixed<width>, Fixed<
       const int64_t soon = a.items[n + kAhead];
       if (uint64_t(soon) < uint64_t(a.num_items)) a.codes.prefetch(soon * L);
     }
-    const int64_t item = a.items[n];
-    const Position kind = classify(item, a.num_items);
-    if (kind == Position::bad) a.bad_item->report(n);
-    slots[0] = kind == Position::item ? item : -1;
-    if (kind != Position::item) return;
+    const int64_t item = slots[0] = readable_item(a, n);
+    if (item < 0) return;
     const int64_t client = cursor.client * table;
     if (!ahead) {
       slots[1] = client;
@@ -93,12 +107,8 @@ void forward(const RqLookupArgs& a, int64_t begin, int64_t end) {
 template <typename T>
 FEDPEFT_INLINE void add_levels(const RqLookupArgs& a, acc_t<T>* into, int64_t n, int64_t first,
                                int64_t last) {
-  const int64_t item = a.items[n];
-  const Position kind = classify(item, a.num_items);
-  if (kind != Position::item) {
-    if (kind == Position::bad) a.bad_item->report(n);
-    return;
-  }
+  const int64_t item = readable_item(a, n);
+  if (item < 0) return;
   const T* grad = static_cast<const T*>(a.grad) + n * a.D;
   for (int64_t l = first; l < last; ++l) {
     add_row(into + code_row(a, a.codes, item * a.L + l, l, a.D), grad, a.D);

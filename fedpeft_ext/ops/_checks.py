@@ -77,6 +77,19 @@ def check_size(t: Tensor, dim: int, size: int, name: str, meaning: str) -> None:
         )
 
 
+def check_rows(t: Tensor, name: str) -> None:
+    """Some, in a table [..., rows, D]."""
+    if t.size(-2) == 0:
+        raise ValueError(f"{name}: expected at least one row, got {list(t.shape)}")
+
+
+def check_hashes(hashes: Tensor, like: Tensor, like_name: str) -> None:
+    check_dtype(hashes, torch.int64, "hashes")
+    if hashes.dim() != 2 or hashes.size(1) != 2 or hashes.size(0) == 0:
+        raise ValueError(f"hashes: expected shape [H, 2] with H > 0, got {list(hashes.shape)}")
+    check_device(hashes, like, "hashes", like_name)
+
+
 def check_parameter_dim(t: Tensor, dim: int, name: str, shape: str) -> bool:
     """A parameter of `dim` dimensions, or one more in front for the clients. Returns whether it is per
     client."""

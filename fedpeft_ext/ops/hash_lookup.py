@@ -17,13 +17,14 @@ from ._checks import (
     check_client_items,
     check_device,
     check_dim,
-    check_dtype,
     check_float,
     check_grad,
+    check_hashes,
     check_index,
     check_like,
     check_parameter_dim,
     check_range,
+    check_rows,
     check_shape,
     check_size,
     check_tensor,
@@ -95,10 +96,7 @@ def make_hashes(num_hashes: int, seed: int) -> Tensor:
 
 def _check_hashes(items: Tensor, hashes: Tensor) -> None:
     check_index(items, "items")
-    check_dtype(hashes, torch.int64, "hashes")
-    if hashes.dim() != 2 or hashes.size(1) != 2 or hashes.size(0) == 0:
-        raise ValueError(f"hashes: expected shape [H, 2] with H > 0, got {list(hashes.shape)}")
-    check_device(hashes, items, "hashes", "items")
+    check_hashes(hashes, items, "items")
 
 
 def _check_table(items: Tensor, table: Tensor, hashes: Tensor, senet: tuple[Tensor | None, ...]) -> bool:
@@ -107,8 +105,7 @@ def _check_table(items: Tensor, table: Tensor, hashes: Tensor, senet: tuple[Tens
     per_client = check_parameter_dim(table, 2, "table", "M, D")
     if per_client:
         check_client_items(items, table, "items", "table")
-    if table.size(-2) == 0:
-        raise ValueError(f"table: expected at least one row, got {list(table.shape)}")
+    check_rows(table, "table")
     check_device(items, table, "items", "table")
     w1, b1, w2, b2 = senet
     if w1 is None and b1 is None and w2 is None and b2 is None:

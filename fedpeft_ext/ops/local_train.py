@@ -19,10 +19,12 @@ from ._checks import (
     check_draw,
     check_dtype,
     check_grid,
+    check_hashes,
     check_index,
     check_like,
     check_not_negative,
     check_range,
+    check_rows,
     check_shape,
     check_size,
     check_tensor,
@@ -178,6 +180,7 @@ def _check(
     if parts.codes is not None and parts.codebooks is not None:
         check_like(parts.codebooks, user, "codebooks", "user")
         check_dim(parts.codebooks, 3, "codebooks", "[L, K, D]")
+        check_rows(parts.codebooks, "codebooks")
         check_size(parts.codebooks, 2, width, "codebooks", "D, the width")
         check_codes(parts.codes, "codes")
         check_device(parts.codes, user, "codes", "user")
@@ -186,10 +189,8 @@ def _check(
         check_like(parts.buckets, user, "buckets", "user")
         check_dim(parts.buckets, 2, "buckets", "[M, D]")
         check_size(parts.buckets, 1, width, "buckets", "D, the width")
-        check_dtype(parts.hashes, torch.int64, "hashes")
-        check_device(parts.hashes, user, "hashes", "user")
-        if parts.hashes.dim() != 2 or parts.hashes.size(1) != 2:
-            raise ValueError(f"hashes: expected shape [H, 2], got {list(parts.hashes.shape)}")
+        check_rows(parts.buckets, "buckets")
+        check_hashes(parts.hashes, user, "user")
         if parts.senet is not None:
             hidden, count = parts.senet.w1.size(0), parts.hashes.size(0)
             shapes = {"w1": (hidden, count), "b1": (hidden,), "w2": (count, hidden), "b2": (count,)}

@@ -147,7 +147,7 @@ def rq_lookup(d: Inputs) -> Call:
 
 
 def hashes_of(d: Inputs, count: int) -> Tensor:
-    return d.laid_out(ops.make_hashes(count, seed=d.size()))
+    return d.laid_out(ops.make_hashes(max(count, 1), seed=d.size())[:count])
 
 
 def hash_buckets(d: Inputs) -> Call:
