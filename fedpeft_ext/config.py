@@ -327,6 +327,34 @@ class CompressionConfig(_Section):
     )
 
 
+class SecureAggregationConfig(_Section):
+    """Masks under which a Flower server sees sums of nodes' updates and no single one (`flower.secure`)."""
+
+    min_nodes: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="nodes that a sum needs, 2 or more; 0: the server sees single updates"
+    )
+    neighbours: Annotated[int, Field(ge=2)] = Field(
+        default=20, description="nodes that a node shares masks, and the secrets behind them, with"
+    )
+    threshold: Annotated[float, Field(gt=0.5, le=1)] = Field(
+        default=0.6,
+        description="share of a node's neighbours, itself included, that must stay until a round's end",
+    )
+    bits: Literal[32, 64] = Field(default=64, description="of each number that is sent")
+    max_sum: _Positive = Field(
+        default=2.0**31,
+        description="magnitude that no element of the sum of weighted updates reaches; they are rounded to "
+        "multiples of 2 max_sum / 2^bits",
+    )
+
+    @field_validator("min_nodes")
+    @classmethod
+    def _a_sum(cls, min_nodes: int) -> int:
+        if min_nodes == 1:
+            raise ValueError("expected 0, or 2 and more nodes, since a sum of one hides nothing, got 1")
+        return min_nodes
+
+
 class FaultsConfig(_Section):
     """Faulty clients (`simulation.faults`): simulated ones, and what is done about any."""
 
@@ -408,6 +436,7 @@ class Config(_Section):
     training: TrainingConfig = TrainingConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     compression: CompressionConfig = CompressionConfig()
+    secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
     faults: FaultsConfig = FaultsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -461,6 +490,18 @@ class Config(_Section):
                     raise ValueError(
                         f"{name}: expected {expected} with training.algorithm scaffold, whose control "
                         "variates are sent beside the updates and would go past it"
+                    )
+        if self.secure_aggregation.min_nodes > 0:
+            # What looks at single updates, or encodes them so that their sum is not that of the codes.
+            for name, is_off, expected in (
+                ("training.algorithm", self.training.algorithm == "fedavg", "'fedavg'"),
+                ("compression.method", self.compression.method == "none", "'none'"),
+                ("faults.reject", not self.faults.reject, "false"),
+            ):
+                if not is_off:
+                    raise ValueError(
+                        f"{name}: expected {expected} with secure_aggregation, whose server sees nothing but "
+                        "the sum of whole updates"
                     )
         if self.privacy.mode != "none" and self.faults.min_clients > 0:
             raise ValueError(

@@ -7,7 +7,9 @@ SuperNode's --node-config, or in Flower's simulation the file that `prepare` wro
 
 A node whose configuration has `epsilon` (and `delta`, 1e-5 unless given) takes part in runs with
 `privacy.mode=ldp` alone, and trains a user as long as its uploads of the run stay within that. With `ldp` it
-answers `evaluate` with metrics only where its configuration has `evaluate=true`.
+answers `evaluate` with metrics only where its configuration has `evaluate=true`; so it does with secure
+aggregation. A node whose configuration has `secure-nodes` takes part only in runs with secure aggregation,
+and in sums over so many nodes or more.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from fedpeft_ext.flower.protocol import (
     CLIENTS,
     METRICS,
     PARAMETERS,
+    SECURE,
     SETTINGS,
     SETUP,
     STARTS,
@@ -39,6 +42,7 @@ from fedpeft_ext.flower.protocol import (
     to_record,
     to_tensors,
 )
+from fedpeft_ext.flower.secure import OFFER, REVEAL, SHARE, Member, Vector, to_vector_record, vector_format
 from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions, initial_states
 from fedpeft_ext.simulation.communication import message as averaged
@@ -55,6 +59,7 @@ from fedpeft_ext.simulation.setup import (
     needs_pretrained,
 )
 from fedpeft_ext.simulation.simulator import evaluators
+from fedpeft_ext.simulation.state import prefixed
 from fedpeft_ext.simulation.uploads import Uploads, UploadStage
 
 app = ClientApp()
@@ -70,7 +75,13 @@ RELEASES = "releases"
 def join(message: Message, context: Context) -> Message:
     """Keep settings and frozen tensors, and tell which users can train."""
     settings, before = message.content.config_records[SETTINGS], context.state.config_records.get(SETTINGS)
-    _Budget(context).check(_parsed(settings), None if before is None else _parsed(before))
+    config = _parsed(settings)
+    _Budget(context).check(config, None if before is None else _parsed(before))
+    if config.secure_aggregation.min_nodes < (least := _least(context)):
+        raise ValueError(
+            f"secure_aggregation.min_nodes: this node takes part with {least} or more, got "
+            f"{config.secure_aggregation.min_nodes}"
+        )
     dataset, users = _data(context)
     if dataset.num_items != settings["num_items"]:
         raise ValueError(
@@ -97,6 +108,10 @@ def train(message: Message, context: Context) -> Message:
     if len(np.unique(clients)) < len(clients):  # several uploads in one round would go past a budget
         raise ValueError(f"users: expected each once, got {clients.tolist()}")
     sent, losses = node.train(node.interactions.by_size(clients), number)
+    if node.secure:
+        vector = node.vector(sent, losses, int(settings["nodes"]))
+        masked = _member(context).mask(message.content.config_records[SECURE], vector)
+        return _reply(message, {SECURE: to_vector_record(masked)})
     return _reply(
         message,
         {
@@ -113,12 +128,31 @@ def train(message: Message, context: Context) -> Message:
     )
 
 
+@app.query(OFFER.partition(".")[2])
+def offer(message: Message, context: Context) -> Message:
+    """Begin a round of secure aggregation."""
+    return _reply(message, {SECURE: _member(context).offer()})
+
+
+@app.query(SHARE.partition(".")[2])
+def share(message: Message, context: Context) -> Message:
+    """Give neighbours, sealed, shares of what the sum needs if this node drops out."""
+    return _reply(message, {SECURE: _member(context).share(message.content.config_records[SECURE])})
+
+
+@app.query(REVEAL.partition(".")[2])
+def reveal(message: Message, context: Context) -> Message:
+    """Reveal what takes the masks off the sum."""
+    groups = message.content.config_records[SECURE]
+    return _reply(message, {SECURE: _member(context).reveal(groups["alive"], groups["dropped"])})
+
+
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Rank the test items of the node's users: means over them, and how many there are."""
     node = _Node(message, context)
     values: dict[str, Any] = {}
-    if node.local_noise and not context.node_config.get("evaluate", False):
+    if (node.local_noise or node.secure) and not context.node_config.get("evaluate", False):
         return _reply(message, {METRICS: MetricRecord(values)})
     if (node.dataset.test_items >= 0).any():
         for prefix, evaluator in evaluators(node.config, node.dataset, node.interactions).items():
@@ -201,6 +235,7 @@ class _Node:
         self._context = context
         self.config = _config(context)
         self.local_noise = self.config.privacy.mode == "ldp"
+        self.secure = self.config.secure_aggregation.min_nodes > 0
         device = torch.device(self.config.device)
         self.dataset, self.users = _data(context)
         self.interactions = _interactions(_path(context), str(device))
@@ -220,7 +255,8 @@ class _Node:
         uplink = _Uplink(self.config, model, residuals)
         budget = _Budget(self._context)
         clients = budget.within(self.config, clients)
-        stages = [*(make_clipping(self.config.privacy) if self.local_noise else []), uplink]
+        clips = self.local_noise or self.secure
+        stages = [*(make_clipping(self.config.privacy) if clips else []), uplink]
         aggregator = Aggregator(averaged(model), rows, stages=stages, faults=make_faults(self.config))
         aggregator.begin(number)
         losses = make_engine(self.config, self.federation)[1].train(clients, number, aggregator)
@@ -235,6 +271,19 @@ class _Node:
         own[CLIENTS] = to_record({"users": ids, **{f"state.{name}": v for name, v in kept.items()}})
         own[RESIDUAL] = to_record({str(client): tensor for client, tensor in residuals.items()})
         return uplink, dict(zip(clients.tolist(), losses.tolist(), strict=True))
+
+    def vector(self, sent: _Uplink, losses: Mapping[int, float], nodes: int) -> Vector:
+        """What is sent under masks, one of `nodes` vectors to be summed."""
+        weights = torch.tensor(sent.weights, dtype=torch.float64, device="cpu")
+        ones = torch.ones_like(weights)
+        private = self.config.privacy.mode != "none"  # then clients count alike, and clipping is in weights
+        told = [0.0 if self.local_noise else losses[client] for client in sent.clients]
+        counts = torch.stack([ones if private else weights, ones], 1)
+        updates = {n: v * weights.view(-1, *[1] * (v.dim() - 1)) for n, v in sent.arrays.items()}
+        tensors = {**prefixed("updates", updates), **prefixed("starts", sent.starts)}
+        loss = torch.tensor(told, dtype=torch.float64, device="cpu")
+        tensors |= {"counts": counts, "loss": loss.view(-1, 1)}
+        return vector_format(self.config, self.federation.model).encode(tensors, nodes)
 
     def _store(self, model: Backbone, starts: Mapping[str, Tensor]) -> ClientStore:
         """State of the node's users: kept, or what a new client starts with."""
@@ -310,8 +359,21 @@ class _Budget:
         return dict(zip(kept["users"].tolist(), kept["count"].tolist(), strict=True)) if kept else {}
 
 
+def _least(context: Context) -> int:
+    return int(context.node_config.get("secure-nodes", 0))
+
+
+def _member(context: Context) -> Member:
+    return Member(context.state, context.node_id, _config(context).secure_aggregation, _least(context))
+
+
 def _parsed(settings: ConfigRecord) -> Config:
-    return Config.from_dict(yaml.safe_load(str(settings["config"])))
+    return _from_yaml(str(settings["config"]))
+
+
+@lru_cache(maxsize=16)
+def _from_yaml(text: str) -> Config:
+    return Config.from_dict(yaml.safe_load(text))
 
 
 def _config(context: Context) -> Config:

@@ -51,6 +51,10 @@ def prepare(
         raise ValueError(
             f"num_nodes: expected 1 to {dataset.num_users}, the number of users, got {num_nodes}"
         )
+    if num_nodes < (least := config.secure_aggregation.min_nodes):
+        raise ValueError(
+            f"num_nodes: expected at least {least}, secure_aggregation.min_nodes, got {num_nodes}"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if pretrained is None and needs_pretrained(config.embedding.name):

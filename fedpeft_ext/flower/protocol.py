@@ -11,6 +11,8 @@ Nodes are queried when they join, and all of them when warm-up ends. Updates are
 
 With `privacy.mode=cdp` the server clips updates and adds noise to their sum. With `ldp` a node does both to
 each user's update, and sends neither losses nor, unless it is told to, metrics.
+
+With `secure_aggregation.min_nodes` the answer to `train` is one vector, masked (`flower.secure`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
-PARAMETERS, STARTS, SETUP, UPDATES, CLIENTS, SETTINGS, METRICS = (
+PARAMETERS, STARTS, SETUP, UPDATES, CLIENTS, SETTINGS, METRICS, SECURE = (
     "parameters",
     "starts",
     "setup",
@@ -29,6 +31,7 @@ PARAMETERS, STARTS, SETUP, UPDATES, CLIENTS, SETTINGS, METRICS = (
     "clients",
     "settings",
     "metrics",
+    "secure",
 )
 """Names of records in messages and in a node's state."""
 
@@ -44,8 +47,13 @@ def to_tensors(content: RecordDict, name: str) -> dict[str, Tensor]:
 
 
 def payload_bytes(content: RecordDict) -> int:
-    """Bytes of the arrays in a message, with the header that NumPy's format gives each (128 bytes)."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    """Bytes of the arrays in a message, with the header that NumPy's format gives each (128 bytes), and of
+    keys, sealed and revealed shares.
+    """
+    arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    values = content.config_records[SECURE].values() if SECURE in content.config_records else ()
+    parts = [part for value in values for part in (value if isinstance(value, list) else [value])]
+    return arrays + sum(len(part) for part in parts if isinstance(part, bytes))
 
 
 def encoded(data: bytes) -> Tensor:

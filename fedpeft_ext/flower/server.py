@@ -35,6 +35,7 @@ from fedpeft_ext.flower.protocol import (
     to_record,
     to_tensors,
 )
+from fedpeft_ext.flower.secure import Vector, masked_sum, vector_format
 from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.callbacks import Metrics, RoundInfo
@@ -65,6 +66,7 @@ from fedpeft_ext.simulation.setup import (
     warmup_rounds,
 )
 from fedpeft_ext.simulation.simulator import VALID
+from fedpeft_ext.simulation.state import below
 
 log = logging.getLogger("fedpeft_ext.flower")
 app = ServerApp()
@@ -122,7 +124,8 @@ class FlowerServer:
 
     Attributes:
         rounds_done: finished rounds.
-        sent, received: bytes of the arrays in messages so far, set-up included.
+        sent, received: bytes of arrays, keys and shares in messages so far, set-up included.
+        lost: rounds without a step because too few nodes stayed in their secure aggregation.
     """
 
     def __init__(
@@ -142,7 +145,9 @@ class FlowerServer:
             )
         self.config = config
         self._grid, self._num_items = grid, num_items
-        self._min_nodes, self._timeout = min_nodes, timeout
+        self._secure = config.secure_aggregation if config.secure_aggregation.min_nodes else None
+        self._min_nodes = max(min_nodes, config.secure_aggregation.min_nodes)
+        self._timeout = timeout
         self._pretrained = pretrained
         self._warmup_rounds = warmup_rounds(config)
         self._faults = make_faults(config)
@@ -151,7 +156,7 @@ class FlowerServer:
         self._noise = make_noise(config.privacy, 0.0, secret_seed()) if self._central else None
         check_accountant(config.privacy)
         self._ledger: Ledger | None = None  # from the first round on, whose clients it is about
-        self.rounds_done = self.sent = self.received = 0
+        self.rounds_done = self.sent = self.received = self.lost = 0
         self.model = self._begin_phase(None)
         parameters = dict(self.model.named_parameters())
         # Of clients' state the server holds what newcomers start from, and nobody's own.
@@ -184,11 +189,12 @@ class FlowerServer:
             frozenset(ParameterRoles.of(model).rows),
             config.training.server_optimizer,
             server_lr(config, warmup=warmup),
-            make_clipping(config.privacy) if self._central else (),
+            make_clipping(config.privacy) if self._central and self._secure is None else (),
             self._noise,
-            self._faults,
+            self._faults if self._secure is None else None,
         )
         self.traffic = counted_traffic(config, model)
+        self._fixed = vector_format(config, model)
         self._users: dict[int, np.ndarray] = {}  # of each node
         return model
 
@@ -266,28 +272,37 @@ class FlowerServer:
             self._ledger.add_round(chosen, share)
         parameters = to_record(averaged(self.model))
         starts = to_record(self._starts.starts)
+        asked = {node: np.intersect1d(chosen, own).tolist() for node, own in self._users.items()}
+        # With central noise the sample is a secret, which a round that is lost for its size would tell.
+        if self._secure is None or not self._central:
+            asked = {node: users for node, users in asked.items() if users}
         contents = {
             node: RecordDict(
                 {
                     PARAMETERS: parameters,
                     STARTS: starts,
-                    SETTINGS: ConfigRecord({"round": number, "users": users.tolist()}),
+                    SETTINGS: ConfigRecord({"round": number, "users": users, "nodes": len(asked)}),
                 }
             )
-            for node, own in self._users.items()
-            if len(users := np.intersect1d(chosen, own))
+            for node, users in asked.items()
         }
-        answers = self._ask(MessageType.TRAIN, contents)
+        before = self.sent, self.received
         try:
-            losses = self._add(answers, number)
+            if self._secure is None:
+                loss = self._add(self._ask(MessageType.TRAIN, contents), number)
+                clients, lost = self._aggregator.uploads, False
+            else:
+                total = masked_sum(self._ask, contents, self._fixed, self._secure)
+                clients, loss = (0, float("nan")) if total is None else self._add_sum(total, number)
+                lost = total is None
             self._aggregator.check_finite()
-            clients = self._aggregator.uploads
         except BaseException:
             self._aggregator.discard()
             self._starts.discard()
             raise
         # Whether a round counts may not depend on the clients where that would tell about them.
-        enough = self._central or clients >= max(1, self.config.faults.min_clients)
+        enough = not lost and (self._central or clients >= max(1, self.config.faults.min_clients))
+        self.lost += lost
         if enough:
             self._aggregator.apply()
             self._starts.commit()
@@ -306,11 +321,15 @@ class FlowerServer:
             round=number,
             rounds=self.config.training.rounds,
             phase=phase,
-            loss=float(np.mean(losses)) if losses else float("nan"),
+            loss=loss,
             clients=clients,
             seconds=time.perf_counter() - began,
-            bytes_down=counted.down,
-            bytes_up=counted.up,
+            bytes_down=counted.down
+            if self._secure is None
+            else -(-(self.sent - before[0]) // max(1, len(asked))),
+            bytes_up=counted.up
+            if self._secure is None
+            else -(-(self.received - before[1]) // max(1, len(asked))),
             faults=None if self._faults is None else dict(self._faults.counts),
         )
 
@@ -334,8 +353,28 @@ class FlowerServer:
         """What the rounds so far guarantee; None without privacy, and before the first."""
         return None if self._ledger is None else self._ledger.report()
 
-    def _add(self, answers: Mapping[int, RecordDict], number: int) -> list[float]:
-        """Put uploads into the sums; the losses of their clients, which `ldp` keeps from the server."""
+    def _add_sum(self, total: Vector, number: int) -> tuple[int, float]:
+        """Put the sum of all uploads into the sums; how many clients' they are, and their mean loss."""
+        values = self._fixed.decode(total)
+        weight, clients = values["counts"].tolist()
+        if clients == 0.0:
+            return 0, float("nan")
+        self._aggregator.begin(number)
+        self._aggregator.add(
+            {name: value[None] / weight for name, value in below("updates", values).items()},
+            torch.tensor([weight], dtype=torch.float64, device="cpu"),
+        )
+        starts = {
+            name: (value[None] / clients).to(self._starts.starts[name].dtype)
+            for name, value in below("starts", values).items()
+        }
+        if starts:
+            self._starts.write(torch.zeros(1, dtype=torch.int64, device="cpu"), starts)
+        told = self.config.privacy.mode != "ldp"
+        return int(clients), float(values["loss"]) / clients if told else float("nan")
+
+    def _add(self, answers: Mapping[int, RecordDict], number: int) -> float:
+        """Put uploads into the sums; the mean loss of their clients, which `ldp` keeps from the server."""
         weights = {node: _floats(answer, "num-examples") for node, answer in answers.items()}
         self._aggregator.begin(number, weight=sum(map(sum, weights.values())))
         losses: list[float] = []
@@ -356,7 +395,7 @@ class FlowerServer:
                     torch.zeros(len(next(iter(kept.values()))), dtype=torch.int64, device="cpu"), kept
                 )
             losses += _floats(answer, "loss")
-        return losses
+        return float(np.mean(losses)) if losses else float("nan")
 
     def _decoded(self, updates: Mapping[str, Tensor], clients: Tensor, node: int) -> dict[str, Tensor]:
         """Updates {name: [C, ...]} of a node's answer, checked."""
@@ -376,14 +415,17 @@ class FlowerServer:
         return {name: updates[name] for name in self._shapes}
 
     def evaluate(self) -> Metrics:
-        """Metrics over the test items of all connected nodes' users; with `ldp` of those that tell them."""
+        """Metrics over the test items of all connected nodes' users; with `ldp` or secure aggregation of
+        those that tell them.
+        """
         began = time.perf_counter()
         content = RecordDict(
             {PARAMETERS: to_record(averaged(self.model)), STARTS: to_record(self._starts.starts)}
         )
         answers = self._ask(MessageType.EVALUATE, dict.fromkeys(sorted(self._users), content))
         told = [dict(answer.metric_records[METRICS]) for answer in answers.values()]
-        values = mean_metrics(told) if any(told) or self.config.privacy.mode != "ldp" else {}
+        optional = self._secure is not None or self.config.privacy.mode == "ldp"
+        values = mean_metrics(told) if any(told) or not optional else {}
         return Metrics(self.rounds_done, values, time.perf_counter() - began)
 
     def run(self) -> Iterable[dict[str, Any]]:
@@ -398,6 +440,7 @@ class FlowerServer:
                     "round": info.round,
                     **info.as_dict(),
                     **epsilon,
+                    **({} if self._secure is None else {"lost_rounds": self.lost}),
                     **self.evaluate().values,
                     **self._bytes(),
                 }

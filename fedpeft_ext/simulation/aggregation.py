@@ -6,8 +6,8 @@ Optimization", ICLR 2021, algorithm 2: no bias correction). Sums are float64 and
 however they come in chunks; with `begin` told the weight of a round, they are exact, and the same bits
 in whatever order and from however many processes uploads come (`ops.aggregate.exact_grid`).
 
-`Aggregator` is what secure aggregation (Bonawitz et al., CCS 2017) would stand in for: it alone sees uploads.
-`Server` is given their weighted sum.
+`Aggregator` alone sees uploads; `Server` is given their weighted sum, which is all that there is with secure
+aggregation (`flower.secure`).
 """
 
 from __future__ import annotations

@@ -176,6 +176,11 @@ class Simulator:
         overwrite: bool = False,
     ) -> None:
         began = time.perf_counter()
+        if config.secure_aggregation.min_nodes:
+            raise ValueError(
+                "secure_aggregation.min_nodes: expected 0 in a simulation, which hides no update, got "
+                f"{config.secure_aggregation.min_nodes}"
+            )
         self._ranks = ranks = Ranks()
         self._device = rank_device(check_device(config.device))
         self._on_gpu = self._device.type == "cuda"

@@ -456,12 +456,16 @@ def test_node_files_hold_their_own_users_alone(tmp_path: Path) -> None:
         read_node(tmp_path / "bad.safetensors")
 
 
-def test_in_flowers_own_simulation(tmp_path: Path) -> None:
-    """Ray actors run the ClientApp, Flower carries the messages: the same numbers."""
+@pytest.mark.parametrize(("num_nodes", "min_nodes"), [(USERS, 0), (3, 3)])
+def test_in_flowers_own_simulation(num_nodes: int, min_nodes: int, tmp_path: Path) -> None:
+    """Ray actors run the ClientApp, Flower carries the messages, with secure aggregation or without: the same
+    numbers."""
     from flwr.simulation import run_simulation
 
-    config, dataset, pretrained = make_config(**{"embedding.name": "p-rq"}), make_dataset(), make_pretrained()
-    prepare(config, dataset, tmp_path, USERS, pretrained=pretrained)
+    changes = {"embedding.name": "p-rq", "training.clients_per_round": 10}
+    dataset, pretrained = make_dataset(), make_pretrained()
+    config = make_config(**changes, **{"secure_aggregation.min_nodes": min_nodes})
+    prepare(config, dataset, tmp_path, num_nodes, pretrained=pretrained)
     server_app, client_app = ServerApp(), ClientApp()
     folder = str(tmp_path)
 
@@ -472,7 +476,7 @@ def test_in_flowers_own_simulation(tmp_path: Path) -> None:
             home = Context(
                 run_id=context.run_id,
                 node_id=context.node_id,
-                node_config=context.node_config,
+                node_config={**context.node_config, "evaluate": True},
                 state=context.state,
                 run_config={**context.run_config, "prepared": folder},
             )
@@ -481,6 +485,9 @@ def test_in_flowers_own_simulation(tmp_path: Path) -> None:
         return handle
 
     client_app.query()(at_home(client.join))
+    client_app.query("offer")(at_home(client.offer))
+    client_app.query("share")(at_home(client.share))
+    client_app.query("reveal")(at_home(client.reveal))
     client_app.train()(at_home(client.train))
     client_app.evaluate()(at_home(client.evaluate))
     found: list[tuple[FlowerServer, list[dict[str, Any]]]] = []
@@ -488,7 +495,7 @@ def test_in_flowers_own_simulation(tmp_path: Path) -> None:
     @server_app.main()
     def main(grid: Grid, _: Context) -> None:
         stored, num_items, given = read_server(folder)
-        server = FlowerServer(grid, stored, num_items, pretrained=given, min_nodes=USERS, timeout=120.0)
+        server = FlowerServer(grid, stored, num_items, pretrained=given, min_nodes=num_nodes, timeout=600.0)
         server.join()
         found.append((server, list(server.run())))
 
@@ -496,6 +503,7 @@ def test_in_flowers_own_simulation(tmp_path: Path) -> None:
         "client_resources": {"num_cpus": 1},
         "init_args": {"num_cpus": 2, "include_dashboard": False},
     }
-    run_simulation(server_app, client_app, num_supernodes=USERS, backend_config=resources)
+    run_simulation(server_app, client_app, num_supernodes=num_nodes, backend_config=resources)
     assert len(found) == 1
-    assert_equal(*found[0], simulated(config, dataset, pretrained))
+    assert found[0][0].lost == 0
+    assert_equal(*found[0], simulated(make_config(**changes), dataset, pretrained))
