@@ -191,6 +191,8 @@ def check_dataset(name_or_path: str | Path, **options: Any) -> dict[str, Any]:
         "most_popular_share": float(trained[:top].sum() / max(1, trained.sum())),
     }
     notes = order_notes(report)
+    if isinstance(dataset, MappedDataset):
+        notes.append(f"mapped from {dataset.path}, where every byte is as it was written")
     if report.get("incomplete_dropped"):
         notes.append(f"rows without a user, an item or a time: {report['incomplete_dropped']:,}, left out")
     if report.get("duplicates_dropped"):
@@ -198,9 +200,7 @@ def check_dataset(name_or_path: str | Path, **options: Any) -> dict[str, Any]:
             f"interactions that repeat a user and item: {report['duplicates_dropped']:,}, which were dropped"
         )
     if without_test:
-        notes.append(
-            f"users with one interaction: {without_test:,}; it is trained on, and they are not evaluated"
-        )
+        notes.append(f"users with one interaction: {without_test:,}, who train on it and are not evaluated")
     if dataset.item_text is None:
         notes.append(
             "no item text (item_file): full, p-X and c-rq need other item features (pretrain.features: a "
