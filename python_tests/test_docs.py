@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import pkgutil
 import re
 import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,9 @@ def test_yaml_is_settings(text: str) -> None:
 def commands_of(page: Path) -> list[str]:
     """Lines that begin with `fedpeft`, in fenced and indented blocks, and commands with options in prose."""
     text = re.sub(r"\\\n\s*", "", page.read_text())
+    text = re.sub(
+        r"(?:torchrun [^`\n]*|python )-m fedpeft_ext (.*?)(?: \.\.\.)?$", r"fedpeft \1", text, flags=re.M
+    )
     lines = [line.strip() for line in text.splitlines() if line.strip().startswith("fedpeft ")]
     return lines + [line for line in re.findall(r"`(fedpeft [^`]+)`", text) if " -" in line]
 
@@ -93,6 +98,48 @@ def test_commands_are_valid(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert {
             key for key in ("backbones", "embeddings", "vary", "budget", "check") if given[key]
         } <= options
+
+
+SCRIPTS = sorted(
+    {
+        line.strip()
+        for page in PAGES
+        for line in re.findall(
+            r"(?:python|torchrun [^`\n]*?) ((?:-m benchmarks\.|docs/|examples/)[^`#\n]*)", page.read_text()
+        )
+    }
+)
+
+
+@pytest.mark.parametrize("line", SCRIPTS)
+def test_scripts_take_their_arguments(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each script is started as the page says, up to where it has read its arguments."""
+
+    class Parsed(Exception):
+        pass
+
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        parse(parser)
+        raise Parsed
+
+    parse = argparse.ArgumentParser.parse_args
+    name, *arguments = shlex.split(line.removeprefix("-m "))
+    script = ROOT / (name if name.endswith(".py") else name.replace(".", "/") + ".py")
+    if "parse_args" not in script.read_text():
+        assert not arguments
+        return
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    with pytest.raises(Parsed):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def test_extras_exist() -> None:
+    extras = (ROOT / "pyproject.toml").read_text()
+    for page in PAGES:
+        for extra in re.findall(r"fedpeft_ext\[(\w+)\]", page.read_text()):
+            assert re.search(rf"^{extra} = \[", extras, re.M), extra
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
