@@ -84,8 +84,8 @@ class Backbone(nn.Module):
     @property
     def scoring_width(self) -> int:
         """Numbers held for a client and an item in `catalogue_scores` and `client_scores`, which bounds how
-        many clients are evaluated at once."""
-        return 1
+        many clients are evaluated at once. Default: some item vectors; a wider `forward` overrides it."""
+        return 8 * self.dim
 
     @property
     def item_dtype(self) -> torch.dtype:

@@ -40,6 +40,11 @@ class FedMF(Backbone):
         """User vectors [C, D], normal with standard deviation `init_std`."""
         return {"user": client_normal(clients, self.dim, seed, init_std).to(self.user)}
 
+    @property
+    def scoring_width(self) -> int:
+        """Numbers held for a client and an item while scoring the catalogue: the score."""
+        return 1
+
     def catalogue_scores(
         self, vectors: Tensor, state: Mapping[str, Tensor], context: ClientContext
     ) -> Tensor:

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import label_ranking_average_precision_score, ndcg_score
 from small_federation import make_dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from fedpeft_ext.backbones import FedMF
+from fedpeft_ext.backbones import Backbone, FedMF
 from fedpeft_ext.data import Dataset, synthetic_dataset
 from fedpeft_ext.nn import FullEmbedding
 from fedpeft_ext.simulation import evaluation
@@ -121,6 +123,41 @@ def test_memory_does_not_grow_with_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     before = resident_bytes()
     evaluate(model, store)
     assert resident_bytes() - before < 20 * 2**22
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        sizes = [each.nbytes for each in tree_leaves(made) if isinstance(each, torch.Tensor)]
+        self.bytes = max([self.bytes, *sizes])
+        return made
+
+
+class Plain(Backbone):
+    """Somebody's own, which overrides nothing that it need not."""
+
+    local_parameters = ("user",)
+
+    def __init__(self, item_embedding: FullEmbedding, dim: int) -> None:
+        super().__init__(item_embedding, dim)
+        self.user = torch.nn.Parameter(torch.zeros(dim))
+
+    def forward(self, items, context=None):  # type: ignore[no-untyped-def]
+        return (self.user * self.item_embedding(items)).sum(-1)
+
+
+def test_blocks_hold_a_backbone_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = synthetic_dataset(300, 200, 8, item_text=False)
+    _, store = fedmf(data)
+    model = Plain(FullEmbedding(data.num_items, 4), 4)
+    monkeypatch.setattr(evaluation, "BLOCK_BYTES", 2**16)
+    with Largest() as largest:
+        evaluator(data)(model, store)
+    assert 0 < largest.bytes <= 2**16
 
 
 def test_ranked_in_pieces(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,8 @@ def run(context: Context) -> Findings:
     metrics = [*([judge] if validated else []), metric, f"NDCG@{context.k}", f"full/{metric}"]
     others = ["bytes_up", "saving", *(["epsilon"] if "epsilon" in trained.frame().columns else [])]
     means = trained.means(metrics, others)
-    note = f"Of the settings above {', '.join(axis.key for axis in axes)} vary."
+    varied = [axis.key for axis in axes if len(axis.labels) > 1]
+    note = f"Of the settings above {', '.join(varied) or 'none'} vary."
     if not validated:
         note += " Without dataset.options.validation, a choice by these figures is one by test items."
     answers = []
@@ -132,7 +133,7 @@ def _picture(
         others = ", ".join(
             str(row[name]) if axis.key.endswith(".name") else f"{name.replace('_', ' ')} {row[name]}"
             for axis, name in zip(axes, names, strict=True)
-            if name != x
+            if name != x and (len(axis.labels) > 1 or name == "embedding")
         )
         place = Place(row[x], row[metric], spread_of(row, metric))
         lines.setdefault(others or context.config.embedding.name, []).append(place)
