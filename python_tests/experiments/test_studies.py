@@ -411,6 +411,16 @@ def test_grid_trains_every_combination(config: Config, dataset: Dataset, tmp_pat
     assert b"Type3" not in drawn
 
 
+def test_grid_names_the_backbone_that_was_trained(config: Config, dataset: Dataset, tmp_path: Path) -> None:
+    vary = ("training.lr=1e-2,0.5",)
+    options = {"backbones": ("fedpergnn",), "embeddings": ("c-hash",), "vary": vary}
+    findings, _ = run_study(
+        STUDIES["grid"], context(config, dataset, tmp_path / "runs", 1, **options), tmp_path
+    )
+    assert findings.pictures[0].caption.startswith("fedpergnn on ")
+    assert findings.tables[0].note.startswith("Of the settings above training.lr vary.")
+
+
 @pytest.mark.parametrize(
     ("vary", "message"),
     [

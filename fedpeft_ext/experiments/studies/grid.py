@@ -141,7 +141,8 @@ def _picture(
     log = bool(values) and min(values) > 0 and max(values) >= 10 * min(values)
     if len(lines) > _MOST_LINES:
         return []
-    title = f"{context.config.backbone.name} on {context.dataset.name}"
+    backbones = next((axis.labels for axis in axes if axis.key == "backbone.name"), None)
+    title = f"{', '.join(map(str, backbones or [context.config.backbone.name]))} on {context.dataset.name}"
     return line_picture(
         "grid",
         lines,
