@@ -37,7 +37,14 @@ void check_together(const Optional& a, const Optional& b, const char* a_name, co
               ", got only ", a.has_value() ? a_name : b_name);
 }
 
-const void* data_of(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
+// Null where there is no such part; one without elements is there, though torch has no address for
+// it.
+const void* data_of(const Optional& t) {
+  static constexpr char nothing = 0;
+  if (!t) return nullptr;
+  const void* data = t->const_data_ptr();
+  return data ? data : &nothing;
+}
 
 int64_t items_of(const LocalTrainArgs& a, int64_t c) {
   const int64_t client = a.clients[c];

@@ -91,8 +91,9 @@ struct Draws {
       return ok;
     });
     if (!known || !ascending) return false;
-    if (size >= a.num_items) a.no_negative->report(client);
-    return size < a.num_items;
+    const bool undrawable = size > 0 && size >= a.num_items;
+    if (undrawable) a.no_negative->report(client);
+    return !undrawable;
   }
 
   // Draws of an epoch, as sample_negatives makes them.

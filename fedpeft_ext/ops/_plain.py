@@ -34,6 +34,19 @@ def check_index_values(index: Tensor, size: int | None, name: str, padding: bool
         )
 
 
+def check_offsets(indptr: Tensor, clients: Tensor, count: int) -> None:
+    """Raises ValueError unless indptr [U + 1] gives each of the clients a range of [0, count)."""
+    if not values_available(indptr):
+        return
+    for client in clients.tolist():
+        first, last = indptr[client : client + 2].tolist()
+        if not 0 <= first <= last <= count:
+            raise ValueError(
+                f"indptr: expected ascending offsets of 0 to {count}, got {first} and {last} "
+                f"for client {client}"
+            )
+
+
 def nonempty(table: Tensor) -> Tensor:
     """A table [*, N, D] without rows gets one of zeros, so that padding has something to read."""
     return table if table.size(-2) > 0 else F.pad(table, (0, 0, 0, 1))

@@ -30,7 +30,7 @@ from ._checks import (
     check_tensor,
 )
 from ._library import eager_op, register_fake, register_in_place, register_not_differentiable
-from ._plain import check_index_values
+from ._plain import check_index_values, check_offsets
 from .aggregate import accumulate_updates_reference_
 from .client_embedding import client_embedding_reference
 from .client_mlp import client_mlp_reference
@@ -758,6 +758,7 @@ def local_train_reference(
     check_draw(seed, round)
     check_index_values(clients, user.size(0), "clients", padding=False)
     check_index_values(items, num_items, "items", padding=False)
+    check_offsets(indptr, clients, len(items))
     trained = {name: t for name, t in _trained(parts).items() if t is not None}
     shared = {name: t.detach() for name, t in trained.items()}
     sizes = (indptr[clients.long() + 1] - indptr[clients.long()]).tolist()
@@ -770,9 +771,11 @@ def local_train_reference(
     mlp_results: list[list[Tensor]] = []
     for c, client in enumerate(clients.tolist()):
         mine = items[indptr[client] : indptr[client + 1]].long()
-        negatives = sample_negatives_reference(
-            mine[None], clients[c : c + 1], indptr, positives, num_items, epochs, seed, round
-        )[0]
+        negatives = mine.new_empty(epochs, 0)
+        if len(mine) > 0:
+            negatives = sample_negatives_reference(
+                mine[None], clients[c : c + 1], indptr, positives, num_items, epochs, seed, round
+            )[0]
         layers = {name: (t[c] if own else t).detach() for name, t in zip(names, mlp, strict=True)}
         start = {"user": user[client].detach(), **shared, **layers}
         stays = {"user", *(names if own else ())}

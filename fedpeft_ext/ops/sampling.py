@@ -23,7 +23,7 @@ from ._library import (
     register_vmap,
     to_front,
 )
-from ._plain import check_index_values, philox_words
+from ._plain import check_index_values, check_offsets, philox_words
 
 _NEGATIVES = eager_op("sample_negatives")
 _DROPOUT = eager_op("client_dropout")
@@ -249,6 +249,7 @@ def sample_negatives_reference(
     check_index_values(items, num_items, "items")
     check_index_values(clients, indptr.size(0) - 1, "clients", padding=False)
     check_index_values(indices, num_items, "indices", padding=False)
+    check_offsets(indptr, clients, len(indices))
     shape = (items.size(0), epochs, items.size(1))
     out = np.full(shape, -1, dtype=np.int64)
     offsets, met = indptr.cpu().numpy().astype(np.int64), indices.cpu().numpy().astype(np.int64)

@@ -335,7 +335,7 @@ def rq_encode(d: Inputs) -> Call:
 def federation(d: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of local_train from `clients` to `parts`, and options."""
     d.dtype = d.one_of(torch.float32, torch.float64)
-    users, items, width = d.size(1), d.size(1, 9), d.one_of(1, 3, 8, 17, 64)
+    users, items, width = d.size(1), d.size(1, 9), d.one_of(1, 3, 8, 17, 64, 0)
     parts: dict[str, Any] = {"base": d.base(items, width)}
     if d.one_of(True, False):
         parts["table"] = d.reals(items, width)
