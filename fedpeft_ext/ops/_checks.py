@@ -23,6 +23,13 @@ def check_tensor(t: object, name: str) -> None:
         raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
 
 
+def check_dense(t: Tensor, name: str) -> None:
+    """Not at every call of an op: the dispatcher refuses other layouts by itself (see `EagerOp`)."""
+    if t.is_nested or t.layout is not torch.strided:
+        layout = "a nested tensor" if t.is_nested else f"layout {t.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {layout}")
+
+
 def check_index(t: Tensor, name: str) -> None:
     check_tensor(t, name)
     if t.dtype not in INDEX_DTYPES:

@@ -30,6 +30,8 @@ from torch.autograd import forward_ad as _forward_ad
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
+from ._checks import check_dense
+
 NAMESPACE = "fedpeft_ext"
 _torch_library: Any = torch.library  # untyped in torch
 LIBRARY = _torch_library.Library(NAMESPACE, "FRAGMENT")
@@ -57,16 +59,26 @@ class EagerOp:
         self.written: tuple[int, ...] = ()  # arguments that the op writes into
 
     def __call__(self, *args: Any) -> Any:
-        if is_compiling() or not is_plain(args):
+        if is_compiling():
             return self._op(*args)
-        if is_grad_enabled() and _any_requires_grad(*args):
-            return self._op(*args) if self.apply is None else self.apply(*args)
-        if self.written:
-            increment_version(_tensors_at(args, self.written))
-            with _BelowADInplaceOrView():
+        try:
+            if not is_plain(args):
                 return self._op(*args)
-        with _BelowAutograd():
-            return self._op(*args)
+            if is_grad_enabled() and _any_requires_grad(*args):
+                return self._op(*args) if self.apply is None else self.apply(*args)
+            if self.written:
+                increment_version(_tensors_at(args, self.written))
+                with _BelowADInplaceOrView():
+                    return self._op(*args)
+            with _BelowAutograd():
+                return self._op(*args)
+        except NotImplementedError:
+            # The dispatcher has no kernel for a tensor's layout, and does not say which tensor's.
+            for argument, value in zip(self._op._schema.arguments, args, strict=True):
+                for t in value if isinstance(value, list) else [value]:
+                    if isinstance(t, Tensor):
+                        check_dense(t, argument.name)
+            raise
 
 
 _EAGER_OPS: dict[str, EagerOp] = {}

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from emulated import _emulator
-from op_cases import CPU_ALONE
+from op_cases import CPU_ALONE, mapped, tensors_in
 from torch import Tensor
 
 import fedpeft_ext
 from fedpeft_ext import ops, reference
-from fedpeft_ext.ops._library import is_plain
+from fedpeft_ext.ops._library import eager_op, is_plain
 
 g = torch.Generator().manual_seed(0)
 
@@ -188,6 +188,28 @@ def test_opcheck(name: str, arguments: tuple[Any, ...], target: Any) -> None:
     op = getattr(torch.ops.fedpeft_ext, name).default
     result = torch.library.opcheck(op, placed, test_utils=checks)
     assert set(result.values()) == {"SUCCESS"}
+
+
+def other_layouts(t: Tensor) -> list[Tensor]:
+    """The tensor in those that it can have and no kernel reads."""
+    made = [t.to_sparse()]
+    if t.dim() > 1:
+        made += [torch.nested.nested_tensor(list(t), layout=x) for x in (torch.strided, torch.jagged)]
+    return made + ([t.to_mkldnn()] if t.dtype == torch.float32 else [])
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize(("name", "arguments"), CALLS, ids=[f"{i}-{c[0]}" for i, c in enumerate(CALLS)])
+def test_tensors_of_other_layouts_are_named(name: str, arguments: tuple[Any, ...]) -> None:
+    op = eager_op(name)
+    arguments = mapped(arguments, Tensor.detach)
+    for i, given in enumerate(arguments):
+        tensors = given if isinstance(given, list) else tensors_in(given)
+        for other in (x for t in tensors[:1] for x in other_layouts(t)):
+            changed = [other, *given[1:]] if isinstance(given, list) else other
+            message = f"^{op._op._schema.arguments[i].name}: expected a dense tensor, got (layout|a nested)"
+            with pytest.raises(TypeError, match=message):
+                op(*arguments[:i], changed, *arguments[i + 1 :])
 
 
 def test_only_torchs_own_tensors_take_the_short_way() -> None:
