@@ -8,7 +8,9 @@ for Federated Recommendation", AAAI 2026): the *full* embedding e_i, here `base`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from numbers import Integral, Real
 from typing import Any, TypedDict
 
 import torch
@@ -18,6 +20,7 @@ from typing_extensions import Self
 
 from fedpeft_ext import ops
 from fedpeft_ext.nn.items import Items
+from fedpeft_ext.ops._checks import FLOAT_DTYPES, check_dense, check_float
 
 
 class BaseOptions(TypedDict, total=False):
@@ -75,15 +78,19 @@ class ItemEmbedding(nn.Module, ABC):
     ) -> None:
         super().__init__()
         require_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        if dtype is not None and dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype: expected float32, float64, float16 or bfloat16, got {dtype}")
         if padding_idx is not None:
+            require_integer("padding_idx", padding_idx)
             if not -num_embeddings <= padding_idx < num_embeddings:
                 raise ValueError(
                     f"padding_idx: expected an item in [-{num_embeddings}, {num_embeddings}), "
                     f"got {padding_idx}"
                 )
-            padding_idx %= num_embeddings
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
+            padding_idx = int(padding_idx % num_embeddings)
+        # NumPy's integers, as counts of a data frame are, would break graphs of torch.compile.
+        self.num_embeddings = int(num_embeddings)
+        self.embedding_dim = int(embedding_dim)
         self.padding_idx = padding_idx
         if base is None:
             self.register_buffer("base", None)
@@ -192,6 +199,8 @@ class ItemEmbedding(nn.Module, ABC):
             if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
                 got = str(index.dtype) if isinstance(index, Tensor) else type(index).__name__
                 raise TypeError(f"items.{name}: expected an int32 or int64 tensor, got {got}")
+            if index.layout is not torch.strided:
+                check_dense(index, f"items.{name}")
         if self.padding_idx is None:
             return items
         padding = items.ids == self.padding_idx
@@ -251,14 +260,15 @@ def read_rows(table: Tensor, items: Items) -> Tensor:
     """Rows of an item-indexed `table` [(C,) R, D]: at the rows where given, else at the ids.
 
     Raises:
-        IndexError: one is out of range; named as the caller of the module gave it, `rows` or `items`.
+        IndexError: one is out of range; ValueError: another device. Named as the caller of the module gave
+            it, `rows` or `items`.
     """
     if items.rows is not None:
         return ops.client_embedding(items.rows, table)
     try:
         return ops.client_embedding(items.ids, table)
-    except IndexError as error:
-        raise IndexError(f"items{str(error).removeprefix('rows')}") from None
+    except (IndexError, ValueError) as error:
+        raise type(error)(f"items{str(error).removeprefix('rows')}") from None
 
 
 def has_values(t: Tensor) -> bool:
@@ -266,21 +276,23 @@ def has_values(t: Tensor) -> bool:
     return not (t.is_meta or isinstance(t, FakeTensor))
 
 
+def require_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+
+
 def require_positive(**sizes: int) -> None:
     """Raise unless each named size is an integer of at least 1."""
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
+        require_integer(name, size)
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
 
 
 def require_table(name: str, table: Tensor, shape: tuple[int, int] | None = None) -> None:
     """Raise unless `table` is a floating tensor [I, D], of the given shape where one is given."""
-    if not isinstance(table, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(table).__name__}")
-    if not table.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {table.dtype}")
+    check_float(table, name)
+    check_dense(table, name)
     if table.dim() != 2 or (shape is not None and tuple(table.shape) != shape):
         expected = "[I, D]" if shape is None else list(shape)
         raise ValueError(f"{name}: expected shape {expected}, got {list(table.shape)}")
@@ -293,28 +305,31 @@ def new_parameter(*shape: int, base: Tensor | None, options: BaseOptions | Mappi
     return nn.Parameter(torch.empty(shape, device=options.get("device"), dtype=options.get("dtype")))
 
 
-@torch.no_grad()
 def draw_normal(parameter: Tensor, std: float, generator: torch.Generator | None) -> None:
     """Fill with normal draws; a generator of another device gives the values that it gives there."""
-    if generator is None or generator.device == parameter.device:
-        nn.init.normal_(parameter, std=std, generator=generator)
-    else:
-        there = torch.empty_like(parameter, device=generator.device)
-        parameter.copy_(nn.init.normal_(there, std=std, generator=generator))
+    _draw(partial(nn.init.normal_, std=std), parameter, generator)
+
+
+def draw_uniform(parameter: Tensor, bound: float, generator: torch.Generator | None) -> None:
+    """Fill with uniform draws from [-bound, bound]; as `draw_normal` for a generator of another device."""
+    _draw(partial(nn.init.uniform_, a=-bound, b=bound), parameter, generator)
 
 
 @torch.no_grad()
-def draw_uniform(parameter: Tensor, bound: float, generator: torch.Generator | None) -> None:
-    """Fill with uniform draws from [-bound, bound]; as `draw_normal` for a generator of another device."""
+def _draw(fill: Callable[..., Tensor], parameter: Tensor, generator: torch.Generator | None) -> None:
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
     if generator is None or generator.device == parameter.device:
-        nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        fill(parameter, generator=generator)
     else:
         there = torch.empty_like(parameter, device=generator.device)
-        parameter.copy_(nn.init.uniform_(there, -bound, bound, generator=generator))
+        parameter.copy_(fill(there, generator=generator))
 
 
 def require_std(init_std: float) -> float:
     """Raise unless `init_std` is a finite standard deviation of at least 0."""
+    if not isinstance(init_std, Real):
+        raise TypeError(f"init_std: expected a number, got {type(init_std).__name__}")
     if not 0.0 <= init_std < float("inf"):
         raise ValueError(f"init_std: expected a finite number of at least 0, got {init_std}")
     return float(init_std)

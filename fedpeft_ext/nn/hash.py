@@ -75,8 +75,8 @@ class HashEmbedding(ItemEmbedding):
             raise ValueError(f"reduce: expected 'mean' or 'sum', got {reduce!r}")
         if senet_hidden is not None:
             require_positive(senet_hidden=senet_hidden)
-        self.table_size = table_size
-        self.num_hashes = num_hashes
+        self.table_size = int(table_size)
+        self.num_hashes = int(num_hashes)
         self.reduce: Literal["mean", "sum"] = reduce
         self.senet = senet
         self.seed = seed

@@ -51,7 +51,7 @@ class LoRAEmbedding(ItemEmbedding):
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, **options)
         require_positive(rank=rank)
-        self.rank = rank
+        self.rank = int(rank)
         self.init_std = require_std(init_std)
         self.A = new_parameter(num_embeddings, rank, base=self.base, options=options)
         self.B = new_parameter(embedding_dim, rank, base=self.base, options=options)

@@ -25,8 +25,7 @@ from fedpeft_ext.nn.embedding import (
     require_table,
 )
 from fedpeft_ext.nn.items import Items
-
-_CODE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+from fedpeft_ext.ops._checks import check_codes, check_dense
 
 
 class RQEmbedding(ItemEmbedding):
@@ -75,7 +74,7 @@ class RQEmbedding(ItemEmbedding):
             )
         _require_codes_below(codes, codebook_size)
         self.levels = levels
-        self.codebook_size = codebook_size
+        self.codebook_size = int(codebook_size)
         self.init_std = require_std(init_std)
         self.codebooks = new_parameter(levels, codebook_size, embedding_dim, base=self.base, options=options)
         smallest = (
@@ -184,10 +183,8 @@ def residual_kmeans(
 
 
 def _require_codes(codes: Tensor, num_embeddings: int) -> None:
-    if not isinstance(codes, Tensor):
-        raise TypeError(f"codes: expected a tensor, got {type(codes).__name__}")
-    if codes.dtype not in _CODE_DTYPES:
-        raise TypeError(f"codes: expected uint8, int16, int32 or int64, got {codes.dtype}")
+    check_codes(codes, "codes")
+    check_dense(codes, "codes")
     if codes.dim() != 2 or len(codes) != num_embeddings or codes.shape[1] == 0:
         raise ValueError(f"codes: expected shape [I, L] with I = {num_embeddings}, got {list(codes.shape)}")
 

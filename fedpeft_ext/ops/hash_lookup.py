@@ -94,19 +94,21 @@ def make_hashes(num_hashes: int, seed: int) -> Tensor:
     return torch.tensor(np.stack([a, b], axis=1), device="cpu")
 
 
-def _check_hashes(items: Tensor, hashes: Tensor) -> None:
+def _check_buckets(items: Tensor, hashes: Tensor, table_size: int) -> None:
     check_index(items, "items")
     check_hashes(hashes, items, "items")
+    check_range(table_size, 1, 2**63, "table_size")
 
 
 def _check_table(items: Tensor, table: Tensor, hashes: Tensor, senet: tuple[Tensor | None, ...]) -> bool:
-    _check_hashes(items, hashes)
+    check_index(items, "items")
     check_float(table, "table")
     per_client = check_parameter_dim(table, 2, "table", "M, D")
     if per_client:
         check_client_items(items, table, "items", "table")
     check_rows(table, "table")
     check_device(items, table, "items", "table")
+    check_hashes(hashes, table, "table")
     w1, b1, w2, b2 = senet
     if w1 is None and b1 is None and w2 is None and b2 is None:
         return per_client
@@ -171,8 +173,7 @@ def hash_buckets(items: Tensor, hashes: Tensor, table_size: int) -> Tensor:
                 [ 0,  1],
                 [-1, -1]])
     """
-    _check_hashes(items, hashes)
-    check_range(table_size, 1, 2**63, "table_size")
+    _check_buckets(items, hashes, table_size)
     out: Tensor = _BUCKETS(items, hashes, table_size)
     return out
 
@@ -190,8 +191,7 @@ def _modular_product(a: Tensor, x: Tensor) -> Tensor:
 
 def hash_buckets_reference(items: Tensor, hashes: Tensor, table_size: int) -> Tensor:
     """`hash_buckets` in plain PyTorch."""
-    _check_hashes(items, hashes)
-    check_range(table_size, 1, 2**63, "table_size")
+    _check_buckets(items, hashes, table_size)
     check_index_values(items, None, "items")
     if values_available(hashes) and bool(((hashes < 0) | (hashes >= HASH_PRIME)).any()):
         raise ValueError("hashes: expected values from 0 to 2^61 - 2")
@@ -301,9 +301,7 @@ def hash_lookup_reference(
 
 @register_fake("hash_buckets")
 def _fake_buckets(items: Tensor, hashes: Tensor, table_size: int) -> Tensor:
-    _check_hashes(items, hashes)
-    if table_size < 1:
-        raise ValueError(f"table_size: expected at least 1, got {table_size}")
+    _check_buckets(items, hashes, table_size)
     return items.new_empty((*items.shape, hashes.size(0)), dtype=torch.int64)
 
 

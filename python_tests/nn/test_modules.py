@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,6 +35,7 @@ from fedpeft_ext.nn.embedding import read_rows
 I, D = 20, 8
 CODES = torch.randint(6, (I, 3), generator=torch.Generator().manual_seed(3))
 BASE = torch.randn(I, D, generator=torch.Generator().manual_seed(4))
+FLOAT8 = BASE.to(torch.float8_e4m3fn)
 
 Make = Callable[..., ItemEmbedding]
 
@@ -440,8 +442,23 @@ def test_rows_of_the_whole_table_equal_ids(make: Make) -> None:
     assert torch.equal(module(Items(items)), module(items))
 
 
+def test_sizes_of_numpy() -> None:
+    """As counts of a data frame are."""
+    torch.compiler.reset()
+    items, width, two = np.int64(I), np.int32(D), np.int64(2)
+    for module in (
+        LoRAEmbedding(items, width, rank=two, padding_idx=two),
+        HashEmbedding(items, width, table_size=two, num_hashes=two, senet=True, senet_hidden=two),
+        RQEmbedding(items, width, CODES, codebook_size=np.int64(6)),
+    ):
+        assert all(not isinstance(value, np.integer) for value in vars(module).values())
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        assert compiled(torch.tensor([0, 2])).shape == (2, D)
+
+
 @every
 def test_compile(make: Make) -> None:
+    torch.compiler.reset()  # all modules share a forward, whose compilations are limited in number
     module = moved(make(base=BASE, padding_idx=3))
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     items = torch.tensor([[1, 3], [-1, 8]])
@@ -524,13 +541,28 @@ def test_rq_from_pretrained() -> None:
             ValueError,
             r"base: expected shape \[20, 8\], got \[3, 8\]",
         ),
-        (lambda: LoRAEmbedding(I, D, base=BASE.long()), TypeError, "base: expected a floating dtype"),
+        (lambda: LoRAEmbedding(I, D, base=BASE.long()), TypeError, "base: expected float32, float64"),
+        (lambda: LoRAEmbedding(I, D, base=FLOAT8), TypeError, "base: expected .* got torch.float8"),
+        (
+            lambda: LoRAEmbedding(I, D, base=BASE.to_sparse()),
+            TypeError,
+            "base: .* got layout torch.sparse_coo",
+        ),
+        (lambda: LoRAEmbedding(I, D, base=BASE.to_mkldnn()), TypeError, "base: .* got layout torch._mkldnn"),
+        (lambda: LoRAEmbedding(I, D, dtype=torch.int64), TypeError, "dtype: expected .* got torch.int64"),
+        (lambda: LoRAEmbedding(I, D, padding_idx=1.0), TypeError, "padding_idx: .* integer, got float"),
+        (lambda: LoRAEmbedding(I, D, init_std="1"), TypeError, "init_std: expected a number, got str"),
+        (
+            lambda: LoRAEmbedding(I, D, generator=3),
+            TypeError,
+            "generator: expected a torch.Generator .* got int",
+        ),
         (lambda: LoRAEmbedding(I, D, rank=0), ValueError, "rank: expected at least 1, got 0"),
         (lambda: LoRAEmbedding.from_pretrained(BASE[0]), ValueError, r"embeddings: expected shape \[I, D\]"),
         (
             lambda: LoRAEmbedding.from_pretrained([[1.0]]),
             TypeError,
-            "embeddings: expected a tensor, got list",
+            "embeddings: expected a Tensor, got list",
         ),
         (
             lambda: HashEmbedding(I, D, reduce="max"),
@@ -541,6 +573,7 @@ def test_rq_from_pretrained() -> None:
         (lambda: RQEmbedding(I, D, CODES), ValueError, "codebook_size"),
         (lambda: RQEmbedding(I, D, CODES[:5], codebook_size=6), ValueError, "codes: expected shape"),
         (lambda: RQEmbedding(I, D, CODES.float(), codebook_size=6), TypeError, "codes: expected uint8"),
+        (lambda: RQEmbedding(I, D, CODES.to_sparse(), codebook_size=6), TypeError, "codes: .* dense tensor"),
         (
             lambda: RQEmbedding(I, D, CODES, codebook_size=4),
             IndexError,
@@ -565,6 +598,7 @@ def test_rq_from_pretrained() -> None:
         (lambda: FullEmbedding(I, D).full_embedding(0), ValueError, "chunk_size"),
         (lambda: FullEmbedding(I, D)(torch.ones(2)), TypeError, "items.ids: expected an int32 or int64"),
         (lambda: FullEmbedding(I, D)([1, 2]), TypeError, "items.ids: .* got list"),
+        (lambda: FullEmbedding(I, D)(CODES.to_sparse()), TypeError, "items.ids: .* layout torch.sparse_coo"),
         (lambda: LoRAEmbedding(I, D)(Items(torch.ones(2).int(), torch.ones(2))), TypeError, "items.rows"),
         (
             lambda: setattr(LoRAEmbedding(I, D), "weight", nn.Parameter(BASE)),
@@ -591,6 +625,12 @@ def test_ids_out_of_range_are_named_as_the_caller_gave_them(
         return
     with pytest.raises(IndexError, match=f"^items: index {bad} at position 1 is out of range"):
         module(torch.tensor([0, bad]))
+
+
+@every
+def test_ids_on_another_device_are_named(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"^items: expected the device of \w+ \(cpu\), got meta"):
+        make()(torch.zeros(2, dtype=torch.int64, device="meta"))
 
 
 @pytest.mark.parametrize(("ids", "rows", "name"), [([0, 1], [0, I], "rows"), ([0, I], [0, 1], "items")])
