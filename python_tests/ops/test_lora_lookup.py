@@ -71,7 +71,8 @@ def test_every_rank(rank: int, index: torch.dtype, target: Any) -> None:
     seed=st.integers(0, 5),
 )
 def test_any_shape(target: Any, **shape: Any) -> None:
-    assert_equals_twin(make_case(**shape).to(target.device), target.ops, torch.float64)
+    # Gradients of one row are sums over all positions and columns.
+    assert_equals_twin(make_case(**shape).to(target.device), target.ops, torch.float64, terms=256)
 
 
 def test_items_and_rows_may_differ_in_integer_type(target: Any) -> None:
