@@ -346,7 +346,7 @@ FEDPEFT_DEVICE double take_step(const LocalTrainArgs& a, Workspace<T>& w, int ep
   if (gated) {
     row_sums<T>(
         D, w.buckets.count, [&](int s, int d) { return w.hashed.p[int64_t(s) * D + d]; },
-        [&](int s, T sum) { w.means[s] = sum / T(D); });
+        [&](int s, T sum) { w.means[s] = sum / T(D > 0 ? D : 1); });
   }
   const T* base = static_cast<const T*>(a.base);
   const auto item_of = [&](int k) { return w.item_of[draw_of(k)]; };

@@ -310,6 +310,15 @@ def test_gradients_through_training_are_refused() -> None:
         ops.local_train(**{**arguments(), "user": torch.ones(2, 4, requires_grad=True)})
 
 
+@pytest.mark.parametrize("kind", PARTS)
+def test_vectors_without_columns(device: torch.device, kind: str) -> None:
+    """SENet's squeeze is then a mean of nothing, 0."""
+    indptr, items, positives = federation([3, 2], 9, 1)
+    parts = make_parts([kind], 9, 0, 2, torch.float64)
+    data = torch.arange(2), indptr, items, positives, 9, torch.empty(2, 0, dtype=torch.float64)
+    compare(device, 1e-12, 9, *data, parts, **options_of("bpr", "adam"))
+
+
 def test_no_clients(device: torch.device) -> None:
     changed = train(device, **{**arguments(), "clients": torch.empty(0, dtype=torch.int64)})
     assert changed.user.shape == (0, 4)
