@@ -420,7 +420,7 @@ std::tuple<Tensor, Tensor, Tensor> train_round_(
   if (good) {
     const int64_t bytes = a.user_width * element_size(call.dtype);
     const char* const from = static_cast<const char*>(a.new_user);
-    for (int64_t c = 0; c < count; ++c)
+    for (int64_t c = 0; bytes > 0 && c < count; ++c)
       std::memcpy(users + a.clients[c] * bytes, from + c * bytes, size_t(bytes));
   }
   return {chosen, losses, broken_flags(added.broken, user)};
