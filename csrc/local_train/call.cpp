@@ -166,6 +166,8 @@ void prepare(Call& call, const Tensor& clients, const Training& training) {
   check_table(table, {I, D}, user, "table", "[I, D]");
   check_table(A, {I, -1}, user, "A", "[I, r]");
   check_together(A, B, "A", "B");
+  if (A)
+    check_value(A->size(1) > 0, "A: expected a rank of at least 1, got shape ", shape_text(*A));
   check_table(B, {D, A ? A->size(1) : 0}, user, "B", "[D, r]");
   check_table(codebooks, {-1, -1, D}, user, "codebooks", "[L, K, D]");
   check_together(codebooks, codes, "codebooks", "codes");

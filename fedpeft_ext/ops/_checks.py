@@ -90,6 +90,11 @@ def check_rows(t: Tensor, name: str) -> None:
         raise ValueError(f"{name}: expected at least one row, got {list(t.shape)}")
 
 
+def check_rank(A: Tensor) -> None:
+    if A.size(-1) == 0:
+        raise ValueError(f"A: expected a rank of at least 1, got shape {list(A.shape)}")
+
+
 def check_hashes(hashes: Tensor, like: Tensor, like_name: str) -> None:
     check_dtype(hashes, torch.int64, "hashes")
     if hashes.dim() != 2 or hashes.size(1) != 2 or hashes.size(0) == 0:

@@ -25,6 +25,7 @@ from ._checks import (
     check_like,
     check_not_negative,
     check_range,
+    check_rank,
     check_rows,
     check_shape,
     check_size,
@@ -176,6 +177,7 @@ def _check(
         check_like(parts.A, user, "A", "user")
         check_dim(parts.A, 2, "A", "[I, r]")
         check_size(parts.A, 0, num_items, "A", "I, the number of items")
+        check_rank(parts.A)
         check_like(parts.B, user, "B", "user")
         check_shape(parts.B, (width, parts.A.size(1)), "B", "width D and rank r")
     if parts.codes is not None and parts.codebooks is not None:

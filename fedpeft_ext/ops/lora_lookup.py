@@ -16,6 +16,7 @@ from ._checks import (
     check_index,
     check_like,
     check_parameter_dim,
+    check_rank,
     check_shape,
     check_size,
 )
@@ -43,8 +44,7 @@ def _check_factors(A: Tensor, B: Tensor) -> bool:
     check_float(A, "A")
     check_like(B, A, "B", "A")
     per_client = check_parameter_dim(A, 2, "A", "N, r")
-    if A.size(-1) == 0:
-        raise ValueError(f"A: expected a rank of at least 1, got shape {list(A.shape)}")
+    check_rank(A)
     check_dim(B, A.dim(), "B", "[C, D, r] as A is per client" if per_client else "[D, r] as A is shared")
     check_size(B, B.dim() - 1, A.size(-1), "B", "r, the rank of A")
     if per_client:

@@ -259,6 +259,11 @@ def change_parts(**changes: Any) -> dict[str, Any]:
         ({"indptr": torch.tensor([0, 3, 9])}, ValueError, "indptr: expected ascending offsets"),
         (change_parts(B=None), ValueError, "A: expected together with B"),
         (change_parts(B=torch.ones(4, 2)), ValueError, "B: expected shape"),
+        (
+            change_parts(A=torch.ones(9, 0), B=torch.ones(4, 0)),
+            ValueError,
+            "A: expected a rank of at least 1",
+        ),
         (change_parts(base=torch.ones(9, 5)), ValueError, "base: expected shape"),
         (change_parts(base=torch.ones(9, 4).double()), TypeError, "base: expected the dtype of user"),
         (change_parts(codes=torch.full((9, 2), 7)), IndexError, "codes: code 7 of item"),
