@@ -709,8 +709,8 @@ def _evaluate(
     found = run.evaluate(settings)
     differences = {}
     if against is not None:  # with the same candidates, whatever the other run's seed
-        seed = config.seed if settings.seed is None else settings.seed
-        other = load_run(against, dataset).evaluate(settings.model_copy(update={"seed": seed}))
+        alike = settings.model_copy(update={"seed": settings.candidate_seed(config.seed)})
+        other = load_run(against, dataset).evaluate(alike)
         differences = paired_differences(found, other)
     if file is not None:
         ids = [dataset.user_ids[user] for user in found.users.tolist()]

@@ -398,6 +398,10 @@ class EvaluationConfig(_Section):
         default=None, description="of the sampled candidates (None: the experiment's seed)"
     )
 
+    def candidate_seed(self, experiment: int) -> int:
+        """Of the sampled candidates, in an experiment of this seed."""
+        return experiment if self.seed is None else self.seed
+
     @field_validator("ks")
     @classmethod
     def _some_and_distinct(cls, ks: tuple[int, ...]) -> tuple[int, ...]:
@@ -424,6 +428,13 @@ class LogConfig(_Section):
     tensorboard: bool = Field(
         default=False, description="events for TensorBoard, of every round (needs fedpeft_ext[tensorboard])"
     )
+
+
+def _require_off(*settings: tuple[str, bool, str], because: str) -> None:
+    """Raise for the first (name, whether it is off, how it is when off) that is not off."""
+    for name, is_off, expected in settings:
+        if not is_off:
+            raise ValueError(f"{name}: expected {expected} with {because}")
 
 
 class Config(_Section):
@@ -478,31 +489,26 @@ class Config(_Section):
                 "compression.method: expected 'none' with privacy.mode ldp, whose noise is drawn for the "
                 f"sum of uploads, got {self.compression.method!r}"
             )
+        plain_uploads = (
+            ("compression.method", self.compression.method == "none", "'none'"),
+            ("faults.reject", not self.faults.reject, "false"),
+        )
         if self.training.algorithm == "scaffold":
             # What no stage between client and server sees: control variates.
-            for name, is_off, expected in (
+            _require_off(
                 ("privacy.mode", self.privacy.mode == "none", "'none'"),
-                ("compression.method", self.compression.method == "none", "'none'"),
-                ("faults.reject", not self.faults.reject, "false"),
+                *plain_uploads,
                 ("faults.corrupt_rate", self.faults.corrupt_rate == 0.0, "0"),
-            ):
-                if not is_off:
-                    raise ValueError(
-                        f"{name}: expected {expected} with training.algorithm scaffold, whose control "
-                        "variates are sent beside the updates and would go past it"
-                    )
+                because="training.algorithm scaffold, whose control variates are sent beside the updates and "
+                "would go past it",
+            )
         if self.secure_aggregation.min_nodes > 0:
             # What looks at single updates, or encodes them so that their sum is not that of the codes.
-            for name, is_off, expected in (
+            _require_off(
                 ("training.algorithm", self.training.algorithm == "fedavg", "'fedavg'"),
-                ("compression.method", self.compression.method == "none", "'none'"),
-                ("faults.reject", not self.faults.reject, "false"),
-            ):
-                if not is_off:
-                    raise ValueError(
-                        f"{name}: expected {expected} with secure_aggregation, whose server sees nothing but "
-                        "the sum of whole updates"
-                    )
+                *plain_uploads,
+                because="secure_aggregation, whose server sees nothing but the sum of whole updates",
+            )
         if self.privacy.mode != "none" and self.faults.min_clients > 0:
             raise ValueError(
                 "faults.min_clients: expected 0 with privacy, since a round that is skipped for its updates "

@@ -135,6 +135,23 @@ inline void check_same_device(const Tensor& t, const Tensor& like, const char* n
               name, ": expected the device of ", like_name);
 }
 
+// A table [..., rows, D] that items are sent into has some.
+inline void check_rows(const Tensor& t, const char* name) {
+  check_value(t.size(t.dim() - 2) > 0, name, ": expected at least one row, got ", shape_text(t));
+}
+
+inline void check_rank(const Tensor& A) {
+  check_value(A.size(A.dim() - 1) > 0, "A: expected a rank of at least 1, got shape ",
+              shape_text(A));
+}
+
+inline void check_hashes(const Tensor& hashes) {
+  check_value(hashes.dim() == 2 && hashes.size(1) == 2 && hashes.size(0) > 0,
+              "hashes: expected shape [H, 2] with H > 0, got ", shape_text(hashes));
+  check_type(hashes.scalar_type() == ScalarType::Long, "hashes: expected int64, got ",
+             torch::headeronly::toString(hashes.scalar_type()));
+}
+
 // float64 [C], one weight a client.
 inline void check_weights(const Tensor& weights, int64_t C, const Tensor& like,
                           const char* like_name) {

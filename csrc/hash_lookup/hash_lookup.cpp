@@ -14,13 +14,6 @@ namespace {
 // Shared SENet weights: partial gradients of blocks of this many positions are added in order.
 constexpr int64_t kBlock = 4096;
 
-void check_hashes(const Tensor& hashes) {
-  check_value(hashes.dim() == 2 && hashes.size(1) == 2 && hashes.size(0) > 0,
-              "hashes: expected shape [H, 2] with H > 0, got ", shape_text(hashes));
-  check_type(hashes.scalar_type() == ScalarType::Long, "hashes: expected int64, got ",
-             torch::headeronly::toString(hashes.scalar_type()));
-}
-
 void check_hash_values(const Tensor& dense_hashes) {
   if (!host_readable(dense_hashes)) return;
   const int64_t* values = static_cast<const int64_t*>(dense_hashes.const_data_ptr());
@@ -53,7 +46,7 @@ struct Inputs {
     args.M = table.size(table.dim() - 2);
     args.D = table.size(table.dim() - 1);
     args.H = hashes.size(0);
-    check_value(args.M > 0, "table: expected at least one row, got ", shape_text(table));
+    check_rows(table, "table");
     check_value(w1_.has_value() == b1_.has_value() && w1_.has_value() == w2_.has_value() &&
                     w1_.has_value() == b2_.has_value(),
                 "senet: expected all of w1, b1, w2, b2 or none");

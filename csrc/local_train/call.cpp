@@ -166,8 +166,7 @@ void prepare(Call& call, const Tensor& clients, const Training& training) {
   check_table(table, {I, D}, user, "table", "[I, D]");
   check_table(A, {I, -1}, user, "A", "[I, r]");
   check_together(A, B, "A", "B");
-  if (A)
-    check_value(A->size(1) > 0, "A: expected a rank of at least 1, got shape ", shape_text(*A));
+  if (A) check_rank(*A);
   check_table(B, {D, A ? A->size(1) : 0}, user, "B", "[D, r]");
   check_table(codebooks, {-1, -1, D}, user, "codebooks", "[L, K, D]");
   check_together(codebooks, codes, "codebooks", "codes");
@@ -176,22 +175,16 @@ void prepare(Call& call, const Tensor& clients, const Training& training) {
     check_size(*codes, 0, I, "codes", "I, the number of items");
     check_size(*codes, 1, codebooks->size(0), "codes", "L, the levels of codebooks");
     check_same_device(*codes, user, "codes", "user");
-    check_value(codebooks->size(1) > 0, "codebooks: expected at least one row, got ",
-                shape_text(*codebooks));
+    check_rows(*codebooks, "codebooks");
   }
   check_table(buckets, {-1, D}, user, "buckets", "[M, D]");
   check_together(buckets, hashes, "buckets", "hashes");
   int64_t H = 0, S = 0;
   if (hashes) {
-    check_dim(*hashes, 2, "hashes", "[H, 2]");
-    check_size(*hashes, 1, 2, "hashes", "a and b");
-    check_type(hashes->scalar_type() == ScalarType::Long, "hashes: expected int64, got ",
-               torch::headeronly::toString(hashes->scalar_type()));
+    check_hashes(*hashes);
     check_same_device(*hashes, user, "hashes", "user");
-    check_value(buckets->size(0) > 0, "buckets: expected at least one row, got ",
-                shape_text(*buckets));
+    check_rows(*buckets, "buckets");
     H = hashes->size(0);
-    check_value(H > 0, "hashes: expected shape [H, 2] with H > 0, got ", shape_text(*hashes));
   }
   if (w1) {
     check_value(buckets.has_value(), "w1: expected together with buckets, got only w1");

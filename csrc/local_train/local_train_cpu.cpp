@@ -91,9 +91,9 @@ struct Draws {
       return ok;
     });
     if (!known || !ascending) return false;
-    const bool undrawable = size > 0 && size >= a.num_items;
-    if (undrawable) a.no_negative->report(client);
-    return !undrawable;
+    const bool drawable = size == 0 || size < a.num_items;
+    if (!drawable) a.no_negative->report(client);
+    return drawable;
   }
 
   // Draws of an epoch, as sample_negatives makes them.

@@ -25,7 +25,7 @@ Factors factors_of(const Tensor& A, const Tensor& B) {
   check_value(B.dim() == A.dim(), "B: expected shape ", A.dim() == 3 ? "[C, D, r]" : "[D, r]",
               ", got ", shape_text(B));
   const int64_t d = A.dim() - 2;
-  check_value(A.size(d + 1) > 0, "A: expected a rank of at least 1, got shape ", shape_text(A));
+  check_rank(A);
   check_size(B, d + 1, A.size(d + 1), "B", "r, the rank of A");
   if (d == 1) check_size(B, 0, A.size(0), "B", "C, the clients of A");
   check_same_dtype(B, A, "B", "A");

@@ -317,6 +317,10 @@ class FlowerServer:
             self._pretrained = after_warmup(self.model, self._pretrained)
             self.model = self._begin_phase(self.model)
             self._meet()
+        down, up = counted.down, counted.up
+        if self._secure is not None:  # keys and shares differ from node to node, so what was sent is told
+            nodes = max(1, len(asked))
+            down, up = -(-(self.sent - before[0]) // nodes), -(-(self.received - before[1]) // nodes)
         return RoundInfo(
             round=number,
             rounds=self.config.training.rounds,
@@ -324,12 +328,8 @@ class FlowerServer:
             loss=loss,
             clients=clients,
             seconds=time.perf_counter() - began,
-            bytes_down=counted.down
-            if self._secure is None
-            else -(-(self.sent - before[0]) // max(1, len(asked))),
-            bytes_up=counted.up
-            if self._secure is None
-            else -(-(self.received - before[1]) // max(1, len(asked))),
+            bytes_down=down,
+            bytes_up=up,
             faults=None if self._faults is None else dict(self._faults.counts),
         )
 

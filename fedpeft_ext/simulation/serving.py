@@ -172,7 +172,7 @@ class TrainedRun:
             num_negatives=settings.num_negatives,
             full_ranking=settings.full_ranking,
             ks=settings.ks,
-            seed=self.config.seed if settings.seed is None else settings.seed,
+            seed=settings.candidate_seed(self.config.seed),
             target=target,
         )
         return UserMetrics(*evaluator.by_user(self.model, self.store, self.round))

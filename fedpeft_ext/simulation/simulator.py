@@ -778,7 +778,7 @@ def evaluators(
     any. The latter only choose between rounds and settings, for which sampled candidates do.
     """
     settings = config.evaluation
-    seed = config.seed if settings.seed is None else settings.seed
+    seed = settings.candidate_seed(config.seed)
     shared: dict[str, Any] = {"num_negatives": settings.num_negatives, "ks": settings.ks, "seed": seed}
     shared["ranks"] = ranks
     result = {"": Evaluator(dataset, interactions, full_ranking=settings.full_ranking, **shared)}

@@ -32,6 +32,15 @@ def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype, terms: int
     torch.testing.assert_close(actual.double().cpu(), expected.double().cpu(), rtol=bound, atol=bound * scale)
 
 
+def assert_equals(actual: Tensor, expected: Tensor, dtype: torch.dtype, terms: int) -> None:
+    """As `assert_near` where it is floating; else it must be the same."""
+    assert actual.shape == expected.shape
+    if actual.is_floating_point():
+        assert_near(actual, expected, dtype, terms)
+    else:
+        assert torch.equal(actual, expected)
+
+
 def padded_items(
     shape: tuple[int, ...], high: int, generator: torch.Generator, dtype: torch.dtype = torch.int64
 ) -> Tensor:

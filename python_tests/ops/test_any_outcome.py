@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import CPU_ALONE, assert_near, mapped, tensors_in
+from op_cases import CPU_ALONE, assert_equals, mapped, tensors_in
 from test_any_layout import CALLS, Call, Inputs, copied, in_double
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -45,10 +45,7 @@ def kind(found: list[Tensor] | Exception) -> Any:
 
 def assert_same(found: list[Tensor], expected: list[Tensor], made: Call, dtype: torch.dtype) -> None:
     for mine, exact in zip(found, expected, strict=True):
-        if mine.is_floating_point():
-            assert_near(mine, exact, dtype, made.terms)
-        else:
-            assert torch.equal(mine, exact)
+        assert_equals(mine, exact, dtype, made.terms)
 
 
 def on_fakes(function: Callable[..., Any], made: Call) -> list[Tensor] | Exception:

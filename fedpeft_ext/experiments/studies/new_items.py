@@ -161,7 +161,7 @@ class _Groups:
                 num_negatives=settings.num_negatives,
                 full_ranking=False,
                 ks=settings.ks,
-                seed=config.seed if settings.seed is None else settings.seed,
+                seed=settings.candidate_seed(config.seed),
             )
             for name, mask in masks.items()
         }
