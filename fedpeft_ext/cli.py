@@ -227,7 +227,7 @@ def recommend(
         _recommend(folder, user, k, as_json=json_)
 
 
-@app.command(short_help="Evaluate a run again, by other settings or user by user.")
+@app.command(short_help="Evaluate a run again, user by user or against another run.")
 def evaluate(
     folder: Annotated[
         Path, typer.Argument(metavar="RUN", help="Folder of the run to evaluate.", show_default=False)

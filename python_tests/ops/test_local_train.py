@@ -321,7 +321,21 @@ def test_vectors_without_columns(device: torch.device, kind: str) -> None:
     indptr, items, positives = federation([3, 2], 9, 1)
     parts = make_parts([kind], 9, 0, 2, torch.float64)
     data = torch.arange(2), indptr, items, positives, 9, torch.empty(2, 0, dtype=torch.float64)
-    compare(device, 1e-12, 9, *data, parts, **options_of("bpr", "adam"))
+    updates = compare(device, 1e-12, 9, *data, parts, **options_of("bpr", "adam"))
+    theirs = reference.local_train(*data, parts, **options_of("bpr", "adam"))
+    assert torch.equal(updates.rows.sort().values, theirs.rows.sort().values)
+
+
+def test_senet_without_hidden_units(device: torch.device) -> None:
+    """Its gates are then the same for all items."""
+    g = torch.Generator().manual_seed(2)
+    indptr, items, positives = federation([5, 3], 20, 1)
+    parts = make_parts(["senet"], 20, 8, 2, torch.float64)
+    gates = torch.randn(3, generator=g, dtype=torch.float64)
+    parts = parts._replace(senet=SENetWeights(*(gates.new_empty(*s) for s in ((0, 3), (0,), (3, 0))), gates))
+    user = torch.randn(2, 8, generator=g, dtype=torch.float64)
+    data = torch.arange(2), indptr, items, positives, 20, user
+    compare(device, 1e-9, 20, *data, parts, **options_of("bpr", "sgd"))
 
 
 def test_no_clients(device: torch.device) -> None:
