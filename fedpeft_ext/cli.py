@@ -111,6 +111,10 @@ _Backbone = Annotated[
     typer.Option("--backbone", help="fedmf, fedncf, pfedrec or fedpergnn.", show_default="fedmf"),
 ]
 _Rounds = Annotated[int | None, typer.Option("--rounds", "-r", help="Federated rounds.", show_default="100")]
+_OwnRounds = Annotated[
+    int | None,
+    typer.Option("--rounds", "-r", help="Times that a new user trains.", show_default="as others on average"),
+]
 _Seed = Annotated[int | None, typer.Option("--seed", help="Of every random draw.", show_default="0")]
 _Engine = Annotated[
     str | None, typer.Option("--engine", help="auto, fused, batched or sequential.", show_default="auto")
@@ -213,18 +217,29 @@ def recommend(
         Path, typer.Argument(metavar="RUN", help="Folder of the run to ask.", show_default=False)
     ],
     user: Annotated[
-        list[str], typer.Option("--user", "-u", metavar="ID", help="As in the data set; repeatable.")
-    ],
+        list[str] | None, typer.Option("--user", "-u", metavar="ID", help="As in the data set; repeatable.")
+    ] = None,
+    item: Annotated[
+        list[str] | None,
+        typer.Option("--item", "-i", metavar="ID", help="An item of somebody new, oldest first; repeatable."),
+    ] = None,
+    rounds: _OwnRounds = None,
     k: Annotated[int, typer.Option("-k", help="Items for each user.")] = 10,
     json_: _Json = False,
     debug: _Debug = False,
 ) -> None:
     """List the best items for users of a run, without those that they met in training.
 
-    A run that is not finished answers as its newest checkpoint has it.
+    With --item, for somebody who never took part: trains this user's own state on
+    these items, and nothing else. A run that is not finished answers as its newest
+    checkpoint has it.
     """
     with _reported_errors(debug):
-        _recommend(folder, user, k, as_json=json_)
+        if not user and not item:
+            raise ValueError("--user, --item: expected an id of a user, or items of a new one")
+        if rounds is not None and not item:
+            raise ValueError("--rounds: expected --item, the items of a new user, with it")
+        _recommend(folder, user or [], item or [], rounds, k, as_json=json_)
 
 
 @app.command(short_help="Evaluate a run again, user by user or against another run.")
@@ -248,18 +263,29 @@ def evaluate(
             "--against", metavar="RUN", help="Another run on the same data, to tell differences to."
         ),
     ] = None,
+    new_users: Annotated[
+        str | None,
+        typer.Option(
+            "--new-users",
+            metavar="DATA",
+            help="Data set of users who never took part: they train their own state, then are ranked.",
+        ),
+    ] = None,
+    rounds: _OwnRounds = None,
     json_: _Json = False,
     debug: _Debug = False,
 ) -> None:
-    """Rank the test items of a run again, by other settings of evaluation, for metrics of each user, or to
-    compare it with another run.
+    """Rank the test items of a run again, by other settings of evaluation, for metrics of each user, to
+    compare it with another run, or for new users.
 
     A run that is not finished is taken as its newest checkpoint has it.
     """
     with _reported_errors(debug) as started:
         if users is not None:
             started(users)
-        _evaluate(folder, set_ or [], users, against, as_json=json_)
+        if rounds is not None and new_users is None:
+            raise ValueError("--rounds: expected --new-users, a data set of new users, with it")
+        _evaluate(folder, set_ or [], users, against, new_users, rounds, as_json=json_)
 
 
 @app.command(short_help="Train several embeddings alike; one table, two pictures.")
@@ -664,37 +690,54 @@ def _resume(folder: Path, rounds: int | None, *, quiet: bool, as_json: bool) -> 
     _report(summary, folder, as_json)
 
 
-def _recommend(folder: Path, users: Sequence[str], k: int, *, as_json: bool) -> None:
+def _recommend(
+    folder: Path, users: Sequence[str], own: Sequence[str], rounds: int | None, k: int, *, as_json: bool
+) -> None:
     from fedpeft_ext.simulation import load_run
 
     run = load_run(folder)
-    dataset, ranked = run.dataset, run.recommend(users, k)
-    text = dataset.item_text
-    found = [
+    item_ids, text = run.dataset.item_ids, run.dataset.item_text
+    ranked: list[tuple[str | None, list[int], list[float]]] = []
+    if users:
+        known = run.recommend(users, k)
+        ranked += zip(users, known.items.tolist(), known.scores.tolist(), strict=True)
+    if own:
+        new = run.with_new_users({"": own}, rounds).recommend(0, k)
+        ranked.append((None, new.items[0].tolist(), new.scores[0].tolist()))
+    found: list[list[dict[str, Any]]] = [
         [
-            {"item": dataset.item_ids[i], "text": text[i] if text else None, "score": score}
-            for i, score in zip(items, scores, strict=True)
+            {"item": item_ids[i], "text": text[i] if text else None, "score": score}
+            for i, score in zip(best, of_best, strict=True)
             if i >= 0
         ]
-        for items, scores in zip(ranked.items.tolist(), ranked.scores.tolist(), strict=True)
+        for _, best, of_best in ranked
     ]
+    names = [user for user, _, _ in ranked]
     if as_json:
-        told = [{"user": user, "items": items} for user, items in zip(users, found, strict=True)]
+        told = [{"user": user, "items": items} for user, items in zip(names, found, strict=True)]
         typer.echo(json.dumps(told, allow_nan=False))
         return
     width = max((len(item["item"]) for items in found for item in items), default=0)
-    for user, items in zip(users, found, strict=True):
-        typer.echo(f"user {user}")
+    for user, items in zip(names, found, strict=True):
+        typer.echo("new user" if user is None else f"user {user}")
         for place, item in enumerate(items, start=1):
             words = " ".join((item["text"] or "").split())
             typer.echo(f"{place:>4}  {item['item']:<{width}}  {item['score']:>8.4f}  {words}".rstrip())
 
 
 def _evaluate(
-    folder: Path, overrides: Sequence[str], file: Path | None, against: Path | None, *, as_json: bool
+    folder: Path,
+    overrides: Sequence[str],
+    file: Path | None,
+    against: Path | None,
+    new_users: str | None,
+    rounds: int | None,
+    *,
+    as_json: bool,
 ) -> None:
     import polars as pl
 
+    from fedpeft_ext.data import load_dataset
     from fedpeft_ext.experiments.intervals import paired_differences
     from fedpeft_ext.experiments.tables import metrics_table
     from fedpeft_ext.simulation import load_run
@@ -704,14 +747,20 @@ def _evaluate(
         if not override.strip().startswith("evaluation."):
             raise ValueError(f"--set: expected evaluation.ks or another of evaluation, got {override!r}")
     run = load_run(folder)
-    config, dataset = run.config, run.dataset
+    other = None if against is None else load_run(against, run.dataset)
+    config = run.config
+    if new_users is not None:
+        drawn = config.dataset.name == "synthetic"  # by options that are none of a file
+        newcomers = load_dataset(new_users, **({} if drawn else config.dataset.options))
+        run = run.with_new_users(newcomers, rounds)
+        other = None if other is None else other.with_new_users(newcomers, rounds)
+    dataset = run.dataset
     settings = config.updated(overrides).evaluation
     found = run.evaluate(settings)
     differences = {}
-    if against is not None:  # with the same candidates, whatever the other run's seed
+    if other is not None:  # with the same candidates, whatever the other run's seed
         alike = settings.model_copy(update={"seed": settings.candidate_seed(config.seed)})
-        other = load_run(against, dataset).evaluate(alike)
-        differences = paired_differences(found, other)
+        differences = paired_differences(found, other.evaluate(alike))
     if file is not None:
         ids = [dataset.user_ids[user] for user in found.users.tolist()]
         columns = {name: values.tolist() for name, values in found.values.items()}
@@ -727,9 +776,10 @@ def _evaluate(
             told["differences"] = {"to": str(against), **differences}
         typer.echo(json.dumps(told, allow_nan=False))
         return
+    kind = "" if new_users is None else "new "
     title = (
         f"{config.backbone.name} with {config.embedding.name} on {dataset.name}, "
-        f"{counted(run.round, 'round')}, {counted(len(found.users), 'user')}"
+        f"{counted(run.round, 'round')}, {counted(len(found.users), f'{kind}user')}"
     )
     _print_table(metrics_table(found.means(), title))
     if against is not None:

@@ -20,7 +20,7 @@ def study(
         str | None,
         typer.Argument(
             help="table2, communication, sensitivity, privacy, hybrid, warm-start, pretraining, new-items, "
-            "select or grid; without it, what each of them asks.",
+            "new-users, select or grid; without it, what each of them asks.",
             show_default=False,
         ),
     ] = None,

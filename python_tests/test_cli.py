@@ -27,6 +27,7 @@ from fedpeft_ext import __version__
 from fedpeft_ext.backbones import backbone_names
 from fedpeft_ext.cli import _import_slowly, _tuned, app
 from fedpeft_ext.config import Config, load_config
+from fedpeft_ext.data import load_dataset
 from fedpeft_ext.experiments.progress import progress_display
 from fedpeft_ext.experiments.studies import STUDIES
 from fedpeft_ext.simulation import load_run
@@ -640,6 +641,40 @@ def test_evaluate_tells_the_difference_to_another_run(tmp_path: Path) -> None:
     table = fedpeft("evaluate", out, "--against", out).stdout
     assert "+0.0000 ± 0.0000" in table
     assert "95% confidence interval" in " ".join(table.split())  # a long folder's name wraps the title
+
+
+def test_somebody_new_is_served(tmp_path: Path) -> None:
+    """By recommend, with some items; by evaluate, as one of a data set."""
+    out, other, data = tmp_path / "run", tmp_path / "other", tmp_path / "new.csv"
+    for seed, folder in enumerate((out, other)):
+        assert fedpeft("run", *SMALL, "-ec-lora", "-r2", "-q", "-o", folder, "--seed", seed).exit_code == 0
+    run = load_run(out)
+    result = fedpeft("recommend", out, "-u", "u7", "-i", "i5", "--item", "i9", "-r", "3", "-k", "4", "--json")
+    known, new = json.loads(result.stdout)
+    assert (known["user"], new["user"]) == ("u7", None)
+    expected = run.with_new_users({"me": ["i5", "i9"]}, 3).recommend("me", 4).items[0].tolist()
+    assert [each["item"] for each in new["items"]] == [f"i{item}" for item in expected]
+    assert fedpeft("recommend", out, "-i", "i5", "-k", "1").stdout.startswith("new user\n   1  i")
+
+    rows = ["x,i3", "x,i4", "y,i7", "y,i8", "y,i1", "z,i2"]  # the last of x and y is their test item
+    data.write_text("\n".join(["user,item", *rows]) + "\n")
+    told = json.loads(fedpeft("evaluate", out, "--new-users", data, "--against", other, "--json").stdout)
+    came = run.with_new_users(load_dataset(data))
+    assert (told["users"], told["metrics"]) == (2, came.evaluate().means())
+    difference = (
+        load_run(other)
+        .with_new_users(load_dataset(data))
+        .evaluate(run.config.evaluation.model_copy(update={"seed": 0}))
+    )
+    assert told["differences"]["MRR"][0] == pytest.approx(told["metrics"]["MRR"] - difference.means()["MRR"])
+    assert "2 new users" in " ".join(fedpeft("evaluate", out, "--new-users", data).stdout.split())
+
+    assert "no item with the id 'i140'" in refused("recommend", out, "-i", "i140")
+    assert "--item, the items of a new user" in refused("recommend", out, "-u", "u1", "-r", "3")
+    assert "--new-users" in refused("evaluate", out, "-r", "3")
+    assert "none.csv" in refused("evaluate", out, "--new-users", tmp_path / "none.csv")
+    data.write_text("user,item\nx,i3\nx,other\n")
+    assert "such as 'other'" in refused("evaluate", out, "--new-users", data)
 
 
 def test_evaluate_refuses_what_it_cannot_do(tmp_path: Path) -> None:

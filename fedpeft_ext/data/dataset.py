@@ -157,11 +157,10 @@ class Dataset:
 
     def met_rows(self, users: IntArray) -> tuple[IntArray, IntArray]:
         """`met_csr` of some `users` int64 [n], in this order: (indptr [n + 1], items)."""
-        start = self.indptr[users]
-        counts = self.indptr[users + 1] - start
+        indptr, places = _rows(self.indptr, users)
+        counts = np.diff(indptr)
         owner = np.repeat(np.arange(len(users)), counts)
-        place = np.arange(len(owner)) + np.repeat(start - (np.cumsum(counts) - counts), counts)
-        keys = [owner * self.num_items + self._positives[place]]
+        keys = [owner * self.num_items + self._positives[places]]
         for items in (self.valid_items, self.test_items):
             held = items[users]
             having = np.flatnonzero(held >= 0)
@@ -179,6 +178,66 @@ class Dataset:
             raise IndexError(f"user: expected 0 to {self.num_users - 1}, got {user}")
         indptr, indices = self._met
         return indices[indptr[user] : indptr[user + 1]]
+
+    def of_users(self, users: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Dataset:
+        """The data set of some users alone, numbered in this order, with the whole catalogue.
+
+        Args:
+            users: distinct integers [n], n >= 1.
+
+        Raises:
+            IndexError: a user out of range. TypeError, ValueError: not such numbers.
+        """
+        given = np.asarray(users)
+        if given.ndim != 1 or len(given) == 0:
+            raise ValueError(f"users: expected shape [n], n >= 1, got {list(given.shape)}")
+        if given.dtype.kind not in "iu":
+            raise TypeError(f"users: expected integers, got {given.dtype}")
+        numbers = given.astype(np.int64)
+        if numbers.min() < 0 or numbers.max() >= self.num_users:
+            raise IndexError(
+                f"users: expected 0 to {self.num_users - 1}, got {numbers.min()} to {numbers.max()}"
+            )
+        if len(np.unique(numbers)) < len(numbers):
+            raise ValueError("users: expected distinct numbers")
+        indptr, places = _rows(self.indptr, numbers)
+        return self._changed(
+            num_users=len(numbers),
+            indptr=indptr,
+            indices=self.indices[places],
+            test_items=self.test_items[numbers],
+            valid_items=self.valid_items[numbers],
+            user_ids=[self.user_ids[user] for user in numbers.tolist()],
+        )
+
+    def with_catalogue(self, other: Dataset) -> Dataset:
+        """The same interactions with the catalogue of another data set: items numbered as there, by their
+        external ids, and those that nobody met here.
+
+        Raises:
+            ValueError: an item that the other data set does not have.
+        """
+        number = {item: place for place, item in enumerate(other.item_ids)}
+        unknown = [item for item in self.item_ids if item not in number]
+        if unknown:
+            raise ValueError(
+                f"items: {counted(len(unknown), 'item')} of data set {self.name!r} not in the catalogue of "
+                f"{other.name!r}, such as {unknown[0]!r}"
+            )
+        numbers = np.array([*(number[item] for item in self.item_ids), -1], dtype=np.int64)
+        return self._changed(
+            num_items=other.num_items,
+            indices=numbers[self.indices],
+            test_items=numbers[self.test_items],
+            valid_items=numbers[self.valid_items],
+            item_ids=other.item_ids,
+            item_text=other.item_text,
+        )
+
+    def _changed(self, **fields: Any) -> Dataset:
+        """A plain `Dataset` with other `fields`, and nothing counted by loading."""
+        own = {name: getattr(self, name) for name in Dataset.__dataclass_fields__}
+        return Dataset(**own | {"report": {}} | fields)
 
     def candidates(
         self,
@@ -300,6 +359,14 @@ class Dataset:
 def popularity_scores(dataset: Dataset) -> FloatArray:
     """Training interactions of each item, float64 [I]: the popularity baseline, for any user."""
     return np.bincount(dataset.indices, minlength=dataset.num_items).astype(np.float64)
+
+
+def _rows(indptr: IntArray, users: IntArray) -> tuple[IntArray, IntArray]:
+    """Rows of a CSR: (their own indptr [n + 1], the places of their entries)."""
+    start = indptr[users]
+    counts = indptr[users + 1] - start
+    own = np.concatenate([[0], np.cumsum(counts)])
+    return own, np.arange(own[-1]) + np.repeat(start - own[:-1], counts)
 
 
 def _distinct_ranks(users: IntArray, population: IntArray, count: int, seed: int) -> IntArray:

@@ -109,6 +109,19 @@ class ClientStore:
         devices = [value.device for value in self.starts.values()]
         self.trained = torch.zeros(num_clients, dtype=torch.bool, device=devices[0]) if devices else None
 
+    @classmethod
+    def of_everyone(cls, rows: Mapping[str, Tensor], starts: Mapping[str, Tensor]) -> ClientStore:
+        """Clients who all have a state of their own, `rows` {parameter name: [U, ...]}; of which `starts` are
+        those that new ones start from.
+        """
+        store = cls(rows)
+        if starts:
+            store.starts = dict(starts)
+            store.trained = torch.ones(
+                len(next(iter(rows.values()))), dtype=torch.bool, device=next(iter(rows.values())).device
+            )
+        return store
+
     def read(self, clients: Tensor) -> dict[str, Tensor]:
         """Copies [C, ...] of the rows of `clients` [C]; the common start for those that have none."""
         rows = {name: values.index_select(0, clients) for name, values in self.state.items()}

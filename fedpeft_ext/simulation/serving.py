@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -177,6 +177,31 @@ class TrainedRun:
         )
         return UserMetrics(*evaluator.by_user(self.model, self.store, self.round))
 
+    def with_new_users(
+        self, users: Dataset | Mapping[str, Iterable[int | str]], rounds: int | None = None
+    ) -> TrainedRun:
+        """The same model with users who never took part: each trains its own state (user vector, personal
+        network) on its own items, and sends nothing. What is shared stays as it is.
+
+        A user trains as in rounds of the run, always from the same shared parameters. Draws are those of the
+        user's number here and of the rounds that follow the run's.
+
+        Args:
+            users: their interactions, whose items the run knows, matched by external id; or the items of each
+                by the user's id, oldest first: numbers (int) or external ids (str).
+            rounds: times that each trains, `training.local_epochs` passes each. None: as often as a user of
+                the run did on average, at least once.
+
+        Raises:
+            ValueError: an item that the run does not know; no users; rounds out of range; a run from whose
+                files an older version left out what new users start from. IndexError: an item number out of
+                range.
+            FloatingPointError: training diverged. ClientError: it failed.
+        """
+        from fedpeft_ext.simulation.new_users import train_new_users
+
+        return train_new_users(self, users, rounds)
+
     def _leave_out_met(self, scores: Tensor, users: Tensor) -> None:
         held = torch.from_numpy(self.dataset.valid_items[users.cpu().numpy()]).to(users.device)
         met = torch.cat([self._interactions.padded(users), held[:, None]], 1)
@@ -288,8 +313,11 @@ def load_run(
             raise ValueError(f"clients' state: expected the shapes {shapes}, got {found}")
     except ValueError as error:
         raise ValueError(f"run: the files in {folder} do not fit {CONFIG} and the data: {error}") from error
-    store = ClientStore({name: values.to(device) for name, values in saved.store.state.items()})
-    return TrainedRun(config, dataset, model.to(device), store, saved.round)
+    rows, starts = (
+        {name: values.to(device) for name, values in part.items()}
+        for part in (saved.store.state, saved.store.starts)
+    )
+    return TrainedRun(config, dataset, model.to(device), ClientStore.of_everyone(rows, starts), saved.round)
 
 
 def _finished(folder: Path) -> _Saved:
@@ -303,8 +331,8 @@ def _finished(folder: Path) -> _Saved:
             f"run: {folder} has no clients' state: it is that of a Flower server, whose users' vectors and "
             "networks stay on their devices, and only these can recommend"
         )
-    server = {name: values for name, values in tensors.items() if not name.startswith("clients.")}
-    store = ClientStore(below("clients", tensors))
+    server = {n: values for n, values in tensors.items() if not n.startswith(("clients.", "starts."))}
+    store = ClientStore.of_everyone(below("clients", tensors), below("starts", tensors))
     return _Saved(
         load_config(folder / CONFIG), summary["rounds"], summary.get("dataset_digest", ""), server, store
     )
@@ -326,7 +354,7 @@ def _unfinished(folder: Path) -> _Saved:
         saved.round,
         saved.header["dataset"],
         server,
-        ClientStore(store.rows(everyone)),
+        ClientStore.of_everyone(store.rows(everyone), store.starts),
     )
 
 

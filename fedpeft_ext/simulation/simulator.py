@@ -704,12 +704,12 @@ class Simulator:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors of the federation: the server's by their name in the model, the clients' as
-        `clients.<name>` [U, ...].
+        `clients.<name>` [U, ...], and what new ones start from the same value of as `starts.<name>` [...].
         """
         model = self.model
         server = {name: v for name, v in model.state_dict().items() if name not in model.local_parameters}
         clients = {name: self._ranks.gather_rows(v) for name, v in self.store.rows(self._ranks.owned).items()}
-        return server | {f"clients.{name}": values for name, values in clients.items()}
+        return server | prefixed("clients", clients) | prefixed("starts", self.store.starts)
 
     def _summary(self, seconds: float) -> Summary:
         config = self.config

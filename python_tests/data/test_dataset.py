@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft_ext.data import Dataset, popularity_scores
+from fedpeft_ext.data import Dataset, load_dataset, popularity_scores, save_dataset
 
 
 def make(
@@ -156,3 +157,57 @@ def test_parts_must_fit(changes: dict[str, Any], error: type[Exception], message
 def test_an_item_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="user 1 has item 2 twice"):
         make([[2], [2, 0, 2]], [3, 3], 4).positives()
+
+
+def rows_by_id(data: Dataset) -> dict[str, list[str]]:
+    """Each user's items, then validation and test item."""
+    held = np.stack([data.valid_items, data.test_items], 1).tolist()
+    rows = (
+        data.indices[data.indptr[user] : data.indptr[user + 1]].tolist() for user in range(data.num_users)
+    )
+    names = [*data.item_ids, "none"]
+    return {
+        user: [names[item] for item in (*row, *kept)]
+        for user, row, kept in zip(data.user_ids, rows, held, strict=True)
+    }
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_some_users_alone_and_another_catalogue(tmp_path: Path, mapped: bool) -> None:
+    whole: Dataset = load_dataset("synthetic", num_users=30, num_items=90, interactions_per_user=6)
+    if mapped:
+        save_dataset(whole, tmp_path / "mapped")
+        whole = load_dataset(tmp_path / "mapped")
+    users = [7, 3, 29]
+    part = whole.of_users(users)
+    assert type(part) is Dataset
+    assert (part.num_users, part.num_items, part.user_ids) == (3, 90, ["u7", "u3", "u29"])
+    assert rows_by_id(part) == {user: rows_by_id(whole)[user] for user in part.user_ids}
+    assert part.item_text is not None
+    assert list(part.item_text) == list(whole.item_text or [])
+
+    order = np.random.default_rng(0).permutation(90)
+    names = [*(whole.item_ids[item] for item in order), "unmet"]
+    catalogue = make([[]], [-1], 91, name="other", item_ids=names)
+    moved = whole.with_catalogue(catalogue)
+    assert (moved.num_items, moved.item_ids, moved.item_text) == (91, catalogue.item_ids, None)
+    assert rows_by_id(moved) == rows_by_id(whole)
+    with pytest.raises(ValueError, match="items: 1 item of data set 'other' not in the catalogue of 'syn"):
+        catalogue.with_catalogue(whole)
+
+
+@pytest.mark.parametrize(
+    ("users", "error", "message"),
+    [
+        ([], ValueError, "shape"),
+        ([[0]], ValueError, "shape"),
+        ([0.5], TypeError, "integers"),
+        ([0, 30], IndexError, "expected 0 to 29, got 0 to 30"),
+        ([-1], IndexError, "got -1"),
+        ([4, 4], ValueError, "distinct"),
+    ],
+)
+def test_users_who_are_not_there(users: Any, error: type[Exception], message: str) -> None:
+    data = load_dataset("synthetic", num_users=30, num_items=90, interactions_per_user=6)
+    with pytest.raises(error, match=message):
+        data.of_users(users)

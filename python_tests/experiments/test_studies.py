@@ -28,10 +28,12 @@ from fedpeft_ext.experiments.studies import (
     Context,
     StudyOptions,
     new_items,
+    new_users,
     run_study,
     study_by_name,
 )
 from fedpeft_ext.experiments.studies.new_items import aligned, split_arrivals, train_with_arrivals
+from fedpeft_ext.experiments.studies.new_users import split_users, train_without_some
 from fedpeft_ext.experiments.studies.output import shown
 from fedpeft_ext.experiments.studies.select import bytes_up, rungs
 from fedpeft_ext.experiments.studies.study import Variant, first_reaching
@@ -227,6 +229,36 @@ def test_arrivals_train_on_with_old_and_new_items(config: Config, dataset: Datas
         assert 0 <= values["old HR@10"] <= 1
         assert 0 <= values["new HR@10"] <= 1
     assert result == train_with_arrivals(settings, dataset)
+
+
+@pytest.mark.parametrize("embedding", ["c-hash", "p-rq"])
+def test_users_come_when_the_training_is_over(config: Config, dataset: Dataset, embedding: str) -> None:
+    settings = config.updated([f"embedding.name={embedding}", "backbone.name=pfedrec"])
+    result = train_without_some(settings, dataset)
+    here, later = split_users(50, 0.2, 0)
+    assert sorted([*here, *later]) == list(range(50))
+    assert len(later) == 10
+    # Those who took part, as a run of them alone says, and all, with the same candidates.
+    members = Simulator(settings, dataset.of_users(here)).run()
+    assert result["others"]["HR@10"] == members.metrics["HR@10"]
+    assert [place["rounds"] for place in result["curve"]] == list(new_users.ROUNDS)
+    assert result == train_without_some(settings, dataset)
+    assert {*result["took part"]} == {*result["others"]} == {*result["curve"][0]} - {"rounds"}
+
+
+def test_new_users_tells_of_every_embedding(config: Config, dataset: Dataset, tmp_path: Path) -> None:
+    made = context(config, dataset, tmp_path / "runs", embeddings=("full", "p-lora"))
+    findings, files = run_study(STUDIES["new-users"], made, tmp_path / "out")
+    (table,) = findings.tables
+    assert table.frame["embedding"].to_list() == ["full", "p-lora"]
+    runs = rows_of(tmp_path / "out" / "runs.csv")
+    for column in ("others HR@10", "new HR@10 after 5", "new HR@10 had they taken part"):
+        values = [float(row[column]) for row in runs[:2]]
+        assert table.frame[column][0] == pytest.approx(np.mean(values))
+        assert table.frame[f"{column} sd"][0] == pytest.approx(np.std(values, ddof=1))
+    assert "new-users.png" in {file.name for file in files}
+    with pytest.raises(ValueError, match="at least 2 users"):
+        split_users(1, 0.2, 0)
 
 
 def test_new_items_writes_every_run_and_passes_over_one_that_diverges(

@@ -14,6 +14,7 @@ from fedpeft_ext.experiments.studies import (
     grid,
     hybrid,
     new_items,
+    new_users,
     pretraining,
     privacy,
     select,
@@ -38,6 +39,7 @@ STUDIES = {
         warm_start.STUDY,
         pretraining.STUDY,
         new_items.STUDY,
+        new_users.STUDY,
         select.STUDY,
         grid.STUDY,
     )

@@ -7,29 +7,22 @@ RQ. Hash functions cover any item from the start. New rows of LoRA's A start at 
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from torch import Tensor
 
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
-from fedpeft_ext.experiments.intervals import half_width
-from fedpeft_ext.experiments.runner import DIVERGED, mark_diverged, run_name
+from fedpeft_ext.experiments.studies.experiments import run_experiments
 from fedpeft_ext.experiments.studies.pictures import line_picture
-from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table, mean_place
+from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table
 from fedpeft_ext.pretrain import Pretrained, TfidfEncoder, text_features
 from fedpeft_ext.simulation import Simulator
 from fedpeft_ext.simulation.client_batch import Interactions
 from fedpeft_ext.simulation.evaluation import Evaluator
-from fedpeft_ext.simulation.files import replace_text
-from fedpeft_ext.simulation.output import SUMMARY, prepare_folder
 from fedpeft_ext.simulation.setup import prepare_items
 
 EMBEDDINGS = ("full", "c-hash", "c-rq", "p-lora", "p-hash", "p-rq")
@@ -212,63 +205,31 @@ def train_with_arrivals(config: Config, dataset: Dataset, share: float = SHARE) 
 
 def run(context: Context) -> Findings:
     """Each embedding at the arrival, at the end, and in a federation that had all items from the start."""
-    names, metric = context.embeddings(EMBEDDINGS), f"HR@{context.k}"
-    outcomes: dict[str, list[Mapping[str, Any] | None]] = {}
-    runs: list[dict[str, object]] = []
-    jobs = [(name, seed) for name in names for seed in context.seeds]
-    for position, (name, seed) in enumerate(jobs, start=1):
-        config = context.config.updated([f"embedding.name={name}", f"seed={seed}"])
-        folder = context.runs / f"new-items-{run_name(config, context.data)}"
-        context.notify(f"Run {position} of {len(jobs)}: {name}, seed {seed}")
-        result = _outcome(config, context.dataset, folder)
-        if result is None:
-            context.notify(f"Run {position} of {len(jobs)} diverged")
-        outcomes.setdefault(name, []).append(result)
-        seconds = None if result is None else result["seconds"]
-        runs.append(
-            {
-                "embedding": name,
-                "seed": seed,
-                **({} if result is None else _moments(result, metric)),
-                "seconds": seconds,
-                "diverged": result is None,
-                "run": folder.name,
-            }
-        )
-    rows, lines = [], {}
-    columns = [f"{group} {metric} {when}" for group in GROUPS for when in MOMENTS]
-    for name, found in outcomes.items():
-        results = [result for result in found if result is not None]
-        row: dict[str, object] = {"embedding": name}
-        for column in columns:
-            values = [_moments(result, metric)[column] for result in results]
-            row[column] = float(np.mean(values)) if values else None
-            deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            row[f"{column} sd"] = deviation
-            row[f"{column} ci95"] = None if deviation is None else deviation * half_width(len(values))
-        rows.append({**row, "seeds": len(found), "diverged": len(found) - len(results)})
-        lines[name] = [
-            mean_place(places[0]["round"], [place[f"new {metric}"] for place in places])
-            for places in zip(*(result["curve"] for result in results), strict=True)
-        ]
+    metric = f"HR@{context.k}"
+    outcomes = run_experiments(
+        context,
+        STUDY.name,
+        context.embeddings(EMBEDDINGS),
+        lambda config, dataset: train_with_arrivals(config, dataset),
+        lambda outcome: _moments(outcome, metric),
+    )
     title = f"New items, {context.config.backbone.name} on {context.dataset.name}"
-
     note = (
         f"A random {SHARE:.0%} of the items arrives after half of the rounds. old, new: users whose test "
         "item is old or new, among sampled items of the whole catalogue; had from the start: a federation "
         "that knew all items all the time."
     )
     return Findings(
-        [Table("new-items", "Old and new items", pl.DataFrame(rows, infer_schema_length=None), note)],
+        [Table("new-items", "Old and new items", outcomes.means(), note)],
         line_picture(
             "new-items",
-            lines,
+            outcomes.lines("round", f"new {metric}"),
             caption=f"{title}: {metric} of new items from their arrival on",
             title=title,
             xlabel="round",
             ylabel=f"{metric} of new items",
         ),
-        runs=pl.DataFrame(runs, infer_schema_length=None),
+        runs=outcomes.runs,
     )
 
 
@@ -280,25 +241,6 @@ def _moments(result: Mapping[str, Any], metric: str) -> dict[str, float]:
         for group in GROUPS
         for when, place in zip(MOMENTS, places, strict=True)
     }
-
-
-def _outcome(config: Config, dataset: Dataset, folder: Path) -> Mapping[str, Any] | None:
-    """What `train_with_arrivals` finds, or found before; None where training diverges."""
-    if (folder / DIVERGED).is_file():
-        return None
-    file = folder / SUMMARY
-    if file.is_file():
-        finished: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return finished
-    prepare_folder(folder, overwrite=True)
-    began = time.perf_counter()
-    try:
-        result = {**train_with_arrivals(config, dataset), "seconds": time.perf_counter() - began}
-    except FloatingPointError as error:
-        mark_diverged(folder, error)
-        return None
-    replace_text(file, json.dumps(result, allow_nan=False) + "\n")
-    return result
 
 
 STUDY = Study(
