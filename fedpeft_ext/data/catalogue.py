@@ -199,8 +199,15 @@ def check_dataset(name_or_path: str | Path, **options: Any) -> dict[str, Any]:
         notes.append(
             f"interactions that repeat a user and item: {report['duplicates_dropped']:,}, which were dropped"
         )
+    if report.get("parts"):
+        notes.append(f"split as the files are: {', '.join(Path(part).name for part in report['parts'])}")
+        if report["users_without_training_item"]:
+            notes.append(
+                f"users without a training item: {report['users_without_training_item']:,}, left out"
+            )
     if without_test:
-        notes.append(f"users with one interaction: {without_test:,}, who train on it and are not evaluated")
+        what = "users without a test item" if report.get("parts") else "users with one interaction"
+        notes.append(f"{what}: {without_test:,}, who are trained and not evaluated")
     if dataset.item_text is None:
         notes.append(
             "no item text (item_file): full, p-X and c-rq need other item features (pretrain.features: a "
@@ -225,7 +232,7 @@ def check_dataset(name_or_path: str | Path, **options: Any) -> dict[str, Any]:
 
 def order_notes(report: Mapping[str, Any]) -> list[str]:
     """From the report of a data set: that held-out items are the last of the file, where that is so."""
-    if report.get("order") != "file":
+    if report.get("order") != "file" or report.get("parts"):
         return []
     others = ", ".join(map(repr, report.get("other_columns", ())))
     which = f"; if a time is in {others}, name the column as timestamp_column" if others else ""

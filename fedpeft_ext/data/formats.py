@@ -2,20 +2,29 @@
 
 RecBole atomic files (`name.inter`, `name.item`, `name.user`; tab-separated, header `name:type`), the files of
 MovieLens (`ratings.dat` and `movies.dat` of ml-1m, `u.data` and `u.item` of ml-100k, `ratings.csv` and
-`movies.csv` of ml-latest), and any CSV/TSV table with a user and an item column.
+`movies.csv` of ml-latest), and any table with a user and an item column: CSV, TSV, Parquet, JSON lines. Of a
+split into files (`x.train.csv`, `x.valid.csv`, `x.test.csv`) all parts are read.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
 
-from .tables import Table, first_line, read_table, without_gz
+from .tables import (
+    Table,
+    first_line,
+    joined,
+    read_json_lines,
+    read_parquet,
+    read_table,
+    without_gz,
+)
 
 # Usual names of each column, in lower case without '_', '-' and blanks, the preferred first.
 _COLUMN_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -57,7 +66,21 @@ _ML100K_GENRES = (
 )
 # Tables that lie beside the interactions in a folder of CSV files and are none.
 _SIDE_TABLES = ("movies", "items", "users", "tags", "links", "genome-scores", "genome-tags")
-_TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+# How the file with the items of `x.jsonl` begins, in the Amazon data.
+_META = "meta_"
+_TABLE_SUFFIXES = (
+    ".csv",
+    ".tsv",
+    ".csv.gz",
+    ".tsv.gz",
+    ".parquet",
+    *_JSON_SUFFIXES,
+    *(f"{suffix}.gz" for suffix in _JSON_SUFFIXES),
+)
+_FORMS = {".parquet": "Parquet table"} | dict.fromkeys(_JSON_SUFFIXES, "JSON lines")
+# Names of the parts of a split, or how they end, after a dot.
+_TRAIN, _VALID, _TEST = "train", ("valid", "validation", "val", "dev"), ("test",)
 # Between columns, the usual first.
 _SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|"}
 
@@ -92,7 +115,12 @@ class ItemTable:
 
 @dataclass(frozen=True)
 class Source:
-    """An interactions table with the columns found in it, and the tables beside it."""
+    """An interactions table with the columns found in it, and the tables beside it.
+
+    Attributes:
+        parts: files of a split, training, test and (if there is one) validation: by number in the table's
+            column `PART`; empty where there is one file.
+    """
 
     format: str
     table: Table
@@ -102,6 +130,7 @@ class Source:
     timestamp: str | None
     items: ItemTable | None
     users_described: int | None = None
+    parts: tuple[Path, ...] = ()
 
 
 def open_source(path: Path, options: ColumnOptions, *, with_items: bool) -> Source:
@@ -109,6 +138,15 @@ def open_source(path: Path, options: ColumnOptions, *, with_items: bool) -> Sour
     file = _interactions_file(path) if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    source = _open_file(file, options, with_items)
+    others = _other_parts(file)
+    if not others:
+        return source
+    tables = [source.table, *(_open_file(other, options, with_items=False).table for other in others)]
+    return replace(source, table=joined(tables), parts=(file, *others))
+
+
+def _open_file(file: Path, options: ColumnOptions, with_items: bool) -> Source:
     kind = without_gz(file)
     if kind.suffix == ".inter":
         return _atomic(file, options, with_items)
@@ -119,12 +157,44 @@ def open_source(path: Path, options: ColumnOptions, *, with_items: bool) -> Sour
     return _delimited(file, options, with_items)
 
 
+def _whole(file: Path) -> Path:
+    """The name that a file of training items would have without being split: `x.csv` for `x.train.csv.gz`."""
+    plain = without_gz(file)
+    return plain.with_name(plain.stem.removesuffix(f".{_TRAIN}") + plain.suffix)
+
+
+def _other_parts(file: Path) -> list[Path]:
+    """The files with test and validation items that belong to a file with training items; none where it is
+    all there is."""
+    plain = without_gz(file)
+    if plain.stem != _TRAIN and not plain.stem.endswith(f".{_TRAIN}"):
+        return []
+    begin, end = plain.stem.removesuffix(_TRAIN), file.name[len(plain.stem) :]
+    found = []
+    for names in (_TEST, _VALID):
+        others = (file.with_name(f"{begin}{name}{end}") for name in names)
+        found.append(next((other for other in others if other.is_file()), None))
+    return [other for other in found if other is not None] if found[0] is not None else []
+
+
+def _training_part(files: Sequence[Path]) -> Path | None:
+    """The one of `files` to which all others belong as parts of a split, None where there is none."""
+    for file in files:
+        parts = _other_parts(file)
+        if parts and {file, *parts} == set(files):
+            return file
+    return None
+
+
 def _interactions_file(folder: Path) -> Path:
     atomic = sorted(folder.glob("*.inter"))
     named = [file for file in atomic if file.stem == folder.name]
     if named or len(atomic) == 1:
         return (named or atomic)[0]
     if atomic:
+        training = _training_part(atomic)
+        if training is not None:
+            return training
         raise ValueError(f"{folder}: several .inter files ({_names(atomic)}); give the path of one")
     stems = [f"{stem}{suffix}" for stem in ("ratings", "interactions") for suffix in _TABLE_SUFFIXES]
     for name in ("ratings.dat", "u.data", *stems):
@@ -134,15 +204,18 @@ def _interactions_file(folder: Path) -> Path:
         file
         for suffix in _TABLE_SUFFIXES
         for file in sorted(folder.glob(f"*{suffix}"))
-        if without_gz(file).stem not in _SIDE_TABLES
+        if without_gz(file).stem not in _SIDE_TABLES and not file.name.startswith(_META)
     ]
     if len(tables) == 1:
         return tables[0]
+    training = _training_part(tables)
+    if training is not None:
+        return training
     if tables:
         raise ValueError(f"{folder}: several tables ({_names(tables)}); give the path of one")
     raise FileNotFoundError(
         f"{folder}: no interactions found (expected NAME.inter, ratings.dat, u.data, "
-        "ratings.csv, or one .csv or .tsv file)"
+        "ratings.csv, or one .csv, .tsv, .parquet or .jsonl file)"
     )
 
 
@@ -156,7 +229,7 @@ def _names(files: Iterable[Path]) -> str:
 
 def _atomic(file: Path, options: ColumnOptions, with_items: bool) -> Source:
     table, _ = _atomic_table(file, options)
-    item_file = options.item_file or file.with_suffix(".item")
+    item_file = options.item_file or _whole(file).with_suffix(".item")
     items = None
     if with_items and (options.item_file is not None or item_file.is_file()):
         side, types = _atomic_table(item_file, options)
@@ -164,7 +237,7 @@ def _atomic(file: Path, options: ColumnOptions, with_items: bool) -> Source:
             name for name, kind in types.items() if kind in ("token", "token_seq") and _may_be_text(name)
         ]
         items = _item_table(side, _find(side, "item", None), wanted)
-    users = file.with_suffix(".user")
+    users = _whole(file).with_suffix(".user")
     described = None
     if users.is_file():
         side, _ = _atomic_table(users, options)
@@ -238,12 +311,20 @@ def _movielens_100k(file: Path, options: ColumnOptions, with_items: bool) -> Sou
 
 
 def _delimited(file: Path, options: ColumnOptions, with_items: bool) -> Source:
+    form = _FORMS.get(without_gz(file).suffix, "delimited table")
+    text_options = {
+        "separator": options.separator,
+        "header": not options.header,
+        "encoding": options.encoding,
+    }
+    given = [name for name, value in text_options.items() if value]
+    if given and form != "delimited table":
+        raise ValueError(f"{given[0]}: expected a CSV or TSV file to read with it, got {file}")
     table = _delimited_table(file, options.separator, options.header, options)
     item_file = options.item_file
     if item_file is None:
-        beside = [
-            file.with_name(f"{stem}{suffix}") for stem in ("movies", "items") for suffix in _TABLE_SUFFIXES
-        ]
+        stems = ("movies", "items", f"{_META}{_whole(file).stem}")
+        beside = [file.with_name(f"{stem}{suffix}") for stem in stems for suffix in _TABLE_SUFFIXES]
         item_file = next((other for other in beside if other.is_file() and other != file), None)
     items = None
     if with_items and item_file is not None:
@@ -253,10 +334,14 @@ def _delimited(file: Path, options: ColumnOptions, with_items: bool) -> Source:
         items = _item_table(
             side, key, [c for c in side.columns if c != key and _may_be_text(c) and _has_words(side, c)]
         )
-    return _source("delimited table", table, options, items)
+    return _source(form, table, options, items)
 
 
 def _delimited_table(file: Path, separator: str | None, header: bool, options: ColumnOptions) -> Table:
+    if file.suffix == ".parquet":
+        return read_parquet(file)
+    if without_gz(file).suffix in _JSON_SUFFIXES:
+        return read_json_lines(file)
     if separator is None:
         usual = _SEPARATORS.get(without_gz(file).suffix, _SEPARATORS[".tsv"])
         line = first_line(file, options.encoding)

@@ -1,4 +1,5 @@
-"""`read_dataset`: files of interactions to a `Dataset`: filtered, without duplicates, split by time."""
+"""`read_dataset`: files of interactions to a `Dataset`: filtered, without duplicates, split by time or as the
+files are."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ import polars as pl
 
 from .dataset import Dataset, IntArray
 from .formats import ColumnOptions, ItemTable, Source, open_source
-from .tables import without_gz
+from .tables import PART, without_gz
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -44,7 +45,7 @@ def read_dataset(
     header: bool = True,
     encoding: str | None = None,
 ) -> Dataset:
-    """Read interactions from a file or folder and split them leave-one-out by time.
+    """Read interactions from a file or folder, and split them leave-one-out by time where they are not split.
 
     The format follows from the files (see `fedpeft_ext.data.formats`). In order: rows rated below
     `min_rating` go; of the rows with one user and item only one stays (so that a test item is never trained
@@ -54,10 +55,15 @@ def read_dataset(
     no test item, with two no validation item (-1). Users and items are numbered by first appearance in the
     file.
 
+    Where the file is the training part of a split (`x.train.csv` beside `x.test.csv` and maybe
+    `x.valid.csv`, and so for all formats), the parts are kept: each user's row of the test part is the test
+    item, that of the validation part with `validation` the validation item and otherwise one more to train
+    on. Users without a row to train on go.
+
     Args:
         path: a file, or a folder that has the usual files.
         name: the data set's name; by default that of the folder or file.
-        validation: hold out each user's second-last item for validation.
+        validation: hold out each user's second-last item for validation, or the one of the validation part.
         min_interactions: drop users with fewer, once.
         duplicates: which of a user's interactions with one item stays: the "first" or "last" in time; "error"
             refuses them.
@@ -78,7 +84,8 @@ def read_dataset(
     Raises:
         FileNotFoundError: no such file, or a folder without interactions.
         TypeError: an option of the wrong type.
-        ValueError: an option out of range; a malformed file, with line and column; no interactions (left).
+        ValueError: an option out of range; a malformed file, with line and column; no interactions (left);
+            a part with two items of a user to hold out, or with an item that another part has too.
     """
     for option, flag in (
         ("validation", validation),
@@ -130,17 +137,26 @@ def read_dataset(
         kept = source.table.numbers(source.rating).to_numpy() >= min_rating
         order = order[kept[order]]
         report["below_min_rating"] = len(kept) - len(order)
+    parts = None
+    if source.parts:
+        report["parts"] = [str(part) for part in source.parts]
+        parts = _parts(source, validation, users, chosen, order)
     before = len(order)
     order = _without_duplicates(source, order, users, chosen, len(item_names), duplicates)
     report["duplicates_dropped"] = before - len(order)
     order = _core(order, users, chosen, min_interactions, user_core, item_core)
     report["too_few_dropped"] = before - report["duplicates_dropped"] - len(order)
+    if parts is not None:
+        trained = np.bincount(users[order[parts[order] == _TRAINING]], minlength=len(user_names)) > 0
+        report["users_without_training_item"] = len(np.unique(users[order])) - int(trained.sum())
+        order = order[trained[users[order]]]
     if len(order) == 0:
         raise ValueError(
             f"{source.table.path}: no interactions left of {len(source.table)} (min_rating={min_rating}, "
             f"min_interactions={min_interactions}, user_core={user_core}, item_core={item_core})"
         )
 
+    split = None if parts is None else parts[order]
     users, kept_users = _renumber(users[order])
     chosen, kept_items = _renumber(chosen[order])
     report["users_dropped"] = len(user_names) - len(kept_users)
@@ -152,7 +168,10 @@ def read_dataset(
         texts = _describe_items(source.items, item_ids, items == "all", item_text, report)
     if source.users_described is not None:
         report["users_in_user_file"] = source.users_described
-    indptr, indices, test_items, valid_items = leave_one_out(users, chosen, len(user_ids), validation)
+    if split is None:
+        indptr, indices, test_items, valid_items = leave_one_out(users, chosen, len(user_ids), validation)
+    else:
+        indptr, indices, test_items, valid_items = _as_given(users, chosen, len(user_ids), split)
     report["users_without_test_item"] = int(np.count_nonzero(test_items < 0))
     if validation:
         report["users_without_validation_item"] = int(np.count_nonzero(valid_items < 0))
@@ -175,8 +194,8 @@ def _default_name(path: Path) -> str:
     path = path.resolve()
     if path.is_dir():
         return path.name
-    path = without_gz(path)
-    return path.parent.name if path.stem in ("u", "ratings", "interactions") else path.stem
+    stem = without_gz(path).stem.removesuffix(".train")
+    return path.parent.name if stem in ("u", "ratings", "interactions", "train") else stem
 
 
 def leave_one_out(
@@ -201,6 +220,64 @@ def leave_one_out(
     indptr = np.zeros(num_users + 1, np.int64)
     np.cumsum(counts - (test_items >= 0) - (valid_items >= 0), out=indptr[1:])
     return indptr, items[~held].astype(np.int64, copy=False), test_items, valid_items
+
+
+_TRAINING, _TESTING, _VALIDATION = range(3)
+"""Numbers of the parts of a split."""
+
+
+def _parts(
+    source: Source, validation: bool, users: IntArray, items: IntArray, order: IntArray
+) -> npt.NDArray[np.uint8]:
+    """The part that each row of a split belongs to, checked for the rows in `order`."""
+    parts = source.table.frame[PART].to_numpy()
+    names = {number: path.name for number, path in enumerate(source.parts)}
+    if not validation:
+        parts = np.where(parts == _VALIDATION, _TRAINING, parts).astype(np.uint8)
+    elif len(source.parts) == 2:
+        raise ValueError(f"validation: expected a validation part beside {source.parts[0]}, found none")
+    for part in (_TESTING, _VALIDATION):
+        rows = np.sort(order[parts[order] == part])
+        again = np.ones(len(rows), bool)
+        again[np.unique(users[rows], return_index=True)[1]] = False
+        if again.any():
+            row = int(rows[again][0])
+            user = source.table.ids(source.user)[row]
+            source.table.fail(
+                row, source.user, f"expected one item of a user to hold out, got another of user {user!r}"
+            )
+    # Held out and trained on, or held out twice: the row whose user and item another part has.
+    keys = np.stack([users[order], items[order]], 1)
+    _, same = np.unique(keys, axis=0, return_inverse=True)
+    least, most = (np.full(len(order), start, np.uint8) for start in (255, 0))
+    np.minimum.at(least, same.reshape(-1), parts[order])
+    np.maximum.at(most, same.reshape(-1), parts[order])
+    both = (least < most)[same.reshape(-1)] & (parts[order] != _TRAINING)
+    if both.any():
+        row = int(order[both].min())
+        user, item = source.table.ids(source.user)[row], source.table.ids(source.item)[row]
+        source.table.fail(
+            row,
+            source.item,
+            f"expected an item that user {user!r} has in no other part than {names[int(parts[row])]}, got "
+            f"{item!r}",
+        )
+    return parts
+
+
+def _as_given(
+    users: IntArray, items: IntArray, num_users: int, parts: npt.NDArray[np.uint8]
+) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """As `leave_one_out`, by the parts that the interactions belong to."""
+    held = []
+    for part in (_TESTING, _VALIDATION):
+        target = np.full(num_users, -1, np.int64)
+        target[users[parts == part]] = items[parts == part]
+        held.append(target)
+    trained = parts == _TRAINING
+    indptr = np.zeros(num_users + 1, np.int64)
+    np.cumsum(np.bincount(users[trained], minlength=num_users), out=indptr[1:])
+    return indptr, items[trained].astype(np.int64, copy=False), held[0], held[1]
 
 
 def _number(ids: pl.Series) -> tuple[IntArray, list[str]]:

@@ -1,4 +1,5 @@
-"""Delimited text files as polars tables of strings, refused with file and line where they are malformed.
+"""Delimited text files, JSON lines and Parquet files as polars tables of strings, refused with file and line
+where they are malformed.
 
 polars reads the file; only when something looks wrong does a slow line-by-line pass find the first bad line
 and name it. Every column is a string here: whoever uses a column says what it must hold (`Table.ids`,
@@ -7,15 +8,18 @@ and name it. Every column is a string here: whoever uses a column says what it m
 
 from __future__ import annotations
 
+import bisect
 import codecs
 import csv
 import gzip
 import io
+import itertools
+import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import polars as pl
 
@@ -30,25 +34,32 @@ _ISO_TIME = r"^(\d{4}-\d{2}-\d{2})(?:[T ](\d{2}:\d{2})(:\d{2}(?:\.\d{1,9})?)?\s?
 _GZIP = b"\x1f\x8b"
 _NO_TEXT = {
     b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as CSV, first",
-    b"PAR1": "a Parquet file; save it as CSV first",
+    b"PAR1": "a Parquet file; name it .parquet",
     b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first",
 }
 
 
+# Lines of a file of JSON lines that tell which columns there are.
+_LINES_LOOKED_AT = 1000
+
+
 @dataclass(frozen=True)
 class Table:
-    """The rows of a file; the column `_ROW` of `frame` is each row's place in it, for error messages."""
+    """The rows of a file; the column `_ROW` of `frame` is each row's place in it, for error messages.
+
+    Attributes:
+        place: of such a row, in words: "ratings.csv, line 7".
+        header: whether the file names its columns.
+    """
 
     path: Path
     frame: pl.DataFrame
-    text: str
-    separator: str
-    quoted: bool
-    header: bool
+    place: Callable[[int], str]
+    header: bool = True
 
     @property
     def columns(self) -> list[str]:
-        return [name for name in self.frame.columns if name != _ROW]
+        return [name for name in self.frame.columns if name not in (_ROW, PART)]
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -61,11 +72,7 @@ class Table:
 
     def fail(self, row: int, column: str, problem: str) -> NoReturn:
         """Raise ValueError for `column` in the `row`-th row of the frame."""
-        wanted = int(self.frame[_ROW][row])
-        for index, (line, _) in enumerate(_records(self.path, self.text, self.separator, self.quoted)):
-            if index == wanted + self.header:
-                raise ValueError(f"{self.path}, line {line}, column {column!r}: {problem}")
-        raise AssertionError(f"{self.path} has no row {row}")
+        raise ValueError(f"{self.place(int(self.frame[_ROW][row]))}, column {column!r}: {problem}")
 
     def ids(self, column: str) -> pl.Series:
         """The column as ids: strings without surrounding blanks, none empty."""
@@ -186,7 +193,134 @@ def read_table(
     if frame[columns[-1]].null_count():
         _check_widths(path, text, separator, quoted, len(columns))
         frame = frame.filter(~pl.all_horizontal(pl.col(name).is_null() for name in columns))
-    return Table(path, frame, text, separator, quoted, header)
+
+    def place(row: int) -> str:
+        line, _ = next(itertools.islice(_records(path, text, separator, quoted), row + header, None))
+        return f"{path}, line {line}"
+
+    return Table(path, frame, place, header)
+
+
+def read_json_lines(path: Path) -> Table:
+    """Read a file with a JSON object in each line; blank lines are skipped.
+
+    Columns are the keys of the first thousand objects whose values are texts, numbers or lists of such, which
+    become one text.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not UTF-8, no object, a line that is none.
+    """
+    text = _decode(path, ("utf-8",))
+    columns: dict[str, pl.DataType] = {}
+    for _, value in itertools.islice(_objects(path, text), _LINES_LOOKED_AT):
+        for key, inner in value.items():
+            if isinstance(inner, list):
+                if inner and not isinstance(inner[0], dict | list):
+                    columns.setdefault(key, pl.List(pl.String()))
+            elif inner is not None and not isinstance(inner, dict):
+                columns[key] = pl.String()
+    if not columns:
+        raise ValueError(f"{path}: the file has no JSON object with simple values")
+    lists = [name for name, kind in columns.items() if isinstance(kind, pl.List)]
+    content = text.encode()
+    try:
+        frame = pl.read_ndjson(io.BytesIO(content), schema=columns)
+        frame = frame.with_columns(pl.col(lists).list.join(" "))
+    except pl.exceptions.PolarsError:
+        for _ in _objects(path, text):  # all lines are objects,
+            pass
+        try:  # so that some list is none further down
+            frame = pl.read_ndjson(io.BytesIO(content), schema=dict.fromkeys(columns, pl.String))
+        except pl.exceptions.PolarsError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path}: cannot be read as JSON lines: {reason}") from error
+
+    def place(row: int) -> str:
+        number, _ = next(itertools.islice(_objects(path, text), row, None))
+        return f"{path}, line {number}"
+
+    return Table(path, frame.with_row_index(_ROW), place)
+
+
+def _objects(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of each line that is not blank."""
+    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got {error}") from None
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object in each line, got {line.strip()[:20]!r}"
+            )
+        yield number, value
+
+
+def read_parquet(path: Path) -> Table:
+    """Read the columns of a Parquet file that hold texts, numbers, times, or lists of texts.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: no Parquet file, or none of such columns.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        frame = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise ValueError(f"{path}: expected a Parquet file ({str(error).splitlines()[0]})") from None
+    columns = [text for name, kind in frame.schema.items() if (text := _as_text(name, kind)) is not None]
+    if not columns:
+        raise ValueError(f"{path}: no column with texts, numbers or times")
+    # Ids and times that pandas keeps as floats, for the sake of gaps, are whole numbers again.
+    whole = [
+        name
+        for name, kind in frame.schema.items()
+        if kind.is_float() and bool((frame[name].drop_nulls().drop_nans() % 1 == 0).all())
+    ]
+    frame = frame.with_columns(pl.col(whole).fill_nan(None).cast(pl.Int64, strict=False))
+    return Table(path, frame.select(columns).with_row_index(_ROW), lambda row: f"{path}, row {row}")
+
+
+def _as_text(name: str, kind: pl.DataType) -> pl.Expr | None:
+    """A Parquet column as strings, None of one that is not used."""
+    column = pl.col(name)
+    if isinstance(kind, pl.List):
+        return column.list.join(" ") if kind.inner == pl.String else None
+    if isinstance(kind, pl.Datetime):
+        if kind.time_zone is not None:
+            column = column.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+        return column.cast(pl.String)
+    simple = (pl.String, pl.Boolean, pl.Categorical, pl.Enum, pl.Date)
+    return column.cast(pl.String) if kind.is_numeric() or isinstance(kind, simple) else None
+
+
+PART = "\x1fpart"
+"""Column of joined tables: the number of the one that a row is from."""
+
+
+def joined(tables: Sequence[Table]) -> Table:
+    """The rows of tables with the same columns, one table after the other.
+
+    Raises:
+        ValueError: one lacks a column of the first.
+    """
+    first, ends, frames = tables[0], [0], []
+    for number, table in enumerate(tables):
+        missing = [name for name in first.columns if name not in table.columns]
+        if missing:
+            raise ValueError(f"{table.path}: expected the columns of {first.path}, found no {missing[0]!r}")
+        rows = table.frame.select(*first.columns, pl.col(_ROW).cast(pl.UInt32) + ends[-1])
+        frames.append(rows.with_columns(pl.lit(number, pl.UInt8).alias(PART)))
+        ends.append(ends[-1] + (int(table.frame[_ROW][-1]) + 1 if len(table) else 0))
+
+    def place(row: int) -> str:
+        number = bisect.bisect_right(ends, row) - 1
+        return tables[number].place(row - ends[number])
+
+    return replace(first, frame=pl.concat(frames), place=place)
 
 
 def _decode(path: Path, encodings: Sequence[str]) -> str:
