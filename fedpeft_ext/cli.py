@@ -735,9 +735,10 @@ def _evaluate(
     *,
     as_json: bool,
 ) -> None:
+    import numpy as np
     import polars as pl
 
-    from fedpeft_ext.data import load_dataset
+    from fedpeft_ext.data import load_dataset, popularity_scores
     from fedpeft_ext.experiments.intervals import paired_differences
     from fedpeft_ext.experiments.tables import metrics_table
     from fedpeft_ext.simulation import load_run
@@ -748,7 +749,7 @@ def _evaluate(
             raise ValueError(f"--set: expected evaluation.ks or another of evaluation, got {override!r}")
     run = load_run(folder)
     other = None if against is None else load_run(against, run.dataset)
-    config = run.config
+    config, trained_on = run.config, run.dataset
     if new_users is not None:
         drawn = config.dataset.name == "synthetic"  # by options that are none of a file
         newcomers = load_dataset(new_users, **({} if drawn else config.dataset.options))
@@ -762,9 +763,16 @@ def _evaluate(
         alike = settings.model_copy(update={"seed": settings.candidate_seed(config.seed)})
         differences = paired_differences(found, other.evaluate(alike))
     if file is not None:
-        ids = [dataset.user_ids[user] for user in found.users.tolist()]
+        users, tests = found.users.numpy(force=True), dataset.test_items[found.users.numpy(force=True)]
+        # What metrics are often broken down by; of the data that the run was trained on.
+        told_of = {
+            "user": [dataset.user_ids[user] for user in users.tolist()],
+            "training_items": np.diff(dataset.indptr)[users],
+            "test_item": [dataset.item_ids[item] for item in tests.tolist()],
+            "test_item_trained": popularity_scores(trained_on)[tests].astype(np.int64),
+        }
         columns = {name: values.tolist() for name, values in found.values.items()}
-        replace_text(file, pl.DataFrame({"user": ids, **columns}).write_csv())
+        replace_text(file, pl.DataFrame({**told_of, **columns}).write_csv())
     if as_json:
         told = {
             "folder": str(folder),

@@ -620,6 +620,12 @@ def test_evaluate_tells_other_metrics_of_a_run(tmp_path: Path) -> None:
     with file.open(encoding="utf-8") as text:
         rows = list(csv.DictReader(text))
     assert [row["user"] for row in rows] == [f"u{user}" for user in range(40)]
+    data = load_run(out).dataset
+    trained = data.indices.tolist()
+    for user, row in enumerate(rows):
+        assert int(row["training_items"]) == data.indptr[user + 1] - data.indptr[user]
+        assert row["test_item"] == data.item_ids[data.test_items[user]]
+        assert int(row["test_item_trained"]) == trained.count(data.test_items[user])
     for name, mean in metrics.items():
         assert math.fsum(float(row[name]) for row in rows) / 40 == pytest.approx(mean)
     table = fedpeft("evaluate", out, "--set", "evaluation.ks=[3]", "--set", "evaluation.full_ranking=false")

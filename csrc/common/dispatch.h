@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/hash.h"
 #include "common/scatter.h"
 #include "common/torch.h"
 
@@ -66,6 +67,17 @@ inline bool host_readable([[maybe_unused]] const Tensor& t) {
 #else
   return !t.is_cuda();
 #endif
+}
+
+// Coefficients are below 2^61 - 1, which is seen where the host can read them without waiting.
+inline void check_hash_values(const Tensor& dense_hashes) {
+  if (!host_readable(dense_hashes)) return;
+  const int64_t* values = static_cast<const int64_t*>(dense_hashes.const_data_ptr());
+  for (int64_t i = 0; i < dense_hashes.numel(); ++i) {
+    check_value(uint64_t(values[i]) < kHashPrime,
+                "hashes: expected values from 0 to 2^61 - 2, got ", values[i], " at ", i / 2, ", ",
+                i % 2);
+  }
 }
 
 // Values and their former places along the last dimension, ascending; equal values keep their

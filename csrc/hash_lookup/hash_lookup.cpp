@@ -14,16 +14,6 @@ namespace {
 // Shared SENet weights: partial gradients of blocks of this many positions are added in order.
 constexpr int64_t kBlock = 4096;
 
-void check_hash_values(const Tensor& dense_hashes) {
-  if (!host_readable(dense_hashes)) return;
-  const int64_t* values = static_cast<const int64_t*>(dense_hashes.const_data_ptr());
-  for (int64_t i = 0; i < dense_hashes.numel(); ++i) {
-    check_value(uint64_t(values[i]) < kHashPrime,
-                "hashes: expected values from 0 to 2^61 - 2, got ", values[i], " at ", i / 2, ", ",
-                i % 2);
-  }
-}
-
 // Checks the shapes and fills what forward and backward have in common; the tensors keep the data
 // alive.
 struct Inputs {

@@ -220,6 +220,7 @@ void prepare(Call& call, const Tensor& clients, const Training& training) {
   call.codebooks = dense(codebooks);
   call.buckets = dense(buckets);
   call.hashes = dense(hashes);
+  if (call.hashes) check_hash_values(*call.hashes);
   call.w1 = dense(w1);
   call.b1 = dense(b1);
   call.w2 = dense(w2);

@@ -66,7 +66,7 @@ from fedpeft_ext.simulation.setup import (
     warmup_rounds,
 )
 from fedpeft_ext.simulation.simulator import VALID
-from fedpeft_ext.simulation.state import below
+from fedpeft_ext.simulation.state import below, prefixed
 
 log = logging.getLogger("fedpeft_ext.flower")
 app = ServerApp()
@@ -451,7 +451,8 @@ class FlowerServer:
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors of the server's model by name."""
         local = set(self.model.local_parameters)
-        return {name: value for name, value in self.model.state_dict().items() if name not in local}
+        model = {name: value for name, value in self.model.state_dict().items() if name not in local}
+        return model | prefixed("starts", self._starts.starts)
 
 
 def mean_metrics(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -283,6 +283,17 @@ def test_bad_arguments(
         train(device, **{**arguments(), **changes})
 
 
+@pytest.mark.parametrize("value", [-1, 2**61 - 1])
+def test_hash_coefficients_out_of_range(value: int) -> None:
+    """As by the lookups; a GPU does not wait for them."""
+    parts = arguments()["parts"]
+    hashes = parts.hashes.clone()
+    hashes[1, 0] = value
+    for call in (ops.local_train, reference.local_train):
+        with pytest.raises(ValueError, match=r"hashes: expected values from 0 to 2\^61 - 2"):
+            call(**{**arguments(), "parts": parts._replace(hashes=hashes)})
+
+
 def test_a_client_that_met_every_item_has_no_negative(device: torch.device) -> None:
     indptr, items, positives = federation([4], 4, seed=0)
     clients, user = torch.tensor([0]), torch.ones(1, 2)
