@@ -87,8 +87,8 @@ class ClientModel(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class TrainedRun:
-    """A federation to ask for recommendations. `load_run` reads one from a folder; the parts of a `Simulator`
-    make one of a run at hand.
+    """A federation to ask for recommendations. `load_run` reads one from a folder, `Simulator.trained_run` is
+    that of a run at hand.
 
     Attributes:
         config: the run's settings.

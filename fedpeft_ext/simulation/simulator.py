@@ -54,6 +54,7 @@ from fedpeft_ext.simulation.output import (
 from fedpeft_ext.simulation.privacy import Ledger, PrivacyReport, make_clipping, make_noise
 from fedpeft_ext.simulation.randomness import choose_clients
 from fedpeft_ext.simulation.scaffold import ControlVariates, check_memory
+from fedpeft_ext.simulation.serving import TrainedRun
 from fedpeft_ext.simulation.setup import (
     after_warmup,
     build_model,
@@ -336,6 +337,20 @@ class Simulator:
     def phase(self) -> str:
         """ "warm-up" or "training", of the next round."""
         return "warm-up" if self.rounds_done < self._warmup_rounds else "training"
+
+    @property
+    def trained_run(self) -> TrainedRun:
+        """The federation as it is, to use: recommendations, new users, a device's model. Its parameters and
+        the clients' state are those of the simulator, so later rounds change them.
+
+        Raises RuntimeError where the clients' state is spread over processes: `load_run` reads it together.
+        """
+        if self._ranks.size > 1:
+            raise RuntimeError(
+                f"trained_run: expected one process, got {self._ranks.size}, each with the state of its own "
+                "clients; `load_run` of the run's folder has all"
+            )
+        return TrainedRun(self.config, self.dataset, self.model, self.store, self.rounds_done)
 
     def add_callbacks(self, *callbacks: Callback) -> None:
         """Have these told about the run as well, on the first rank."""

@@ -94,6 +94,8 @@ def train_all(rank: int, size: int, folder: Path) -> None:
         tensors, summary = results(run)
         save_file(tensors, folder / f"{name}-{rank}.safetensors")
         (folder / f"{name}-{rank}.json").write_text(json.dumps([summary, run.ranks.bytes_summed]))
+        with pytest.raises(RuntimeError, match="each with the state of its own clients"):
+            _ = run.trained_run
     if size == 3:
         lose_one(rank, folder)
     else:

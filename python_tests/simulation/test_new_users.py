@@ -36,12 +36,6 @@ def config_of(backbone: str, **changes: Any) -> Config:
     )
 
 
-def run_of(simulator: Simulator) -> TrainedRun:
-    return TrainedRun(
-        simulator.config, simulator.dataset, simulator.model, simulator.store, simulator.rounds_done
-    )
-
-
 def state_of(run: TrainedRun, *users: int) -> dict[str, torch.Tensor]:
     return run.store.read(torch.tensor(users or range(run.dataset.num_users)))
 
@@ -69,14 +63,14 @@ def test_they_train_as_the_clients_of_a_round_do(
         backbone, engine=engine, **{"training.clients_per_round": len(eligible_clients(dataset))}
     )
     simulator = Simulator(config, dataset, pretrained=pretrained)
-    came = run_of(simulator).with_new_users(dataset, rounds=1)
+    came = simulator.trained_run.with_new_users(dataset, rounds=1)
     simulator.round()
-    for name, values in state_of(run_of(simulator)).items():
+    for name, values in state_of(simulator.trained_run).items():
         torch.testing.assert_close(state_of(came)[name], values, rtol=0.0, atol=1e-12)
 
 
 def test_what_is_shared_stays_and_engines_agree(simulator: Simulator, later: Dataset) -> None:
-    run = run_of(simulator)
+    run = simulator.trained_run
     before = {name: value.clone() for name, value in simulator.state_dict().items()}
     came = run.with_new_users(later, rounds=3)
     for name, value in simulator.state_dict().items():
@@ -89,7 +83,7 @@ def test_what_is_shared_stays_and_engines_agree(simulator: Simulator, later: Dat
 
 
 def test_company_changes_nothing(simulator: Simulator, later: Dataset) -> None:
-    run = run_of(simulator)
+    run = simulator.trained_run
     together, alone = run.with_new_users(later, 2), run.with_new_users(later.of_users([0]), 2)
     for name, values in state_of(alone).items():
         assert torch.equal(values, state_of(together, 0)[name])
@@ -102,20 +96,20 @@ def test_company_changes_nothing(simulator: Simulator, later: Dataset) -> None:
 
 
 def test_without_training_they_start_as_any_client(simulator: Simulator, later: Dataset) -> None:
-    came = run_of(simulator).with_new_users(later, 0)
+    came = simulator.trained_run.with_new_users(later, 0)
     for name, start in simulator.store.starts.items():
         assert torch.equal(state_of(came)[name], start.expand(8, *start.shape))
     if "user" in simulator.store.state:
         fresh = Simulator(simulator.config, simulator.dataset, pretrained=simulator._pretrained)
         assert torch.equal(state_of(came)["user"], fresh.store.state["user"][:8])
-    nothing = run_of(simulator).with_new_users({"no items": []}, 5)
+    nothing = simulator.trained_run.with_new_users({"no items": []}, 5)
     for name, values in state_of(nothing).items():
         assert torch.equal(values, state_of(came, 0)[name])
 
 
 def test_by_default_they_train_as_often_as_others_did(simulator: Simulator, later: Dataset) -> None:
     """Two rounds of 9 of 15 clients: 1.2 times."""
-    run = run_of(simulator)
+    run = simulator.trained_run
     for name, values in state_of(run.with_new_users(later)).items():
         assert torch.equal(values, state_of(run.with_new_users(later, 1))[name])
 
@@ -133,7 +127,10 @@ def test_a_folder_serves_new_users_as_the_run_at_hand(
         simulator.stop()
         with pytest.raises(Interrupted):
             simulator.run()
-    kept, live = load_run(tmp_path, members).with_new_users(later), run_of(simulator).with_new_users(later)
+    kept, live = (
+        load_run(tmp_path, members).with_new_users(later),
+        simulator.trained_run.with_new_users(later),
+    )
     for name, values in state_of(live).items():
         assert torch.equal(state_of(kept)[name], values)
     assert kept.evaluate().means() == live.evaluate().means()
@@ -142,7 +139,7 @@ def test_a_folder_serves_new_users_as_the_run_at_hand(
 def test_what_does_not_fit_is_refused(
     simulator: Simulator, later: Dataset, pretrained: Pretrained, tmp_path: Path
 ) -> None:
-    run = run_of(simulator)
+    run = simulator.trained_run
     with pytest.raises(ValueError, match=r"no item with the id 'i600'; did you mean 'i60?0?'"):
         run.with_new_users({"new": ["i1", "i600"]})
     with pytest.raises(IndexError, match="expected items 0 to 59, got 60"):
@@ -162,7 +159,7 @@ def test_diverging_is_an_error(pretrained: Pretrained, later: Dataset) -> None:
     config = config_of("fedmf", **{"training.lr": 1e200})
     simulator = Simulator(config, make_dataset().of_users(range(15)), pretrained=pretrained)
     with pytest.raises(FloatingPointError, match="diverged in round"):
-        run_of(simulator).with_new_users(later, 5)
+        simulator.trained_run.with_new_users(later, 5)
 
 
 def test_files_of_a_version_without_the_start_are_refused(

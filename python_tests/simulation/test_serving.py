@@ -110,7 +110,7 @@ def test_a_run_in_its_warm_up_can_be_used(held: Dataset, pretrained: Pretrained,
     with pytest.raises(Interrupted):
         simulator.run()
     users = np.flatnonzero(held.test_items >= 0)
-    live = TrainedRun(config, held, simulator.model, simulator.store, 0).recommend(users)
+    live = simulator.trained_run.recommend(users)
     assert simulator.model.training  # as its next round relies on
     run = load_run(tmp_path, held)
     assert torch.equal(run.recommend(users).items, live.items)

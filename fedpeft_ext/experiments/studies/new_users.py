@@ -69,7 +69,7 @@ def _trained(config: Config, dataset: Dataset, prepared: Pretrained | None) -> T
     simulator = Simulator(config, dataset, pretrained=prepared)
     while simulator.rounds_done < config.training.rounds:
         simulator.round()
-    return TrainedRun(config, dataset, simulator.model, simulator.store, simulator.rounds_done)
+    return simulator.trained_run
 
 
 def _columns(outcome: Outcome, metric: str) -> dict[str, float]:
