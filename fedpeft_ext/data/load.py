@@ -246,15 +246,13 @@ def _parts(
             source.table.fail(
                 row, source.user, f"expected one item of a user to hold out, got another of user {user!r}"
             )
-    # Held out and trained on, or held out twice: the row whose user and item another part has.
-    keys = np.stack([users[order], items[order]], 1)
-    _, same = np.unique(keys, axis=0, return_inverse=True)
-    least, most = (np.full(len(order), start, np.uint8) for start in (255, 0))
-    np.minimum.at(least, same.reshape(-1), parts[order])
-    np.maximum.at(most, same.reshape(-1), parts[order])
-    both = (least < most)[same.reshape(-1)] & (parts[order] != _TRAINING)
-    if both.any():
-        row = int(order[both].min())
+    # Held out and trained on, or held out twice.
+    keys = users[order] * (int(items.max()) + 1) + items[order]
+    ranked = np.lexsort((parts[order], keys))
+    keys, rows = keys[ranked], order[ranked]
+    again = (keys[1:] == keys[:-1]) & (parts[rows[1:]] != parts[rows[:-1]])
+    if again.any():
+        row = int(rows[1:][again].min())
         user, item = source.table.ids(source.user)[row], source.table.ids(source.item)[row]
         source.table.fail(
             row,
