@@ -284,12 +284,12 @@ def test_bad_arguments(
 
 
 @pytest.mark.parametrize("value", [-1, 2**61 - 1])
-def test_hash_coefficients_out_of_range(value: int) -> None:
+def test_hash_coefficients_out_of_range(target: Any, value: int) -> None:
     """As by the lookups; a GPU does not wait for them."""
     parts = arguments()["parts"]
     hashes = parts.hashes.clone()
     hashes[1, 0] = value
-    for call in (ops.local_train, reference.local_train):
+    for call in [reference.local_train, *([ops.local_train] if target.name == "cpu" else [])]:
         with pytest.raises(ValueError, match=r"hashes: expected values from 0 to 2\^61 - 2"):
             call(**{**arguments(), "parts": parts._replace(hashes=hashes)})
 
