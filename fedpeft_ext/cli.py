@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from fedpeft_ext.config import Config
     from fedpeft_ext.data import Dataset
-    from fedpeft_ext.simulation import Callback, Simulator, Summary
+    from fedpeft_ext.simulation import Callback, RankedItems, Simulator, Summary
 
 USER_ERROR, TRAINING_FAILED, SIGNALLED = 2, 3, 128
 """Exit codes besides 0 (done) and 1 (a defect of the program, with its traceback). SIGNALLED plus the number
@@ -111,6 +111,14 @@ _Backbone = Annotated[
     typer.Option("--backbone", help="fedmf, fedncf, pfedrec or fedpergnn.", show_default="fedmf"),
 ]
 _Rounds = Annotated[int | None, typer.Option("--rounds", "-r", help="Federated rounds.", show_default="100")]
+_NewUsers = Annotated[
+    str | None,
+    typer.Option(
+        "--new-users",
+        metavar="DATA",
+        help="Data set of users who never took part, and train their own state.",
+    ),
+]
 _OwnRounds = Annotated[
     int | None,
     typer.Option("--rounds", "-r", help="Times that a new user trains.", show_default="as others on average"),
@@ -223,23 +231,39 @@ def recommend(
         list[str] | None,
         typer.Option("--item", "-i", metavar="ID", help="An item of somebody new, oldest first; repeatable."),
     ] = None,
+    new_users: _NewUsers = None,
     rounds: _OwnRounds = None,
     k: Annotated[int, typer.Option("-k", help="Items for each user.")] = 10,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="CSV or Parquet file to write to, for all users if none is named.",
+        ),
+    ] = None,
     json_: _Json = False,
     debug: _Debug = False,
 ) -> None:
     """List the best items for users of a run, without those that they met in training.
 
     With --item, for somebody who never took part: trains this user's own state on
-    these items, and nothing else. A run that is not finished answers as its newest
-    checkpoint has it.
+    these items, and nothing else; with --new-users for the users of another data
+    set. A run that is not finished answers as its newest checkpoint has it.
     """
-    with _reported_errors(debug):
-        if not user and not item:
-            raise ValueError("--user, --item: expected an id of a user, or items of a new one")
-        if rounds is not None and not item:
-            raise ValueError("--rounds: expected --item, the items of a new user, with it")
-        _recommend(folder, user or [], item or [], rounds, k, as_json=json_)
+    with _reported_errors(debug) as started:
+        if not user and not item and out is None:
+            raise ValueError("--user, --item, --out: expected a user, items of a new one, or a file for all")
+        if item and (user or new_users or out is not None):
+            raise ValueError("--item: expected alone, with --rounds and -k at most")
+        if rounds is not None and not item and new_users is None:
+            raise ValueError("--rounds: expected --item or --new-users, which train, with it")
+        if out is not None and out.suffix not in (".csv", ".parquet"):
+            raise ValueError(f"--out: expected a file name that ends in .csv or .parquet, got {out}")
+        if out is not None:
+            started(out)
+        _recommend(folder, user or [], item or [], new_users, rounds, k, out, as_json=json_)
 
 
 @app.command(short_help="Evaluate a run again, user by user or against another run.")
@@ -263,14 +287,7 @@ def evaluate(
             "--against", metavar="RUN", help="Another run on the same data, to tell differences to."
         ),
     ] = None,
-    new_users: Annotated[
-        str | None,
-        typer.Option(
-            "--new-users",
-            metavar="DATA",
-            help="Data set of users who never took part: they train their own state, then are ranked.",
-        ),
-    ] = None,
+    new_users: _NewUsers = None,
     rounds: _OwnRounds = None,
     json_: _Json = False,
     debug: _Debug = False,
@@ -691,28 +708,43 @@ def _resume(folder: Path, rounds: int | None, *, quiet: bool, as_json: bool) -> 
 
 
 def _recommend(
-    folder: Path, users: Sequence[str], own: Sequence[str], rounds: int | None, k: int, *, as_json: bool
+    folder: Path,
+    users: Sequence[str],
+    own: Sequence[str],
+    new_users: str | None,
+    rounds: int | None,
+    k: int,
+    out: Path | None,
+    *,
+    as_json: bool,
 ) -> None:
     from fedpeft_ext.simulation import load_run
 
     run = load_run(folder)
-    item_ids, text = run.dataset.item_ids, run.dataset.item_text
-    ranked: list[tuple[str | None, list[int], list[float]]] = []
-    if users:
-        known = run.recommend(users, k)
-        ranked += zip(users, known.items.tolist(), known.scores.tolist(), strict=True)
+    names: list[str | None] = [*users]
+    if new_users is not None:
+        run = run.with_new_users(_data_of_new_users(new_users, run.config), rounds)
     if own:
-        new = run.with_new_users({"": own}, rounds).recommend(0, k)
-        ranked.append((None, new.items[0].tolist(), new.scores[0].tolist()))
+        run, names = run.with_new_users({"": own}, rounds), [None]
+    elif not users:
+        names = [*run.dataset.user_ids]
+    item_ids, text = run.dataset.item_ids, run.dataset.item_text
+    ranked = run.recommend(users or range(run.dataset.num_users), k)
+    if out is not None:
+        rows = _write_recommendations(names, ranked, item_ids, out)
+        if as_json:
+            typer.echo(json.dumps({"file": str(out), "users": len(names), "rows": rows}))
+        else:
+            typer.echo(f"File: {out}, {counted(len(names), 'user')}, {counted(rows, 'row')}")
+        return
     found: list[list[dict[str, Any]]] = [
         [
             {"item": item_ids[i], "text": text[i] if text else None, "score": score}
             for i, score in zip(best, of_best, strict=True)
             if i >= 0
         ]
-        for _, best, of_best in ranked
+        for best, of_best in zip(ranked.items.tolist(), ranked.scores.tolist(), strict=True)
     ]
-    names = [user for user, _, _ in ranked]
     if as_json:
         told = [{"user": user, "items": items} for user, items in zip(names, found, strict=True)]
         typer.echo(json.dumps(told, allow_nan=False))
@@ -723,6 +755,35 @@ def _recommend(
         for place, item in enumerate(items, start=1):
             words = " ".join((item["text"] or "").split())
             typer.echo(f"{place:>4}  {item['item']:<{width}}  {item['score']:>8.4f}  {words}".rstrip())
+
+
+def _write_recommendations(
+    users: Sequence[str | None], ranked: RankedItems, item_ids: Sequence[str], file: Path
+) -> int:
+    """A row for each user and item: user, rank from 1 on, item, score. Returns how many."""
+    import polars as pl
+
+    from fedpeft_ext.simulation.files import replace_file
+
+    items, scores = ranked.items.numpy(force=True), ranked.scores.numpy(force=True)
+    owner, place = (items >= 0).nonzero()
+    frame = pl.DataFrame(
+        {
+            "user": pl.Series(users, dtype=pl.String)[owner],
+            "rank": place + 1,
+            "item": pl.Series(item_ids, dtype=pl.String)[items[owner, place]],
+            "score": scores[owner, place],
+        }
+    )
+    replace_file(file, frame.write_csv if file.suffix == ".csv" else frame.write_parquet)
+    return len(frame)
+
+
+def _data_of_new_users(name: str, config: Config) -> Dataset:
+    from fedpeft_ext.data import load_dataset
+
+    drawn = config.dataset.name == "synthetic"  # by options that are none of a file
+    return load_dataset(name, **({} if drawn else config.dataset.options))
 
 
 def _evaluate(
@@ -738,7 +799,7 @@ def _evaluate(
     import numpy as np
     import polars as pl
 
-    from fedpeft_ext.data import load_dataset, popularity_scores
+    from fedpeft_ext.data import popularity_scores
     from fedpeft_ext.experiments.intervals import paired_differences
     from fedpeft_ext.experiments.tables import metrics_table
     from fedpeft_ext.simulation import load_run
@@ -751,8 +812,7 @@ def _evaluate(
     other = None if against is None else load_run(against, run.dataset)
     config, trained_on = run.config, run.dataset
     if new_users is not None:
-        drawn = config.dataset.name == "synthetic"  # by options that are none of a file
-        newcomers = load_dataset(new_users, **({} if drawn else config.dataset.options))
+        newcomers = _data_of_new_users(new_users, config)
         run = run.with_new_users(newcomers, rounds)
         other = None if other is None else other.with_new_users(newcomers, rounds)
     dataset = run.dataset

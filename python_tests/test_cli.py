@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import yaml
 from PIL import Image
@@ -30,7 +31,7 @@ from fedpeft_ext.config import Config, load_config
 from fedpeft_ext.data import load_dataset
 from fedpeft_ext.experiments.progress import progress_display
 from fedpeft_ext.experiments.studies import STUDIES
-from fedpeft_ext.simulation import load_run
+from fedpeft_ext.simulation import TrainedRun, load_run
 
 SMALL = [
     "--dataset=synthetic",
@@ -655,9 +656,8 @@ def test_somebody_new_is_served(tmp_path: Path) -> None:
     for seed, folder in enumerate((out, other)):
         assert fedpeft("run", *SMALL, "-ec-lora", "-r2", "-q", "-o", folder, "--seed", seed).exit_code == 0
     run = load_run(out)
-    result = fedpeft("recommend", out, "-u", "u7", "-i", "i5", "--item", "i9", "-r", "3", "-k", "4", "--json")
-    known, new = json.loads(result.stdout)
-    assert (known["user"], new["user"]) == ("u7", None)
+    (new,) = json.loads(fedpeft("recommend", out, "-i", "i5", "--item", "i9", "-r3", "-k4", "--json").stdout)
+    assert new["user"] is None
     expected = run.with_new_users({"me": ["i5", "i9"]}, 3).recommend("me", 4).items[0].tolist()
     assert [each["item"] for each in new["items"]] == [f"i{item}" for item in expected]
     assert fedpeft("recommend", out, "-i", "i5", "-k", "1").stdout.startswith("new user\n   1  i")
@@ -676,11 +676,49 @@ def test_somebody_new_is_served(tmp_path: Path) -> None:
     assert "2 new users" in " ".join(fedpeft("evaluate", out, "--new-users", data).stdout.split())
 
     assert "no item with the id 'i140'" in refused("recommend", out, "-i", "i140")
-    assert "--item, the items of a new user" in refused("recommend", out, "-u", "u1", "-r", "3")
+    assert "--item or --new-users, which train" in refused("recommend", out, "-u", "u1", "-r", "3")
     assert "--new-users" in refused("evaluate", out, "-r", "3")
     assert "none.csv" in refused("evaluate", out, "--new-users", tmp_path / "none.csv")
     data.write_text("user,item\nx,i3\nx,other\n")
     assert "such as 'other'" in refused("evaluate", out, "--new-users", data)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_recommendations_of_all_users_as_a_file(tmp_path: Path, suffix: str) -> None:
+    out, file, data = tmp_path / "run", tmp_path / f"best.{suffix}", tmp_path / "new.csv"
+    assert fedpeft("run", *SMALL, "-ec-lora", "-r1", "-q", "-o", out).exit_code == 0
+    run = load_run(out)
+
+    def check(run: TrainedRun, k: int) -> None:
+        frame = (pl.read_csv if suffix == "csv" else pl.read_parquet)(file)
+        users = run.dataset.user_ids
+        best = run.recommend(range(len(users)), k)
+        expected = [
+            (users[user], rank, run.dataset.item_ids[item], pytest.approx(score))
+            for user in range(len(users))
+            for rank, (item, score) in enumerate(
+                zip(best.items[user].tolist(), best.scores[user].tolist(), strict=True), start=1
+            )
+            if item >= 0
+        ]
+        assert frame.columns == ["user", "rank", "item", "score"]
+        assert frame.rows() == expected
+
+    assert "40 users, 120 rows" in fedpeft("recommend", out, "--out", file, "-k", "3").stdout
+    check(run, 3)
+    told = json.loads(fedpeft("recommend", out, "--out", file, "-k", "140", "--json").stdout)
+    check(run, 140)  # fewer than 140 that a user did not meet
+    assert (told["users"], told["file"]) == (40, str(file))
+    data.write_text("user,item\nx,i3\nx,i4\ny,i7\n")
+    assert fedpeft("recommend", out, "--new-users", data, "--out", file).exit_code == 0
+    check(run.with_new_users(load_dataset(data)), 10)
+    one = json.loads(fedpeft("recommend", out, "--new-users", data, "-u", "y", "-k2", "--json").stdout)
+    assert [each["user"] for each in one] == ["y"]
+
+    assert "a user, items of a new one, or a file" in refused("recommend", out, "--new-users", data)
+    assert "ends in .csv or .parquet" in refused("recommend", out, "--out", tmp_path / "best.txt")
+    assert "--item: expected alone" in refused("recommend", out, "-i", "i1", "--out", file)
+    assert "no" in refused("recommend", out, "--out", tmp_path / "none" / f"best.{suffix}")
 
 
 def test_evaluate_refuses_what_it_cannot_do(tmp_path: Path) -> None:
