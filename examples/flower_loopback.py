@@ -25,6 +25,7 @@ from fedpeft_ext.config import load_config
 from fedpeft_ext.data import load_dataset
 from fedpeft_ext.flower import prepare
 from fedpeft_ext.flower.files import node_file
+from fedpeft_ext.simulation import load_server
 
 APP = Path(__file__).with_name("flower")
 BIN = Path(sys.executable).parent
@@ -97,6 +98,12 @@ def main() -> None:
         prepare(config, load_dataset(config.dataset.name, **config.dataset.options), prepared, 2)
         train(home, prepared, out, options.timeout)
         print((out / "metrics.jsonl").read_text(), end="")
+        # What any device can do with the server's folder, whether its user took part or not.
+        server = load_server(out)
+        mine = server.catalogue.item_ids[:3]
+        best = server.with_new_users({"me": mine}).recommend("me", 5).items[0]
+        names = [server.catalogue.item_ids[item] for item in best]
+        print(f"for somebody new with {', '.join(mine)}: {', '.join(names)}")
 
 
 def train(home: Path, prepared: Path, out: Path, timeout: float) -> None:

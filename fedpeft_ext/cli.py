@@ -718,16 +718,17 @@ def _recommend(
     *,
     as_json: bool,
 ) -> None:
-    from fedpeft_ext.simulation import load_run
+    from fedpeft_ext.simulation import load_run, load_server
 
-    run = load_run(folder)
     names: list[str | None] = [*users]
-    if new_users is not None:
-        run = run.with_new_users(_data_of_new_users(new_users, run.config), rounds)
     if own:
-        run, names = run.with_new_users({"": own}, rounds), [None]
-    elif not users:
-        names = [*run.dataset.user_ids]
+        run, names = load_server(folder).with_new_users({"": own}, rounds), [None]
+    elif new_users is not None:
+        server = load_server(folder)
+        run = server.with_new_users(_data_of_new_users(new_users, server.config), rounds)
+    else:
+        run = load_run(folder)
+    names = names or [*run.dataset.user_ids]
     item_ids, text = run.dataset.item_ids, run.dataset.item_text
     ranked = run.recommend(users or range(run.dataset.num_users), k)
     if out is not None:
@@ -802,19 +803,24 @@ def _evaluate(
     from fedpeft_ext.data import popularity_scores
     from fedpeft_ext.experiments.intervals import paired_differences
     from fedpeft_ext.experiments.tables import metrics_table
-    from fedpeft_ext.simulation import load_run
+    from fedpeft_ext.simulation import load_run, load_server
     from fedpeft_ext.simulation.files import replace_text
 
     for override in overrides:
         if not override.strip().startswith("evaluation."):
             raise ValueError(f"--set: expected evaluation.ks or another of evaluation, got {override!r}")
-    run = load_run(folder)
-    other = None if against is None else load_run(against, run.dataset)
-    config, trained_on = run.config, run.dataset
-    if new_users is not None:
+    if new_users is None:
+        run = load_run(folder)
+        config, trained_on = run.config, run.dataset
+        other = None if against is None else load_run(against, trained_on)
+    else:
+        server = load_server(folder)
+        config, trained_on = server.config, server.catalogue
         newcomers = _data_of_new_users(new_users, config)
-        run = run.with_new_users(newcomers, rounds)
-        other = None if other is None else other.with_new_users(newcomers, rounds)
+        run = server.with_new_users(newcomers, rounds)
+        other = (
+            None if against is None else load_server(against, trained_on).with_new_users(newcomers, rounds)
+        )
     dataset = run.dataset
     settings = config.updated(overrides).evaluation
     found = run.evaluate(settings)

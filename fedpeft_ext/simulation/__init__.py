@@ -9,7 +9,15 @@ from fedpeft_ext.simulation.distributed import RankError
 from fedpeft_ext.simulation.evaluation import Evaluator, rank_counts, ranking_metrics
 from fedpeft_ext.simulation.local_training import ClientError
 from fedpeft_ext.simulation.privacy import PrivacyReport
-from fedpeft_ext.simulation.serving import ClientModel, RankedItems, TrainedRun, UserMetrics, load_run
+from fedpeft_ext.simulation.serving import (
+    ClientModel,
+    RankedItems,
+    TrainedRun,
+    TrainedServer,
+    UserMetrics,
+    load_run,
+    load_server,
+)
 from fedpeft_ext.simulation.simulator import Interrupted, Simulator, Summary
 
 __all__ = [
@@ -28,8 +36,10 @@ __all__ = [
     "Summary",
     "Traffic",
     "TrainedRun",
+    "TrainedServer",
     "UserMetrics",
     "load_run",
+    "load_server",
     "rank_counts",
     "ranking_metrics",
     "traffic",

@@ -18,7 +18,7 @@ from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions, initial_states
 from fedpeft_ext.simulation.communication import message
 from fedpeft_ext.simulation.local_training import Federation, ParameterRoles, first_not_finite
-from fedpeft_ext.simulation.serving import TrainedRun
+from fedpeft_ext.simulation.serving import TrainedRun, TrainedServer
 from fedpeft_ext.simulation.setup import (
     can_train,
     clients_per_round,
@@ -30,16 +30,18 @@ from fedpeft_ext.simulation.setup import (
 
 
 def train_new_users(
-    run: TrainedRun, users: Dataset | Mapping[str, Iterable[int | str]], rounds: int | None
+    server: TrainedServer, users: Dataset | Mapping[str, Iterable[int | str]], rounds: int | None
 ) -> TrainedRun:
-    """See `TrainedRun.with_new_users`."""
+    """See `TrainedServer.with_new_users`."""
     if rounds is None:
-        rounds = _usual_rounds(run)
+        rounds = _usual_rounds(server)
     elif isinstance(rounds, bool) or operator.index(rounds) < 0:
         raise ValueError(f"rounds: expected at least 0, got {rounds}")
-    dataset = users.with_catalogue(run.dataset) if isinstance(users, Dataset) else _dataset(run, users)
-    config, model = run.config, run.model
-    missing = set(model.averaged_start) - run.store.starts.keys()
+    dataset = (
+        users.with_catalogue(server.catalogue) if isinstance(users, Dataset) else _dataset(server, users)
+    )
+    config, model = server.config, server.model
+    missing = set(model.averaged_start) - server.starts.keys()
     if missing:
         raise ValueError(
             f"run: its files do not hold what new users start from ({min(missing)}), which an older version "
@@ -51,35 +53,35 @@ def train_new_users(
     everyone = torch.arange(count, device=device)
     store = ClientStore(
         initial_states(model, everyone, count, config.seed, config.backbone.init_std),
-        run.store.starts,
+        server.starts,
         count,
     )
-    settings = local_settings(config, model, warmup=run.round < warmup_rounds(config))
+    settings = local_settings(config, model, warmup=server.round < warmup_rounds(config))
     _, engine = make_engine(config, Federation(model, store, interactions, settings))
     able = np.flatnonzero(can_train(interactions.sizes, dataset.num_items)).astype(np.int64)
     clients = interactions.by_size(able)
     weight = float(settings.weights(interactions.sizes[clients]).sum())
     uploads = Aggregator(message(model), frozenset(ParameterRoles.of(model).rows))
-    for number in range(run.round + 1, run.round + 1 + (rounds if len(clients) else 0)):
+    for number in range(server.round + 1, server.round + 1 + (rounds if len(clients) else 0)):
         uploads.begin(number, weight=weight)
         first_not_finite(engine.train(clients, number, uploads), clients, number)
         uploads.discard()
         store.commit(average=False)
-    return TrainedRun(config, dataset, model, store, run.round)
+    return TrainedRun(config, dataset, model, store, server.round)
 
 
-def _usual_rounds(run: TrainedRun) -> int:
+def _usual_rounds(run: TrainedServer) -> int:
     """How often a user of the run trained on average, at least once."""
-    eligible = len(eligible_clients(run.dataset))
+    eligible = len(eligible_clients(run.catalogue))
     share = clients_per_round(run.config.training.clients_per_round, eligible) / eligible
     return max(1, round(run.round * share))
 
 
-def _dataset(run: TrainedRun, users: Mapping[str, Iterable[int | str]]) -> Dataset:
+def _dataset(run: TrainedServer, users: Mapping[str, Iterable[int | str]]) -> Dataset:
     """A data set of users with these items to train on, each once, over the run's catalogue."""
     if not users:
         raise ValueError("users: expected at least one, got none")
-    known = run.dataset
+    known = run.catalogue
     number = {item: place for place, item in enumerate(known.item_ids)}
 
     def found(item: int | str) -> int:

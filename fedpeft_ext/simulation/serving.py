@@ -86,6 +86,51 @@ class ClientModel(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
+class TrainedServer:
+    """A federation without its users: what a server has when the training is over.
+
+    Attributes:
+        config: the settings.
+        catalogue: a data set with the items; users and interactions are not used, but for the default of
+            `with_new_users`.
+        model: the backbone with the trained parameters.
+        starts: {parameter name: value} of those that new clients start from the same value of.
+        round: rounds trained.
+    """
+
+    config: Config
+    catalogue: Dataset
+    model: Backbone
+    starts: Mapping[str, Tensor]
+    round: int
+
+    def with_new_users(
+        self, users: Dataset | Mapping[str, Iterable[int | str]], rounds: int | None = None
+    ) -> TrainedRun:
+        """The model with users who never took part: each trains its own state (user vector, personal
+        network) on its own items, and sends nothing. What is shared stays as it is.
+
+        A user trains as in rounds of the run, always from the same shared parameters. Draws are those of the
+        user's number here and of the rounds that follow the run's.
+
+        Args:
+            users: their interactions, whose items the run knows, matched by external id; or the items of each
+                by the user's id, oldest first: numbers (int) or external ids (str).
+            rounds: times that each trains, `training.local_epochs` passes each. None: as often as a user of
+                the run did on average, at least once.
+
+        Raises:
+            ValueError: an item that the run does not know; no users; rounds out of range; a run from whose
+                files an older version left out what new users start from. IndexError: an item number out of
+                range.
+            FloatingPointError: training diverged. ClientError: it failed.
+        """
+        from fedpeft_ext.simulation.new_users import train_new_users
+
+        return train_new_users(self, users, rounds)
+
+
+@dataclass(frozen=True, eq=False)
 class TrainedRun:
     """A federation to ask for recommendations. `load_run` reads one from a folder, `Simulator.trained_run` is
     that of a run at hand.
@@ -177,30 +222,16 @@ class TrainedRun:
         )
         return UserMetrics(*evaluator.by_user(self.model, self.store, self.round))
 
+    @property
+    def server(self) -> TrainedServer:
+        """What the server has of it, to be given new users."""
+        return TrainedServer(self.config, self.dataset, self.model, self.store.starts, self.round)
+
     def with_new_users(
         self, users: Dataset | Mapping[str, Iterable[int | str]], rounds: int | None = None
     ) -> TrainedRun:
-        """The same model with users who never took part: each trains its own state (user vector, personal
-        network) on its own items, and sends nothing. What is shared stays as it is.
-
-        A user trains as in rounds of the run, always from the same shared parameters. Draws are those of the
-        user's number here and of the rounds that follow the run's.
-
-        Args:
-            users: their interactions, whose items the run knows, matched by external id; or the items of each
-                by the user's id, oldest first: numbers (int) or external ids (str).
-            rounds: times that each trains, `training.local_epochs` passes each. None: as often as a user of
-                the run did on average, at least once.
-
-        Raises:
-            ValueError: an item that the run does not know; no users; rounds out of range; a run from whose
-                files an older version left out what new users start from. IndexError: an item number out of
-                range.
-            FloatingPointError: training diverged. ClientError: it failed.
-        """
-        from fedpeft_ext.simulation.new_users import train_new_users
-
-        return train_new_users(self, users, rounds)
+        """See `TrainedServer.with_new_users`."""
+        return self.server.with_new_users(users, rounds)
 
     def _leave_out_met(self, scores: Tensor, users: Tensor) -> None:
         held = torch.from_numpy(self.dataset.valid_items[users.cpu().numpy()]).to(users.device)
@@ -263,13 +294,16 @@ def best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class _Saved(NamedTuple):
-    """What a folder holds of a federation; tensors by their name in the model."""
+    """What a folder holds of a federation; tensors by their name in the model, no `clients` of a Flower
+    server.
+    """
 
     config: Config
     round: int
     digest: str
     server: dict[str, Tensor]
-    store: ClientStore
+    clients: dict[str, Tensor] | None
+    starts: dict[str, Tensor]
 
 
 def load_run(
@@ -288,36 +322,71 @@ def load_run(
             settings are not those of the run.
     """
     folder = Path(folder)
+    saved = _saved(folder)
+    if saved.clients is None:
+        raise ValueError(
+            f"run: {folder} has no clients' state: it is that of a Flower server, whose users' vectors and "
+            "networks stay on their devices; it can serve new users (`load_server`, --item, --new-users)"
+        )
+    server = _server(folder, saved, dataset, device)
+    shapes = {
+        name: (server.catalogue.num_users, *server.model.get_parameter(name).shape)
+        for name in server.model.local_parameters
+    }
+    found = {name: tuple(values.shape) for name, values in saved.clients.items()}
+    if found != shapes:
+        raise ValueError(
+            f"run: the files in {folder} do not fit {CONFIG} and the data: clients' state: expected the "
+            f"shapes {shapes}, got {found}"
+        )
+    rows = {name: values.to(device) for name, values in saved.clients.items()}
+    store = ClientStore.of_everyone(rows, server.starts)
+    return TrainedRun(server.config, server.catalogue, server.model, store, server.round)
+
+
+def load_server(
+    folder: str | Path, catalogue: Dataset | None = None, *, device: torch.device | str = "cpu"
+) -> TrainedServer:
+    """What the server has of the run in `folder`, for users who never took part. It may be the folder that a
+    Flower server wrote.
+
+    Args:
+        folder: as of `load_run`.
+        catalogue: a data set with the items as they were numbered for the training; None loads
+            `config.dataset`.
+        device: to put the model on.
+
+    Raises what `load_run` raises, but that there is no clients' state.
+    """
+    folder = Path(folder)
+    return _server(folder, _saved(folder), catalogue, device)
+
+
+def _saved(folder: Path) -> _Saved:
     if (folder / SUMMARY).exists():
-        saved = _finished(folder)
-    elif has_checkpoint(folder) is not None:
-        saved = _unfinished(folder)
-    else:
-        check_no_runs_inside("run", folder)
-        raise FileNotFoundError(f"run: expected a finished run, or a checkpoint of one, in {folder}")
-    config = saved.config
+        return _finished(folder)
+    if has_checkpoint(folder) is not None:
+        return _unfinished(folder)
+    check_no_runs_inside("run", folder)
+    raise FileNotFoundError(f"run: expected a finished run, or a checkpoint of one, in {folder}")
+
+
+def _server(
+    folder: Path, saved: _Saved, dataset: Dataset | None, device: torch.device | str
+) -> TrainedServer:
     if dataset is None:
-        dataset = dataset_of_run(config, folder)
+        dataset = dataset_of_run(saved.config, folder)
     if saved.digest not in ("", dataset.digest):
         raise ValueError(
             f"dataset: the run in {folder} was trained on other data than {dataset.name!r} "
             f"({saved.digest[:12]} against {dataset.digest[:12]})"
         )
     try:
-        model = _model(saved, dataset.num_items)
-        shapes = {
-            name: (dataset.num_users, *model.get_parameter(name).shape) for name in model.local_parameters
-        }
-        found = {name: tuple(values.shape) for name, values in saved.store.state.items()}
-        if found != shapes:
-            raise ValueError(f"clients' state: expected the shapes {shapes}, got {found}")
+        model = _model(saved, dataset.num_items).to(device)
     except ValueError as error:
         raise ValueError(f"run: the files in {folder} do not fit {CONFIG} and the data: {error}") from error
-    rows, starts = (
-        {name: values.to(device) for name, values in part.items()}
-        for part in (saved.store.state, saved.store.starts)
-    )
-    return TrainedRun(config, dataset, model.to(device), ClientStore.of_everyone(rows, starts), saved.round)
+    starts = {name: value.to(device) for name, value in saved.starts.items()}
+    return TrainedServer(saved.config, dataset, model, starts, saved.round)
 
 
 def _finished(folder: Path) -> _Saved:
@@ -326,15 +395,13 @@ def _finished(folder: Path) -> _Saved:
         tensors = load_file(folder / MODEL)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"run: a file in {folder} is damaged ({error})") from error
-    if "dataset" not in summary:
-        raise ValueError(
-            f"run: {folder} has no clients' state: it is that of a Flower server, whose users' vectors and "
-            "networks stay on their devices, and only these can recommend"
-        )
-    server = {n: values for n, values in tensors.items() if not n.startswith(("clients.", "starts."))}
-    store = ClientStore.of_everyone(below("clients", tensors), below("starts", tensors))
     return _Saved(
-        load_config(folder / CONFIG), summary["rounds"], summary.get("dataset_digest", ""), server, store
+        load_config(folder / CONFIG),
+        summary["rounds"],
+        summary.get("dataset_digest", ""),
+        {name: v for name, v in tensors.items() if not name.startswith(("clients.", "starts."))},
+        below("clients", tensors) if "dataset" in summary else None,  # which a Flower server does not know
+        below("starts", tensors),
     )
 
 
@@ -354,7 +421,8 @@ def _unfinished(folder: Path) -> _Saved:
         saved.round,
         saved.header["dataset"],
         server,
-        ClientStore.of_everyone(store.rows(everyone), store.starts),
+        store.rows(everyone),
+        store.starts,
     )
 
 

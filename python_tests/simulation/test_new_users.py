@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from small_federation import make_dataset, small_config
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.pretrain import Pretrained
-from fedpeft_ext.simulation import Interrupted, Simulator, TrainedRun, load_run
+from fedpeft_ext.simulation import Interrupted, Simulator, TrainedRun, load_run, load_server
 from fedpeft_ext.simulation.setup import eligible_clients
 
 CASES: dict[str, dict[str, Any]] = {
@@ -134,6 +135,26 @@ def test_a_folder_serves_new_users_as_the_run_at_hand(
     for name, values in state_of(live).items():
         assert torch.equal(state_of(kept)[name], values)
     assert kept.evaluate().means() == live.evaluate().means()
+
+
+def test_the_folder_of_a_flower_server_serves_new_users(
+    pretrained: Pretrained, later: Dataset, tmp_path: Path
+) -> None:
+    """It has no clients' state, and does not know the data."""
+    members = make_dataset().of_users(range(15))
+    simulator = Simulator(config_of("pfedrec"), members, pretrained=pretrained, out=tmp_path)
+    simulator.run()
+    model, summary = tmp_path / "model.safetensors", tmp_path / "summary.json"
+    tensors = {name: value for name, value in load_file(model).items() if not name.startswith("clients.")}
+    save_file(tensors, model)
+    summary.write_text(json.dumps({"rounds": 3, "HR@10": 0.5}))
+    with pytest.raises(ValueError, match=r"Flower server, .*it can serve new users"):
+        load_run(tmp_path, members)
+    server = load_server(tmp_path, members)
+    for name, values in state_of(simulator.trained_run.with_new_users(later, 2)).items():
+        assert torch.equal(state_of(server.with_new_users(later, 2))[name], values)
+    with pytest.raises(ValueError, match=r"do not fit config\.yaml and the data"):
+        load_server(tmp_path, make_dataset(items=61))
 
 
 def test_what_does_not_fit_is_refused(
