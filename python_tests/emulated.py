@@ -121,6 +121,11 @@ def grid_limit(blocks: int) -> contextlib.AbstractContextManager[None]:
     return _limited("grid_limit", blocks)
 
 
+def multiprocessors(count: int) -> contextlib.AbstractContextManager[None]:
+    """Kernels choose how they run as on a device with `count` multiprocessors, by default 4."""
+    return _limited("multiprocessors", count)
+
+
 def shared_limit(size: int) -> contextlib.AbstractContextManager[None]:
     """Blocks may have `size` bytes of shared memory."""
     return _limited("shared_limit", size)

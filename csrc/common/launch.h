@@ -120,7 +120,9 @@ inline void copy_to_host(void* to, const void* from, int64_t bytes, Stream) {
   std::memcpy(to, from, size_t(bytes));
 }
 
-inline Limits limits() { return {int64_t(emulator::shared_limit()), 4}; }
+inline Limits limits() {
+  return {int64_t(emulator::shared_limit()), int64_t(emulator::multiprocessors())};
+}
 
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), int64_t grid, unsigned block, int64_t shared, Stream,

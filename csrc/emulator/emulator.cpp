@@ -32,6 +32,7 @@ constexpr unsigned kWarp = 32;
 std::atomic<bool> backwards{false};
 std::atomic<size_t> limit{227 << 10};  // as of an H100
 std::atomic<unsigned> most_blocks{0x7fffffffu};
+std::atomic<unsigned> processors{4};
 std::atomic<uint64_t> launched{0};
 std::string left_out;                                  // "file:line"
 std::map<std::pair<const char*, unsigned>, bool> met;  // waits of kernels, and whether left out
@@ -448,6 +449,8 @@ void set_shared_limit(size_t bytes) { limit = bytes; }
 size_t shared_limit() { return limit; }
 void set_grid_limit(unsigned blocks) { most_blocks = blocks; }
 unsigned grid_limit() { return most_blocks; }
+void set_multiprocessors(unsigned count) { processors = count; }
+unsigned multiprocessors() { return processors; }
 uint64_t launches() { return launched; }
 void leave_out(const std::string& place) {
   left_out = place;

@@ -44,6 +44,8 @@ void set_shared_limit(size_t bytes);  // of a block, as a device would have it
 size_t shared_limit();
 void set_grid_limit(unsigned blocks);  // of a launch: fewer than a device's let kernels loop
 unsigned grid_limit();
+void set_multiprocessors(unsigned count);  // by which kernels choose how they run
+unsigned multiprocessors();
 uint64_t launches();  // of kernels, since the start of the process
 // For builds that look for races: waits() are the places ("file.cu:12") where kernels have waited
 // at a barrier, for a warp's or for copies, and one that is left out is passed as if it were not

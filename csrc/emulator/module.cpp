@@ -18,6 +18,9 @@ PYBIND11_MODULE(_emulator, m) {
         "Shared memory that a block may have, in bytes.");
   m.def("set_grid_limit", &set_grid_limit, pybind11::arg("blocks"),
         "Blocks that a launch may have, at least 2.");
+  m.def("set_multiprocessors", &set_multiprocessors, pybind11::arg("count"),
+        "Multiprocessors by which kernels choose how they run, at least 1.");
+  m.def("multiprocessors", &multiprocessors, "As set_multiprocessors.");
   m.def("grid_limit", &grid_limit, "Blocks that a launch may have.");
   m.def("shared_limit", &shared_limit, "Shared memory that a block may have, in bytes.");
   m.def("launches", &launches, "Kernels launched since the start of the process.");

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import EMULATED, emulated_kernels, grid_limit, in_both_orders, kernel_launches, shared_limit
+from emulated import (
+    EMULATED,
+    emulated_kernels,
+    grid_limit,
+    in_both_orders,
+    kernel_launches,
+    multiprocessors,
+    shared_limit,
+)
 from op_cases import CASES, IDS, Case
 
 from fedpeft_ext import ops
@@ -276,6 +284,34 @@ def test_gradients_in_shared_memory(
         close = {"rtol": 1e-2, "atol": 0.5} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
         exact = exact[0] if isinstance(exact, tuple) else exact
         torch.testing.assert_close(results[0].double(), exact, **close)
+
+
+# Fewer clients than multiprocessors: several blocks share a client's rows, or its positions.
+@pytest.mark.parametrize("senet", [False, True])
+def test_few_clients_on_a_large_device(senet: bool) -> None:
+    g = torch.Generator().manual_seed(15)
+    items = torch.randint(-1, 400, (3, 300), generator=g)
+    grad = torch.randn(3, 300, 40, generator=g, dtype=torch.float64)
+    codes = torch.randint(0, 50, (400, 3), generator=g, dtype=torch.uint8)
+    hashes = torch.randint(1, 2**61 - 1, (3, 2), generator=g)
+    shapes = ((150, 40), (5, 3), (5,), (3, 5), (3,))
+    table, *net = [torch.randn(3, *s, generator=g, dtype=torch.float64) for s in shapes]
+    A, B = torch.randn(3, 400, 4, generator=g).double(), torch.randn(3, 40, 4, generator=g).double()
+    weights = net if senet else [None] * 4
+    calls: list[tuple[str, tuple[Any, ...]]] = [
+        ("hash_lookup", (items, table, hashes, *weights, True, None)),
+        ("hash_lookup_backward", (grad, items, table, hashes, *weights, True)),
+    ]
+    if not senet:
+        calls += [
+            ("rq_lookup_backward", (grad, items, codes, 50, True)),
+            ("client_embedding_backward", (grad, items, 400, True)),
+            ("lora_lookup_backward", (grad, items, A, B)),
+        ]
+    for name, arguments in calls:
+        cpu, gpu = both(name)
+        with multiprocessors(132):
+            assert_close(gpu(*arguments), cpu(*arguments))
 
 
 @pytest.mark.parametrize("limit", LIMITS)
