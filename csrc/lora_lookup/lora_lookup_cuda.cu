@@ -546,11 +546,12 @@ void lora_lookup_backward_A(const LoraLookupArgs& a, DType dtype, const ScatterP
 }
 
 // A block's shared memory has to hold a client's lists and products, and clients to be as many as
-// make up for blocks that are few a multiprocessor then.
+// make up for blocks that are few a multiprocessor then, or that each write many rows.
 bool lora_lookup_backward_clients(const LoraLookupArgs& a, DType dtype, int64_t clients,
                                   void* out_A, void* out_B, Stream stream) {
   const Limits device = limits();
-  if (a.D == 0 || (a.positions > 256 && 2 * clients < device.multiprocessors)) return false;
+  const bool long_work = a.positions > 256 || a.num_rows > 4096;
+  if (a.D == 0 || (long_work && 2 * clients < device.multiprocessors)) return false;
   bool done = false;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
