@@ -45,11 +45,15 @@ SMALL = Sizes(64, 64, 2000, 64, 4, 32, 128, 2, 8, 4, 64, 512, 64, 2)
 # Share of gradients that agree behind ReLU: of many units a few are so near zero that another order of their
 # sum has another sign.
 RECTIFIED = 0.98
-# For checks: all ways through the kernels that tiny arguments can take, odd widths among them.
+# For checks: all ways through the kernels that tiny arguments can take, odd widths among them; and those
+# where a block copies into shared memory a client's table, or its gradients, some or all of their columns,
+# which take clients for all of a device (here of up to 148 multiprocessors).
 CHECKS = (
     Sizes(4, 40, 50, 16, 3, 5, 7, 2, 4, 4, 9, 70, 40, 2),
     Sizes(3, 11, 20, 7, 2, 40, 60, 3, 5, 3, 11, 33, 11, 1),
     Sizes(2, 1100, 300, 33, 2, 4, 300, 2, 3, 5, 200, 40, 5000, 1),
+    Sizes(150, 300, 50, 36, 2, 40, 60, 3, 5, 3, 30, 33, 5, 1),
+    Sizes(1200, 260, 64, 24, 3, 5, 7, 2, 4, 4, 60, 33, 5, 1),
 )
 
 

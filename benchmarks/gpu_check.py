@@ -11,6 +11,7 @@ newer, with a CUDA build of torch >= 2.11), and then goes through these steps:
     benchmark  time and bytes/s of every op beside a copy, its eager and compiled twins and PyTorch's own op
     simulator  clients a second that the engines train (with those packages too)
     racecheck  compute-sanitizer again, for races in shared memory
+    synccheck  and for barriers that not all of their threads reach
 
 The short ones come first. A step or case that fails does not stop the others; cases that no report has yet
 come before the rest. Results go to benchmarks/results/gpu-<name>.json and a Markdown
@@ -39,8 +40,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = ["build", "streams", "graphs", "large", "memcheck", "tests", "benchmark", "simulator", "racecheck"]
-NEEDS_GPU = ["build", "memcheck", "racecheck"]
+STEPS = ["build", "streams", "graphs", "large", "memcheck", "tests", "benchmark", "simulator"]
+STEPS += ["racecheck", "synccheck"]
+SANITIZERS = ["memcheck", "racecheck", "synccheck"]
+NEEDS_GPU = ["build", *SANITIZERS]
 KERNEL_STEPS = ["streams", "graphs", "large", "benchmark"]  # of benchmarks.gpu_kernels
 # Synthetic data (users, items, interactions of a user), clients of a round, and the backbone.
 FEDERATIONS = {
@@ -111,7 +114,7 @@ def missing(steps: list[str]) -> list[str]:
             lacking.append("nvcc of torch's CUDA version (name it in CUDACXX)")
     if "tests" in steps:
         lacking += [f"{m} (pip install {m})" for m in ("numpy", "pytest", "hypothesis") if not installed(m)]
-    if {"memcheck", "racecheck"} & set(steps) and find("compute-sanitizer") is None:
+    if set(SANITIZERS) & set(steps) and find("compute-sanitizer") is None:
         lacking.append(
             "compute-sanitizer, which comes with the CUDA toolkit (or leave its steps out: --steps)"
         )
@@ -217,7 +220,7 @@ def sanitizer_command(tool: str) -> list[str]:
         *(sanitizer, "--tool", tool, "--error-exitcode", "1", "--print-limit", "20"),
         *(sys.executable, "-m", "benchmarks.gpu_kernels", "touch"),
         # Barriers are the same for all types, and watching for races is slow.
-        *(["--dtypes", "float32"] if tool == "racecheck" else []),
+        *([] if tool == "memcheck" else ["--dtypes", "float32"]),
     ]
 
 
@@ -240,7 +243,7 @@ def run_step(step: str, dry: bool, folder: Path) -> dict[str, Any]:
         command, note = test_command(dry)
         call(command, OMP_NUM_THREADS="1")  # else each of the processes starts a thread a core
         return {"note": note} if note else {}
-    if step in ("memcheck", "racecheck"):
+    if step in SANITIZERS:
         # torch's allocator hands out parts of large blocks, past whose end a kernel could write unseen.
         call(sanitizer_command(step), dry, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         if dry and step == "memcheck":
