@@ -32,20 +32,9 @@ __global__ void __launch_bounds__(ScatterStage::kThreads, 3)
     const int thread = opaque_thread(), group = thread / lanes;
     const int first_of_lane = (thread - group * lanes) * V;
 
-    {
-      const T* const from = source.values() + client * positions * plan.width + first_column;
-      for (int column = first_of_lane; column < columns; column += lanes * V) {
-        T* to = values + group * slice + column;
-        const T* row = from + group * plan.width + column;
-#pragma unroll(kCopyTurns<T, V>)
-        for (int p = group; p < positions; p += groups) {
-          copy_to_shared<V>(to, row);
-          to += groups * slice;
-          row += groups * plan.width;
-        }
-      }
-      commit_copies();
-    }
+    copy_rows<V>(values, slice, source.values() + client * positions * plan.width + first_column,
+                 plan.width, positions, columns, first_of_lane, lanes, group, groups);
+    commit_copies();
 #pragma unroll 1
     for (int i = thread; i < slice; i += kThreads)
       values[positions * slice + i] = from_acc<T>(A(0));

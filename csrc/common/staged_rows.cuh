@@ -97,10 +97,7 @@ FEDPEFT_DEVICE void sum_staged_rows(const RowSums& a, const StagedPlan& plan, So
     const int here = int(a.D - begin < width ? a.D - begin : width);
     const T* const from = static_cast<const T*>(a.tables) + client * a.rows * a.D + begin;
     const T* const base = a.base ? static_cast<const T*>(a.base) + begin : nullptr;
-    for (int m = group; m < a.rows; m += groups) {
-      for (int column = lane * V; column < here; column += lanes * V)
-        copy_to_shared<V>(rows + m * width + column, from + int64_t(m) * a.D + column);
-    }
+    copy_rows<V>(rows, width, from, a.D, a.rows, here, lane * V, lanes, group, groups);
     source.start(client);
     for (int64_t first = 0; first < a.positions; first += plan.chunk) {
       const int64_t left = a.positions - first, n = client * a.positions + first;

@@ -38,6 +38,34 @@ FEDPEFT_DEVICE void copy_to_shared(T* to, const T* from) {
 #endif
   store_pack<V>(to, load_pack<V>(from));
 }
+// copy_to_shared of `columns` of each of `rows` rows, so many elements apart: group `group` of
+// `groups` takes a row, the calling lane its columns from `first` on, one vector in so many
+// `lanes`.
+template <int V, typename T>
+FEDPEFT_DEVICE void copy_rows(T* to, int to_stride, const T* from, int64_t from_stride, int rows,
+                              int columns, int first, int lanes, int group, int groups) {
+  constexpr int N = kCopyTurns<T, V>;
+  for (int column = first; column < columns; column += lanes * V) {
+    T* at = to + group * to_stride + column;
+    const T* row = from + group * from_stride + column;
+#pragma unroll 1
+    for (int r = group; r < rows; r += N * groups) {
+      if constexpr (N == 1) {
+        copy_to_shared<V>(at, row);
+      } else {
+        Pack<T, V> pack[N];
+#pragma unroll
+        for (int u = 0; u < N; ++u)
+          pack[u] = load_pack<V>(row + (r + u * groups < rows ? u * groups : 0) * from_stride);
+#pragma unroll
+        for (int u = 0; u < N; ++u)
+          if (r + u * groups < rows) store_pack<V>(at + u * groups * to_stride, pack[u]);
+      }
+      at += N * groups * to_stride;
+      row += N * groups * from_stride;
+    }
+  }
+}
 // As copy_to_shared of V floats where `there`, else zeros; `from` is not read then. Without a
 // branch.
 template <int V>
