@@ -284,7 +284,17 @@ def evaluate(
     against: Annotated[
         Path | None,
         typer.Option(
-            "--against", metavar="RUN", help="Another run on the same data, to tell differences to."
+            "--against",
+            metavar="RUN",
+            help="Another run on the same data, or 'popularity', to tell differences to.",
+        ),
+    ] = None,
+    by_popularity: Annotated[
+        str | None,
+        typer.Option(
+            "--by-popularity",
+            metavar="N,N",
+            help="Also by how often the test item was trained on: 0,2,5 tells of 0, 1-2, 3-5 and more times.",
         ),
     ] = None,
     new_users: _NewUsers = None,
@@ -302,7 +312,7 @@ def evaluate(
             started(users)
         if rounds is not None and new_users is None:
             raise ValueError("--rounds: expected --new-users, a data set of new users, with it")
-        _evaluate(folder, set_ or [], users, against, new_users, rounds, as_json=json_)
+        _evaluate(folder, set_ or [], users, against, by_popularity, new_users, rounds, as_json=json_)
 
 
 @app.command(short_help="Train several embeddings alike; one table, two pictures.")
@@ -792,6 +802,7 @@ def _evaluate(
     overrides: Sequence[str],
     file: Path | None,
     against: Path | None,
+    by_popularity: str | None,
     new_users: str | None,
     rounds: int | None,
     *,
@@ -799,35 +810,56 @@ def _evaluate(
 ) -> None:
     import numpy as np
     import polars as pl
+    import torch
 
     from fedpeft_ext.data import popularity_scores
     from fedpeft_ext.experiments.intervals import paired_differences
-    from fedpeft_ext.experiments.tables import metrics_table
-    from fedpeft_ext.simulation import load_run, load_server
+    from fedpeft_ext.experiments.results import headline_k
+    from fedpeft_ext.experiments.tables import groups_table, metrics_table
+    from fedpeft_ext.simulation import load_run, load_server, popularity_run
     from fedpeft_ext.simulation.files import replace_text
 
     for override in overrides:
         if not override.strip().startswith("evaluation."):
             raise ValueError(f"--set: expected evaluation.ks or another of evaluation, got {override!r}")
+    bounds = [] if by_popularity is None else _bounds(by_popularity)
+    baseline = against == Path("popularity") and not against.exists()
+    another = None if baseline else against
     if new_users is None:
         run = load_run(folder)
         config, trained_on = run.config, run.dataset
-        other = None if against is None else load_run(against, trained_on)
+        other = None if another is None else load_run(another, trained_on)
     else:
         server = load_server(folder)
         config, trained_on = server.config, server.catalogue
         newcomers = _data_of_new_users(new_users, config)
         run = server.with_new_users(newcomers, rounds)
         other = (
-            None if against is None else load_server(against, trained_on).with_new_users(newcomers, rounds)
+            None if another is None else load_server(another, trained_on).with_new_users(newcomers, rounds)
         )
+    if baseline:
+        other = popularity_run(run, trained_on)
     dataset = run.dataset
     settings = config.updated(overrides).evaluation
     found = run.evaluate(settings)
-    differences = {}
+    differences, others = {}, {}
+    times = popularity_scores(trained_on)[dataset.test_items[found.users.numpy(force=True)]].astype(np.int64)
+    groups = found.grouped(torch.from_numpy(times), bounds) if bounds else {}
     if other is not None:  # with the same candidates, whatever the other run's seed
         alike = settings.model_copy(update={"seed": settings.candidate_seed(config.seed)})
-        differences = paired_differences(found, other.evaluate(alike))
+        theirs = other.evaluate(alike)
+        differences = paired_differences(found, theirs)
+        others = theirs.grouped(torch.from_numpy(times), bounds) if bounds else {}
+    apart = [
+        {
+            "trained": name,
+            "users": len(group.users),
+            "metrics": group.means(),
+            # an interval takes two users
+            "differences": paired_differences(group, others[name]) if others and len(group.users) > 1 else {},
+        }
+        for name, group in groups.items()
+    ]
     if file is not None:
         users, tests = found.users.numpy(force=True), dataset.test_items[found.users.numpy(force=True)]
         # What metrics are often broken down by; of the data that the run was trained on.
@@ -835,7 +867,7 @@ def _evaluate(
             "user": [dataset.user_ids[user] for user in users.tolist()],
             "training_items": np.diff(dataset.indptr)[users],
             "test_item": [dataset.item_ids[item] for item in tests.tolist()],
-            "test_item_trained": popularity_scores(trained_on)[tests].astype(np.int64),
+            "test_item_trained": times,
         }
         columns = {name: values.tolist() for name, values in found.values.items()}
         replace_text(file, pl.DataFrame({**told_of, **columns}).write_csv())
@@ -848,6 +880,8 @@ def _evaluate(
         }
         if against is not None:
             told["differences"] = {"to": str(against), **differences}
+        if bounds:
+            told["by_popularity"] = apart
         typer.echo(json.dumps(told, allow_nan=False))
         return
     kind = "" if new_users is None else "new "
@@ -859,8 +893,17 @@ def _evaluate(
     if against is not None:
         title = f"More than {against} (± half of the 95% confidence interval, paired over users)"
         _print_table(metrics_table(differences, title))
+    if bounds:
+        _print_table(groups_table(apart, headline_k(settings.ks)))
     if file is not None:
         typer.echo(f"File: {file}")
+
+
+def _bounds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--by-popularity: expected counts such as 0,2,5, got {text!r}") from None
 
 
 def _loaded(config: Config, tuned: str | None, notify: Callable[[str], None]) -> Dataset:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import yaml
@@ -648,6 +649,37 @@ def test_evaluate_tells_the_difference_to_another_run(tmp_path: Path) -> None:
     table = fedpeft("evaluate", out, "--against", out).stdout
     assert "+0.0000 ± 0.0000" in table
     assert "95% confidence interval" in " ".join(table.split())  # a long folder's name wraps the title
+    popular = json.loads(fedpeft("evaluate", out, "--against", "popularity", "--json").stdout)["differences"]
+    assert popular.pop("to") == "popularity"
+    assert popular.keys() == told["metrics"].keys()
+
+
+def test_evaluate_tells_popular_test_items_from_others(tmp_path: Path) -> None:
+    out, file = tmp_path / "run", tmp_path / "users.csv"
+    assert fedpeft("run", *SMALL, "-ec-lora", "-r1", "-q", "-o", out).exit_code == 0
+    dataset = load_run(out).dataset
+    times = np.bincount(dataset.indices, minlength=140)[dataset.test_items]
+    few = times <= 1
+    assert 2 <= few.sum() < 40
+    result = fedpeft("evaluate", out, "--by-popularity", "1,90", "--users", file, "--against", out, "--json")
+    told = json.loads(result.stdout)["by_popularity"]
+    assert [(group["trained"], group["users"]) for group in told] == [
+        ("0-1", few.sum()),
+        ("2-90", (~few).sum()),
+    ]
+    with file.open(encoding="utf-8") as text:
+        hits = np.array([float(row["full/NDCG@10"]) for row in csv.DictReader(text)])
+    assert [group["metrics"]["full/NDCG@10"] for group in told] == [
+        pytest.approx(hits[inside].mean()) for inside in (few, ~few)
+    ]
+    assert told[0]["differences"]["HR@10"] == [0.0, 0.0]
+    table = fedpeft("evaluate", out, "--by-popularity", "1", "-s", "evaluation.full_ranking=false").stdout
+    assert [line.split()[:2] for line in table.splitlines()[-3:-1]] == [
+        ["0-1", str(few.sum())],
+        ["2+", str((~few).sum())],
+    ]
+    assert "--by-popularity: expected counts" in refused("evaluate", out, "--by-popularity", "few")
+    assert "expected rising counts" in refused("evaluate", out, "--by-popularity", "3,1")
 
 
 def test_somebody_new_is_served(tmp_path: Path) -> None:

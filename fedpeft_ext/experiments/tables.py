@@ -9,7 +9,7 @@ import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedpeft_ext.experiments.results import KB, RunResult
 from fedpeft_ext.words import counted
@@ -170,6 +170,31 @@ def metrics_table(
         table.add_row(
             name, *(f"{v[0]:+.4f} ± {v[1]:.4f}" if isinstance(v, tuple) else f"{v:.4f}" for v in found)
         )
+    return table
+
+
+def groups_table(groups: Sequence[Mapping[str, Any]], k: int) -> Table:
+    """A rich table of `groups` of users by how often their test item was "trained" on: how many "users", and
+    HR@k and NDCG@k of their "metrics" and, where there are some, "differences" with half of their intervals.
+    """
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title="By how often the test item was trained on", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    names = [name for at in ("", "full/") for name in (f"{at}HR@{k}", f"{at}NDCG@{k}")]
+    names = [name for name in names if all(name in group["metrics"] for group in groups)]
+    table.add_column("times")
+    for heading in ("users", *(name.replace("full/", "all items, ") for name in names)):
+        table.add_column(heading, justify="right")
+    for group in groups:
+        cells = []
+        for name in names:
+            difference = group["differences"].get(name)
+            told = f" ({difference[0]:+.4f} ± {difference[1]:.4f})" if difference else ""
+            cells.append(f"{group['metrics'][name]:.4f}{told}")
+        table.add_row(group["trained"], f"{group['users']:,}", *cells)
     return table
 
 

@@ -17,6 +17,7 @@ from fedpeft_ext.simulation.serving import (
     UserMetrics,
     load_run,
     load_server,
+    popularity_run,
 )
 from fedpeft_ext.simulation.simulator import Interrupted, Simulator, Summary
 
@@ -40,6 +41,7 @@ __all__ = [
     "UserMetrics",
     "load_run",
     "load_server",
+    "popularity_run",
     "rank_counts",
     "ranking_metrics",
     "traffic",

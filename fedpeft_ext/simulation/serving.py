@@ -7,9 +7,10 @@ from __future__ import annotations
 import copy
 import json
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedpeft_ext.backbones import Backbone, ClientContext
+from fedpeft_ext.backbones import Backbone, ClientContext, FedMF
 from fedpeft_ext.config import Config, EvaluationConfig, load_config
-from fedpeft_ext.data import Dataset
+from fedpeft_ext.data import Dataset, popularity_scores
 from fedpeft_ext.nn import FullEmbedding, Items
 from fedpeft_ext.simulation.checkpoint import check_no_runs_inside, has_checkpoint, load_checkpoint
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
@@ -63,6 +64,35 @@ class UserMetrics(NamedTuple):
     def means(self) -> dict[str, float]:
         """Over users: what a `Summary` has."""
         return {name: float(values.mean()) for name, values in self.values.items()}
+
+    def grouped(self, counts: Tensor, bounds: Sequence[int]) -> dict[str, UserMetrics]:
+        """Users apart by a count of each, such as how often the own test item was trained on.
+
+        Args:
+            counts: [n], of each user.
+            bounds: rising, from 0 on: the largest counts of all groups but the last, which has the rest.
+
+        Returns:
+            groups by name; bounds (0, 2) make "0", "1-2" and "3+". Those without users are left out.
+
+        Raises:
+            ValueError: bounds that do not rise from 0 on, or counts of other users.
+        """
+        if not bounds or any(low >= high for low, high in pairwise((-1, *bounds))):
+            raise ValueError(
+                f"bounds: expected rising counts such as 0,2,5, got {','.join(map(str, bounds))}"
+            )
+        if counts.shape != self.users.shape:
+            raise ValueError(f"counts: expected [{len(self.users)}], got {list(counts.shape)}")
+        group = torch.bucketize(counts, counts.new_tensor(bounds))
+        names = [str(b) if a + 1 == b else f"{a + 1}-{b}" for a, b in pairwise((-1, *bounds))]
+        found = {}
+        for place, name in enumerate([*names, f"{bounds[-1] + 1}+"]):
+            inside = group == place
+            if inside.any():
+                parts = {metric: values[inside] for metric, values in self.values.items()}
+                found[name] = UserMetrics(self.users[inside], parts)
+        return found
 
 
 class ClientModel(nn.Module):
@@ -278,6 +308,17 @@ class TrainedRun:
             table = self.model.item_embedding.full_embedding()
             model.item_embedding = FullEmbedding.from_pretrained(table, freeze=False).requires_grad_(False)
         return ClientModel(model, client[0], context.history.ids[0]).eval()
+
+
+def popularity_run(run: TrainedRun, trained_on: Dataset | None = None) -> TrainedRun:
+    """A baseline to evaluate beside `run`: for every user, an item scores its interactions in `trained_on`
+    (None: the data of `run`), on the same items.
+    """
+    device = next(run.model.parameters()).device
+    table = torch.from_numpy(popularity_scores(trained_on or run.dataset)).float()[:, None]
+    model = FedMF(FullEmbedding.from_pretrained(table, freeze=False), 1).to(device)
+    store = ClientStore({"user": torch.ones(run.dataset.num_users, 1, device=device)})
+    return TrainedRun(run.config, run.dataset, model, store, 0)
 
 
 def best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

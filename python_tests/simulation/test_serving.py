@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from small_federation import make_dataset, small_config
 
 from fedpeft_ext.config import Config, EvaluationConfig
-from fedpeft_ext.data import Dataset
+from fedpeft_ext.data import Dataset, popularity_scores
 from fedpeft_ext.export import plain_decompositions
 from fedpeft_ext.pretrain import Pretrained
-from fedpeft_ext.simulation import Interrupted, Simulator, TrainedRun, evaluation, load_run
-from fedpeft_ext.simulation.serving import best_columns
+from fedpeft_ext.simulation import Interrupted, Simulator, TrainedRun, evaluation, load_run, popularity_run
+from fedpeft_ext.simulation.evaluation import rank_counts, user_metrics
+from fedpeft_ext.simulation.serving import UserMetrics, best_columns
 
 ROUNDS = 4
 CASES: dict[str, dict[str, Any]] = {
@@ -101,6 +102,34 @@ def test_a_run_is_evaluated_again(trained: TrainedRun, folder: Path, held: Datas
     assert other.values["full/HR@3"].tolist() == hits.double().tolist()
     assert (other.values["HR@3"] >= hits).all()  # fewer candidates
     assert len(values["MRR"]) == len(users)
+
+
+def test_popularity_ranks_as_its_counts_do(trained: TrainedRun, held: Dataset) -> None:
+    found = popularity_run(trained).evaluate()
+    times = torch.from_numpy(popularity_scores(held))
+    seed = trained.config.evaluation.candidate_seed(trained.config.seed)
+    negatives = trained.config.evaluation.num_negatives
+    scores = times[torch.from_numpy(held.candidates(found.users.numpy(), negatives, seed))]
+    expected = user_metrics(*rank_counts(scores, scores[:, 0]), trained.config.evaluation.ks)
+    for name, values in expected.items():
+        torch.testing.assert_close(found.values[name], values)
+    assert found.values.keys() == trained.evaluate().values.keys()
+
+
+def test_users_are_grouped_by_counts() -> None:
+    counts = torch.tensor([0, 7, 2, 1, 2, 3])
+    found = UserMetrics(torch.arange(10, 16), {"HR@3": torch.tensor([1.0, 0, 0, 1, 1, 1])})
+    groups = found.grouped(counts, [0, 2, 5])
+    assert {name: group.users.tolist() for name, group in groups.items()} == {
+        "0": [10], "1-2": [12, 13, 14], "3-5": [15], "6+": [11],
+    }  # fmt: skip
+    assert groups["1-2"].means() == {"HR@3": pytest.approx(2 / 3)}
+    assert list(found.grouped(counts, [9, 10])) == ["0-9"]
+    for bounds in ([], [-1], [2, 2], [3, 1]):
+        with pytest.raises(ValueError, match="bounds: expected rising counts"):
+            found.grouped(counts, bounds)
+    with pytest.raises(ValueError, match=r"counts: expected \[6\], got \[5\]"):
+        found.grouped(counts[1:], [0])
 
 
 def test_a_run_in_its_warm_up_can_be_used(held: Dataset, pretrained: Pretrained, tmp_path: Path) -> None:
