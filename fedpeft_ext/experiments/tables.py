@@ -175,7 +175,7 @@ def metrics_table(
 
 def groups_table(groups: Sequence[Mapping[str, Any]], k: int) -> Table:
     """A rich table of `groups` of users by how often their test item was "trained" on: how many "users", and
-    HR@k and NDCG@k of their "metrics" and, where there are some, "differences" with half of their intervals.
+    HR@k of their "metrics" and, where there are some, "differences" with half of their intervals.
     """
     from rich import box
     from rich.table import Table
@@ -183,10 +183,10 @@ def groups_table(groups: Sequence[Mapping[str, Any]], k: int) -> Table:
     table = Table(
         title="By how often the test item was trained on", title_justify="left", box=box.SIMPLE_HEAD
     )
-    names = [name for at in ("", "full/") for name in (f"{at}HR@{k}", f"{at}NDCG@{k}")]
-    names = [name for name in names if all(name in group["metrics"] for group in groups)]
+    headings = {f"HR@{k}": f"HR@{k}", f"full/HR@{k}": f"HR@{k}, all items"}
+    names = [name for name in headings if all(name in group["metrics"] for group in groups)]
     table.add_column("times")
-    for heading in ("users", *(name.replace("full/", "all items, ") for name in names)):
+    for heading in ("users", *(headings[name] for name in names)):
         table.add_column(heading, justify="right")
     for group in groups:
         cells = []

@@ -35,7 +35,7 @@ def run(context: Context) -> Findings:
         infer_schema_length=None,
     )
     ends = "Every run of Full diverged" if goal is None else f"Full ends with {100 * goal:.2f}%"
-    label = f"{metric} on {context.dataset.name}"
+    label = f"{metric}, {context.config.backbone.name} on {context.dataset.name}"
     lines = {str(variant.labels["embedding"]): _sent(trained, variant, metric) for variant in variants}
     large = max((place.x for places in lines.values() for place in places), default=0) >= 10_000 * MB
     unit, size = ("GB", 1_000 * MB) if large else ("MB", MB)
