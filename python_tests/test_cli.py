@@ -269,7 +269,9 @@ def test_a_run_that_diverges_does_not_stop_a_comparison(tmp_path: Path) -> None:
         assert f"2 runs{done}\n" in result.stderr
         assert "fedpeft: error: p-lora: " in result.stderr
         assert "c-hash" in result.stdout
-        assert "p-lora: training diverged in round 1: client" in Path("c", "compare.md").read_text()
+        text = Path("c", "compare.md").read_text()
+        assert "p-lora: training diverged in round 1: client" in text
+        assert "in warm-up rounds training.warmup_lr" in text
         assert [run["embedding"] for run in json.loads(Path("c", "compare.json").read_text())["results"]] == [
             "c-hash"
         ]

@@ -26,6 +26,7 @@ from fedpeft_ext.simulation.distributed import Ranks
 from fedpeft_ext.simulation.memory import table_zeros
 from fedpeft_ext.simulation.state import State, below, copy_into, prefixed
 from fedpeft_ext.simulation.uploads import Uploads, UploadStage
+from fedpeft_ext.words import SMALLER_STEPS
 
 if TYPE_CHECKING:
     from fedpeft_ext.simulation.faults import Faults
@@ -385,7 +386,7 @@ def raise_diverged(broken: str | None, round: int) -> None:
     if broken is not None:
         raise FloatingPointError(
             f"training diverged in round {round}: the sum of updates of {broken} is NaN or "
-            "infinite; a lower training.lr may help, and faults.reject=true leaves such clients out"
+            f"infinite; {SMALLER_STEPS}, and faults.reject=true leaves such clients out"
         )
 
 

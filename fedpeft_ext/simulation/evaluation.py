@@ -19,6 +19,7 @@ from fedpeft_ext.backbones import Backbone, ClientContext
 from fedpeft_ext.nn.items import Items
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
 from fedpeft_ext.simulation.distributed import Ranks
+from fedpeft_ext.words import SMALLER_STEPS
 
 if TYPE_CHECKING:
     from fedpeft_ext.data import Dataset
@@ -123,7 +124,7 @@ def refuse_nan(scores: Tensor, users: Tensor, when: str) -> None:
     if bool(bad.any()):
         raise FloatingPointError(
             f"{when}: NaN scores for {int(bad.sum())} users, the first is user "
-            f"{int(users[bad][0])}; training has diverged (a lower training.lr may help)"
+            f"{int(users[bad][0])}; training has diverged: {SMALLER_STEPS}"
         )
 
 

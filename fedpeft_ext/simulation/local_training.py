@@ -32,7 +32,7 @@ from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
 from fedpeft_ext.simulation.randomness import shuffled_positions
 from fedpeft_ext.simulation.scaffold import ControlVariates
-from fedpeft_ext.words import counted
+from fedpeft_ext.words import SMALLER_STEPS, counted
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -196,5 +196,5 @@ def first_not_finite(losses: np.ndarray, clients: np.ndarray, round: int) -> Non
         more = f" (and {counted(len(bad) - 1, 'more client')})" if len(bad) > 1 else ""
         raise FloatingPointError(
             f"training diverged in round {round}: client {int(clients[bad[0]])} has a loss of "
-            f"{losses[bad[0]]}{more}; a lower training.lr may help"
+            f"{losses[bad[0]]}{more}; {SMALLER_STEPS}"
         )

@@ -24,7 +24,7 @@ from fedpeft_ext.nn import parse_spec
 from fedpeft_ext.simulation import traffic
 from fedpeft_ext.simulation.setup import build_model, has_codes
 from fedpeft_ext.simulation.simulator import VALID
-from fedpeft_ext.words import counted
+from fedpeft_ext.words import SMALLER_STEPS, counted
 
 EMBEDDINGS = ("p-lora", "p-hash", "p-rq")
 SIZES: dict[str, tuple[dict[str, int], ...]] = {
@@ -167,7 +167,7 @@ def _halve(
         trained = context.train(pilots, context.seeds[:1])
         scores = [None if result is None else result.metrics[metric] for result in trained.results]
         if all(score is None for score in scores):
-            raise ValueError("training: every pilot run diverged; a lower training.lr may help")
+            raise ValueError(f"training: every pilot run diverged; {SMALLER_STEPS}")
         order = sorted(range(len(left)), key=lambda index: -(scores[index] or 0.0))
         kept = math.ceil(len(left) / KEEP)
         rows += [
