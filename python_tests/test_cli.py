@@ -32,7 +32,7 @@ from fedpeft_ext.config import Config, load_config
 from fedpeft_ext.data import load_dataset
 from fedpeft_ext.experiments.progress import progress_display
 from fedpeft_ext.experiments.studies import STUDIES
-from fedpeft_ext.simulation import TrainedRun, load_run
+from fedpeft_ext.simulation import TrainedRun, load_run, popularity_run
 
 SMALL = [
     "--dataset=synthetic",
@@ -709,6 +709,11 @@ def test_somebody_new_is_served(tmp_path: Path) -> None:
     )
     assert told["differences"]["MRR"][0] == pytest.approx(told["metrics"]["MRR"] - difference.means()["MRR"])
     assert "2 new users" in " ".join(fedpeft("evaluate", out, "--new-users", data).stdout.split())
+    popular = ("--against", "popularity", "--by-popularity", "0,90")
+    told = json.loads(fedpeft("evaluate", out, "--new-users", data, *popular, "--json").stdout)
+    counted = popularity_run(came, run.dataset).evaluate().means()["MRR"]  # by what the run was trained on
+    assert told["differences"]["MRR"][0] == pytest.approx(told["metrics"]["MRR"] - counted)
+    assert [(group["trained"], group["users"]) for group in told["by_popularity"]] == [("1-90", 2)]
 
     assert "no item with the id 'i140'" in refused("recommend", out, "-i", "i140")
     assert "--item or --new-users, which train" in refused("recommend", out, "-u", "u1", "-r", "3")
