@@ -135,12 +135,12 @@ def cases() -> list[Case]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64)
 
-    C, P, I, L, K, D, M, H, S, R, r = 2, 5, 7, 2, 3, 4, 6, 2, 3, 4, 2
+    C, P, I, L, K, D, M, H, S, R, r = 3, 5, 7, 2, 3, 4, 6, 2, 3, 4, 2
     items, rows = padded_items((C, P), I, g), padded_items((C, P), R, g)
     rows = torch.where(items < 0, -1, rows.clamp(min=0))
     codes = torch.randint(K, (I, L), generator=g, dtype=torch.uint8)
     hashes = torch.tensor([[3, 1], [5, 2]])
-    clients = torch.tensor([5, 9])
+    clients = torch.tensor([5, 9, 2])
 
     def senet(*lead: int) -> tuple[Tensor, ...]:
         return draw(*lead, S, H), draw(*lead, S), draw(*lead, H, S), draw(*lead, H)

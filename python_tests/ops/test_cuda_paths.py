@@ -61,7 +61,7 @@ def test_many_rows(limit: int) -> None:
 
 
 # Tables of blocks' own, in three launches: slices of columns, odd widths, several copies of a table, several
-# ranges of its rows (1250 of 16 bits), a row that many positions read, lanes without a column.
+# ranges of its rows (1250 of 16 bits), a row that many positions read, lanes without a column. Blocks loop.
 @pytest.mark.parametrize(
     ("items", "levels", "rows", "width"),
     [(300, 4, 40, 64), (40, 2, 3, 7), (300, 3, 90, 8), (9000, 5, 250, 40), (300, 5, 16, 130), (300, 1, 7, 1)],
@@ -86,7 +86,7 @@ def test_gradients_of_shared_tables(
     ]
     for name, arguments in calls:
         cpu, gpu = both(name)
-        with shared_limit(48 << 10), kernel_launches() as launched:
+        with shared_limit(48 << 10), grid_limit(64), kernel_launches() as launched:
             found = gpu(unaligned if name == "hash_lookup_backward" else grad, *arguments)
         expected = cpu(grad.double(), *(a.double() if a is table else a for a in arguments))
         if name == "hash_lookup_backward":
@@ -331,6 +331,27 @@ def test_low_rank(limit: int, per_client: bool, width: int, rank: int) -> None:
         assert_close(gpu(grad, items, A, B), cpu(grad, items, A, B))
 
 
+# Blocks take whole clients, warps several tiles of positions: vectors and single elements; more columns
+# and ranks than a pass takes.
+@pytest.mark.parametrize(("width", "rank"), [(64, 8), (27, 3), (136, 12)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_low_rank_of_many_positions(width: int, rank: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(14)
+    items = torch.randint(-1, 50, (3, 150), generator=g)
+    A = torch.randn(3, 50, rank, generator=g).to(dtype)
+    B = torch.randn(3, width, rank, generator=g).to(dtype)
+    grad = torch.randn(3, 150, width, generator=g).to(dtype)
+    cpu, gpu = both("lora_lookup_backward")
+    with kernel_launches() as launched:
+        found = gpu(grad, items, A, B)
+    assert launched.count == 1
+    with grid_limit(2):
+        assert all(map(torch.equal, gpu(grad, items, A, B), found))
+    exact = cpu(*(t.double() if t.is_floating_point() else t for t in (grad, items, A, B)))
+    close = {"rtol": 1e-2, "atol": 0.5} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-3}
+    torch.testing.assert_close([t.double() for t in found], list(exact), **close)
+
+
 # Kernels read the first row at padding, and for hashes that there are not: what is in it must not come in.
 def test_first_rows_that_are_not_looked_up() -> None:
     g = torch.Generator().manual_seed(13)
@@ -381,6 +402,11 @@ def test_layers_whose_blocks_go_through_many_tiles(dropout: float) -> None:
     items[20:40, 128:] = -1
     arguments = (x, weight, bias, items, torch.arange(clients), dropout, 1, 2, 3, 4)
     assert_close(gpu(*arguments), cpu(*arguments))
+    # Of float64 a block takes a tile, and then another.
+    doubles = [t[:22].double() for t in (x, weight, bias)]
+    single = (*doubles, items[:22], torch.arange(22), dropout, 1, 2, 3, 4)
+    with grid_limit(2):
+        assert_close(gpu(*single), cpu(*single))
 
 
 # One and several tiles of outputs, of inputs; vectors and single elements.
@@ -397,7 +423,7 @@ def test_both_gradients_of_a_layer_from_one_read(shape: tuple[int, int, int, int
     items[0, :64] = -1
     items[1, 10:] = -1
     arguments = (grad, x.where(items[..., None] >= 0, torch.nan), weight, out, items, 0.5)
-    with shared_limit(99 << 10):
+    with shared_limit(99 << 10), grid_limit(3):
         apart = gpu(*arguments)
     with shared_limit(227 << 10), grid_limit(3):
         together = gpu(*arguments)
@@ -518,9 +544,11 @@ def test_small_cases_take_one_launch_a_direction(case: Case) -> None:
     assert backward.count == 1 + has_base  # a base's gradient is a scatter of its own
 
 
+# A block takes two of the three clients. Layers of float64 have kernels of their own.
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_blocks_that_loop(case: Case) -> None:
-    inputs = case.floats(torch.float32, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blocks_that_loop(case: Case, dtype: torch.dtype) -> None:
+    inputs = case.floats(dtype, requires_grad=True)
 
     def run() -> list[torch.Tensor]:
         out = case.function(ops)(*inputs)
@@ -570,6 +598,40 @@ def test_other_ops_take_one_launch() -> None:
                 call()
             counts[name] = launched.count
     assert counts == dict.fromkeys(calls, 1)
+
+
+def test_other_ops_whose_blocks_loop() -> None:
+    g = torch.Generator().manual_seed(15)
+    items = torch.randint(-1, 90, (3, 900), generator=g)
+    met = torch.randperm(90, generator=g)[:12].view(3, 4).sort().values.flatten()
+    clients, users = torch.tensor([2, 0, 1]), torch.randperm(5000, generator=g)
+    x, codebooks = torch.randn(200, 12, generator=g), torch.randn(2, 70, 12, generator=g)
+    param, grad, first, second = torch.rand(4, 3, 900, 4, generator=g)
+    weights, steps = torch.rand(3, generator=g).double(), torch.tensor([1, 0, 5])
+    total = torch.zeros(900, 4, dtype=torch.float64)
+    calls: list[tuple[str, tuple[Any, ...]]] = [
+        ("sample_negatives", (items, clients, torch.arange(0, 13, 4), met, 90, 2, 1, 2)),
+        ("hash_buckets", (items, torch.randint(1, 2**61 - 1, (2, 2), generator=g), 7)),
+        ("client_dropout", (x.view(10, 20, 12), torch.arange(10), 0.4, 1, 2, 3, 4)),
+        ("rq_encode", (x, codebooks)),
+        ("rq_encode", (x[:, :0], codebooks[..., :0])),
+        ("client_adam_", (param, grad, first, second, steps, 0.1, 0.9, 0.99, 1e-8, 0.0)),
+        ("client_adam_", (param, grad, first, second, steps, 0.1, 0.9, 0.99, 1e-8, 0.1)),
+        ("client_sgd_", (param, grad, first, 0.1, 0.9, 0.0)),
+        ("accumulate_updates_", (total, grad, weights, None, 2.0**-40)),
+        ("accumulate_updates_", (total, grad, weights, items, 2.0**-40)),
+        ("apply_updates_", (param[0], grad[0].double(), None, 0.5)),
+        ("sample_clients", (users, 2000, 1, 2, 3)),
+        ("sample_clients_independently", (users, 0.3, 1, 2, 3)),
+    ]
+    for name, arguments in calls:
+        cpu, gpu = both(name)
+        mine, theirs = (
+            [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments] for _ in range(2)
+        )
+        with grid_limit(2):
+            found = gpu(*mine)
+        assert_close([found, *mine], [cpu(*theirs), *theirs])
 
 
 # Everything of a client in shared memory; a part; nothing.
