@@ -756,3 +756,5 @@ from fedpeft_ext import serving_cli, study_cli  # noqa: E402 - they take the com
 
 serving_cli.add_commands(app)
 study_cli.add_commands(app)
+_ORDER = "run, resume, recommend, evaluate, compare, study, report, data, convert, info"  # of --help
+app.registered_commands.sort(key=lambda command: _ORDER.index(getattr(command.callback, "__name__", "")))

@@ -327,6 +327,4 @@ def _bounds(text: str) -> list[int]:
 def add_commands(app: typer.Typer) -> None:
     """Make `recommend` and `evaluate` commands of `app`."""
     app.command(short_help="List the best items for users of a run, or for new ones.")(recommend)
-    app.command(short_help="Evaluate a run again: user by user, against another run, for new users.")(
-        evaluate
-    )
+    app.command(short_help="Evaluate a run again: by user, against another, for new users.")(evaluate)
