@@ -201,7 +201,7 @@ class Dataset:
         if len(np.unique(numbers)) < len(numbers):
             raise ValueError("users: expected distinct numbers")
         indptr, places = _rows(self.indptr, numbers)
-        return self._changed(
+        return self.changed(
             num_users=len(numbers),
             indptr=indptr,
             indices=self.indices[places],
@@ -225,7 +225,7 @@ class Dataset:
                 f"{other.name!r}, such as {unknown[0]!r}"
             )
         numbers = np.array([*(number[item] for item in self.item_ids), -1], dtype=np.int64)
-        return self._changed(
+        return self.changed(
             num_items=other.num_items,
             indices=numbers[self.indices],
             test_items=numbers[self.test_items],
@@ -234,7 +234,7 @@ class Dataset:
             item_text=other.item_text,
         )
 
-    def _changed(self, **fields: Any) -> Dataset:
+    def changed(self, **fields: Any) -> Dataset:
         """A plain `Dataset` with other `fields`, and nothing counted by loading."""
         own = {name: getattr(self, name) for name in Dataset.__dataclass_fields__}
         return Dataset(**own | {"report": {}} | fields)

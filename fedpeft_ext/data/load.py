@@ -21,6 +21,10 @@ from .formats import ColumnOptions, ItemTable, Source, open_source
 from .tables import PART, without_gz
 
 BoolArray = npt.NDArray[np.bool_]
+Parts = npt.NDArray[np.uint8]
+
+_TRAINING, _TESTING, _VALIDATION = range(3)
+"""Numbers of the parts of a split, as in `Source.parts`."""
 
 
 def read_dataset(
@@ -169,9 +173,8 @@ def read_dataset(
     if source.users_described is not None:
         report["users_in_user_file"] = source.users_described
     if split is None:
-        indptr, indices, test_items, valid_items = leave_one_out(users, chosen, len(user_ids), validation)
-    else:
-        indptr, indices, test_items, valid_items = _as_given(users, chosen, len(user_ids), split)
+        split = last_held_out(users, len(user_ids), validation)
+    indptr, indices, test_items, valid_items = by_parts(users, chosen, len(user_ids), split)
     report["users_without_test_item"] = int(np.count_nonzero(test_items < 0))
     if validation:
         report["users_without_validation_item"] = int(np.count_nonzero(valid_items < 0))
@@ -205,30 +208,38 @@ def leave_one_out(
 
     Returns indptr [U + 1], indices [nnz], test_items [U] and valid_items [U], int64, -1 for none.
     """
+    return by_parts(users, items, num_users, last_held_out(users, num_users, validation))
+
+
+def last_held_out(users: IntArray, num_users: int, validation: bool) -> Parts:
+    """The part of each interaction, sorted as for `leave_one_out`: a user's last is the test item, and the
+    one before with `validation` the validation item, where at least one is left for training.
+    """
     counts = np.bincount(users, minlength=num_users)
     ends = np.cumsum(counts)
-    held = np.zeros(len(users), bool)
-    test_items = np.full(num_users, -1, np.int64)
-    valid_items = np.full(num_users, -1, np.int64)
-    for target, behind, wanted in ((test_items, 1, True), (valid_items, 2, validation)):
+    parts = np.full(len(users), _TRAINING, np.uint8)
+    for part, behind, wanted in ((_TESTING, 1, True), (_VALIDATION, 2, validation)):
         if wanted:
-            # at least one interaction is left for training
-            having = np.flatnonzero(counts > behind)
-            places = ends[having] - behind
-            target[having] = items[places]
-            held[places] = True
+            parts[ends[counts > behind] - behind] = part
+    return parts
+
+
+def by_parts(
+    users: IntArray, items: IntArray, num_users: int, parts: Parts
+) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """As `leave_one_out`, by the parts that the interactions belong to."""
+    held = []
+    for part in (_TESTING, _VALIDATION):
+        target = np.full(num_users, -1, np.int64)
+        target[users[parts == part]] = items[parts == part]
+        held.append(target)
+    trained = parts == _TRAINING
     indptr = np.zeros(num_users + 1, np.int64)
-    np.cumsum(counts - (test_items >= 0) - (valid_items >= 0), out=indptr[1:])
-    return indptr, items[~held].astype(np.int64, copy=False), test_items, valid_items
+    np.cumsum(np.bincount(users[trained], minlength=num_users), out=indptr[1:])
+    return indptr, items[trained].astype(np.int64, copy=False), held[0], held[1]
 
 
-_TRAINING, _TESTING, _VALIDATION = range(3)
-"""Numbers of the parts of a split."""
-
-
-def _parts(
-    source: Source, validation: bool, users: IntArray, items: IntArray, order: IntArray
-) -> npt.NDArray[np.uint8]:
+def _parts(source: Source, validation: bool, users: IntArray, items: IntArray, order: IntArray) -> Parts:
     """The part that each row of a split belongs to, checked for the rows in `order`."""
     parts = source.table.frame[PART].to_numpy()
     names = {number: path.name for number, path in enumerate(source.parts)}
@@ -261,21 +272,6 @@ def _parts(
             f"{item!r}",
         )
     return parts
-
-
-def _as_given(
-    users: IntArray, items: IntArray, num_users: int, parts: npt.NDArray[np.uint8]
-) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """As `leave_one_out`, by the parts that the interactions belong to."""
-    held = []
-    for part in (_TESTING, _VALIDATION):
-        target = np.full(num_users, -1, np.int64)
-        target[users[parts == part]] = items[parts == part]
-        held.append(target)
-    trained = parts == _TRAINING
-    indptr = np.zeros(num_users + 1, np.int64)
-    np.cumsum(np.bincount(users[trained], minlength=num_users), out=indptr[1:])
-    return indptr, items[trained].astype(np.int64, copy=False), held[0], held[1]
 
 
 def _number(ids: pl.Series) -> tuple[IntArray, list[str]]:

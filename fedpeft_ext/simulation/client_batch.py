@@ -116,10 +116,9 @@ class ClientStore:
         """
         store = cls(rows)
         if starts:
+            some = next(iter(rows.values()))
             store.starts = dict(starts)
-            store.trained = torch.ones(
-                len(next(iter(rows.values()))), dtype=torch.bool, device=next(iter(rows.values())).device
-            )
+            store.trained = torch.ones(len(some), dtype=torch.bool, device=some.device)
         return store
 
     def read(self, clients: Tensor) -> dict[str, Tensor]:

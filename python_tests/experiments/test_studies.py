@@ -37,7 +37,7 @@ from fedpeft_ext.experiments.studies.new_users import split_users, train_without
 from fedpeft_ext.experiments.studies.output import shown
 from fedpeft_ext.experiments.studies.select import bytes_up, rungs
 from fedpeft_ext.experiments.studies.study import Variant, first_reaching
-from fedpeft_ext.simulation import Simulator, UserMetrics
+from fedpeft_ext.simulation import Simulator, UserMetrics, rank_counts, ranking_metrics
 
 DATA = {"num_users": 50, "num_items": 210, "interactions_per_user": 10, "validation": True}
 
@@ -238,9 +238,24 @@ def test_users_come_when_the_training_is_over(config: Config, dataset: Dataset, 
     here, later = split_users(50, 0.2, 0)
     assert sorted([*here, *later]) == list(range(50))
     assert len(later) == 10
-    # Those who took part, as a run of them alone says, and all, with the same candidates.
-    members = Simulator(settings, dataset.of_users(here)).run()
-    assert result["others"]["HR@10"] == members.metrics["HR@10"]
+    # Those who took part, as a run of them alone says; the others with its model, after each number of times.
+    members, newcomers = Simulator(settings, dataset.of_users(here)), dataset.of_users(later)
+    assert result["others"]["HR@10"] == members.run().metrics["HR@10"]
+    for place in result["curve"]:
+        came = members.trained_run.with_new_users(newcomers, place["rounds"]).evaluate().means()
+        assert {name: came[name] for name in result["others"]} == {
+            name: value for name, value in place.items() if name != "rounds"
+        }
+    # A run of all, one user after the other, among the candidates of the newcomers.
+    whole = Simulator(settings, dataset)
+    whole.run()
+    scores = []
+    for number, user in enumerate(later.tolist()):
+        candidates = newcomers.candidates([number], settings.evaluation.num_negatives, settings.seed)[0]
+        scores.append(whole.trained_run.client_model(user)(torch.from_numpy(candidates)))
+    ranked = torch.stack(scores)
+    expected = ranking_metrics(*rank_counts(ranked, ranked[:, 0]), [10])
+    assert {name: result["took part"][name] for name in expected} == pytest.approx(expected)
     assert [place["rounds"] for place in result["curve"]] == list(new_users.ROUNDS)
     assert result == train_without_some(settings, dataset)
     assert {*result["took part"]} == {*result["others"]} == {*result["curve"][0]} - {"rounds"}

@@ -20,6 +20,8 @@ from fedpeft_ext.experiments.intervals import half_width
 from fedpeft_ext.experiments.plots import Place
 from fedpeft_ext.experiments.runner import DIVERGED, mark_diverged, run_name
 from fedpeft_ext.experiments.studies.study import Context, mean_place
+from fedpeft_ext.pretrain import Pretrained
+from fedpeft_ext.simulation import Simulator
 from fedpeft_ext.simulation.files import replace_text
 from fedpeft_ext.simulation.output import SUMMARY, prepare_folder
 
@@ -103,6 +105,14 @@ def run_experiments(
         told = {"seconds": seconds, "diverged": outcome is None, "run": folder.name}
         runs.append({"embedding": name, "seed": seed, **numbers, **told})
     return Outcomes(found, columns, pl.DataFrame(runs, infer_schema_length=None))
+
+
+def trained(config: Config, dataset: Dataset, prepared: Pretrained | None, rounds: int) -> Simulator:
+    """A federation after so many rounds, without an evaluation on the way."""
+    simulator = Simulator(config, dataset, pretrained=prepared)
+    while simulator.rounds_done < rounds:
+        simulator.round()
+    return simulator
 
 
 def _outcome(config: Config, dataset: Dataset, folder: Path, experiment: Experiment) -> Outcome | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
-from fedpeft_ext.experiments.studies.experiments import run_experiments
+from fedpeft_ext.experiments.studies.experiments import run_experiments, trained
 from fedpeft_ext.experiments.studies.pictures import line_picture
 from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table
 from fedpeft_ext.pretrain import Pretrained, TfidfEncoder, text_features
@@ -50,15 +50,12 @@ def split_arrivals(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, 
         kept = np.concatenate([[0], np.cumsum(items < size)])
         test, valid = number[dataset.test_items], number[dataset.valid_items]
         text = dataset.item_text
-        return Dataset(
-            name=dataset.name,
-            num_users=dataset.num_users,
+        return dataset.changed(
             num_items=size,
             indptr=kept[dataset.indptr].astype(np.int64),
             indices=items[items < size],
             test_items=np.where(test < size, test, -1),
             valid_items=np.where(valid < size, valid, -1),
-            user_ids=dataset.user_ids,
             item_ids=[dataset.item_ids[item] for item in order[:size]],
             item_text=None if text is None else [text[item] for item in order[:size]],
         )
@@ -146,10 +143,9 @@ class _Groups:
         missing = [name for name, mask in masks.items() if not mask.any()]
         if missing:
             raise ValueError(f"data set {after.name!r} has no user whose test item is {missing[0]}")
-        fields = {name: getattr(after, name) for name in Dataset.__dataclass_fields__}
         self._evaluators = {
             name: Evaluator(
-                Dataset(**fields | {"test_items": np.where(mask, test, -1)}),
+                after.changed(test_items=np.where(mask, test, -1)),
                 interactions,
                 num_negatives=settings.num_negatives,
                 full_ranking=False,
@@ -188,18 +184,14 @@ def train_with_arrivals(config: Config, dataset: Dataset, share: float = SHARE) 
     before, after = split_arrivals(dataset, share, config.seed)
     groups = _Groups(config, after, before.num_items)
     prepared, arrived = encode_arrivals(config, before, after)
-    old = Simulator(config, before, pretrained=prepared)
-    while old.rounds_done < arrival:
-        old.round()
+    old = trained(config, before, prepared, arrival)
     simulator = _go_on(config, old, after, prepared, arrived)
     curve = [{"round": arrival, **groups(simulator)}]
     while simulator.rounds_done < rounds:
         simulator.round()
         if simulator.rounds_done % every == 0 or simulator.rounds_done == rounds:
             curve.append({"round": simulator.rounds_done, **groups(simulator)})
-    whole = Simulator(config, after, pretrained=arrived)
-    while whole.rounds_done < rounds:
-        whole.round()
+    whole = trained(config, after, arrived, rounds)
     return {"known": before.num_items, "curve": curve, "start": groups(whole)}
 
 
@@ -210,7 +202,7 @@ def run(context: Context) -> Findings:
         context,
         STUDY.name,
         context.embeddings(EMBEDDINGS),
-        lambda config, dataset: train_with_arrivals(config, dataset),
+        train_with_arrivals,
         lambda outcome: _moments(outcome, metric),
     )
     title = f"New items, {context.config.backbone.name} on {context.dataset.name}"

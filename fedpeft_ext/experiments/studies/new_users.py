@@ -11,11 +11,10 @@ import torch
 
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
-from fedpeft_ext.experiments.studies.experiments import Outcome, run_experiments
+from fedpeft_ext.experiments.studies.experiments import Outcome, run_experiments, trained
 from fedpeft_ext.experiments.studies.pictures import line_picture
 from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table
-from fedpeft_ext.pretrain import Pretrained
-from fedpeft_ext.simulation import Simulator, TrainedRun
+from fedpeft_ext.simulation import TrainedRun
 from fedpeft_ext.simulation.client_batch import ClientStore
 from fedpeft_ext.simulation.setup import needs_pretrained, prepare_items
 
@@ -50,26 +49,20 @@ def train_without_some(config: Config, dataset: Dataset, share: float = SHARE) -
     members, newcomers = dataset.of_users(here), dataset.of_users(later)
     prepared = prepare_items(config, dataset) if needs_pretrained(config.embedding.name) else None
     ranking = config.evaluation.model_copy(update={"full_ranking": False})
-    run = _trained(config, members, prepared)
+    rounds = config.training.rounds
+    run = trained(config, members, prepared, rounds).trained_run
     curve = [
-        {"rounds": rounds, **run.with_new_users(newcomers, rounds).evaluate(ranking).means()}
-        for rounds in ROUNDS
+        {"rounds": times, **run.with_new_users(newcomers, times).evaluate(ranking).means()}
+        for times in ROUNDS
     ]
-    whole = _trained(config, dataset, prepared)
+    whole = trained(config, dataset, prepared, rounds)
     state = whole.store.read(torch.from_numpy(later).to(next(whole.model.parameters()).device))
-    had = TrainedRun(config, newcomers, whole.model, ClientStore(state), whole.round)
+    had = TrainedRun(config, newcomers, whole.model, ClientStore(state), rounds)
     return {
         "curve": curve,
         "others": run.evaluate(ranking).means(),
         "took part": had.evaluate(ranking).means(),
     }
-
-
-def _trained(config: Config, dataset: Dataset, prepared: Pretrained | None) -> TrainedRun:
-    simulator = Simulator(config, dataset, pretrained=prepared)
-    while simulator.rounds_done < config.training.rounds:
-        simulator.round()
-    return simulator.trained_run
 
 
 def _columns(outcome: Outcome, metric: str) -> dict[str, float]:
@@ -87,7 +80,7 @@ def run(context: Context) -> Findings:
         context,
         STUDY.name,
         context.embeddings(EMBEDDINGS),
-        lambda config, dataset: train_without_some(config, dataset),
+        train_without_some,
         lambda outcome: _columns(outcome, metric),
     )
     title = f"New users, {context.config.backbone.name} on {context.dataset.name}"
