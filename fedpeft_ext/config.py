@@ -21,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fedpeft_ext.presets import FOLDER, preset_names
 
+ScheduleName = Literal["constant", "linear", "cosine"]
+
 # A count is not a yes: without this pydantic would read `rounds: true` as 1.
 _Count = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -217,11 +219,24 @@ class TrainingConfig(_Section):
     warmup_server_lr: _Positive | None = Field(
         default=None, description="of warm-up rounds (None: as server_lr)"
     )
+    warmup_server_optimizer: Literal["avg", "adam"] | None = Field(
+        default=None,
+        description="of warm-up rounds (None: as server_optimizer); where it is another one and has no "
+        "warmup_server_lr, its rate is that of server_lr's None",
+    )
     weighting: Literal["samples", "uniform"] = Field(
         default="samples", description="weight of a client's update"
     )
     server_optimizer: Literal["avg", "adam"] = "avg"
     server_lr: _Positive | None = Field(default=None, description="None: 1 for avg, 0.01 for adam")
+    schedule: ScheduleName = Field(
+        default="constant",
+        description="how lr falls over the rounds after warm-up: not, along a line, or along half a cosine",
+    )
+    server_schedule: ScheduleName = Field(default="constant", description="the same of server_lr")
+    schedule_end: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.01, description="share of the rate that a schedule leaves in the last round"
+    )
 
     @field_validator("clients_per_round")
     @classmethod

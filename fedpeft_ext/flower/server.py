@@ -62,7 +62,7 @@ from fedpeft_ext.simulation.setup import (
     clients_per_round,
     counted_traffic,
     needs_pretrained,
-    server_lr,
+    server_settings,
     warmup_rounds,
 )
 from fedpeft_ext.simulation.simulator import VALID
@@ -187,11 +187,10 @@ class FlowerServer:
         self._aggregator = Aggregator(
             averaged(model),
             frozenset(ParameterRoles.of(model).rows),
-            config.training.server_optimizer,
-            server_lr(config, warmup=warmup),
-            make_clipping(config.privacy) if self._central and self._secure is None else (),
-            self._noise,
-            self._faults if self._secure is None else None,
+            **server_settings(config, warmup=warmup),
+            stages=make_clipping(config.privacy) if self._central and self._secure is None else (),
+            noise=self._noise,
+            faults=self._faults if self._secure is None else None,
         )
         self.traffic = counted_traffic(config, model)
         self._fixed = vector_format(config, model)

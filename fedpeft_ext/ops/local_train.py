@@ -465,6 +465,10 @@ def local_train_sum_(
     return training(clients, weights, round=round, grid=grid)
 
 
+_LR = 6
+"""Place of the learning rate in `SumTraining._settings`."""
+
+
 class SumTraining:
     """`local_train_sum_` for round after round: what stays the same is checked once and held.
 
@@ -518,8 +522,10 @@ class SumTraining:
         round: int,
         grid: float = 0.0,
         mlp: Sequence[Tensor] | None = None,
+        lr: float | None = None,
     ) -> SumResult:
-        """See `local_train_sum_`; `mlp` stands for the one given before, of the same shapes but for C."""
+        """See `local_train_sum_`; `mlp` and `lr` stand for those given before, `mlp` of its shapes but C."""
+        settings = self._with_lr(lr)
         _check_clients(clients, self._user)
         _check_weights(weights, clients, grid)
         check_draw(0, round)
@@ -528,9 +534,9 @@ class SumTraining:
         mlp = self._mlp if mlp is None else list(mlp)
         _check_own_mlp(mlp, clients)
         if not _in_one_op(self._user):
-            return self._in_two_ops(clients, weights, round, grid, mlp)
+            return self._in_two_ops(clients, weights, settings, round, grid, mlp)
         user, losses, rows, broken, own = _LOCAL_TRAIN_SUM(
-            clients, weights, *self._data, mlp, self._dropout, *self._totals, *self._settings, round, grid
+            clients, weights, *self._data, mlp, self._dropout, *self._totals, *settings, round, grid
         )
         if not mlp or mlp[0].dim() == 2:
             return SumResult(user, losses, rows, broken)
@@ -539,12 +545,25 @@ class SumTraining:
             user, losses, rows, broken, tuple(t.view(m.shape) for t, m in zip(tensors, mlp, strict=True))
         )
 
-    def round_arguments(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def _with_lr(self, lr: float | None) -> tuple[Any, ...]:
+        """The settings, with another learning rate if there is one."""
+        if lr is None:
+            return self._settings
+        check_not_negative(lr, "lr")
+        return (*self._settings[:_LR], lr, *self._settings[_LR + 1 :])
+
+    def round_arguments(self, lr: float | None = None) -> tuple[Any, ...]:
         """Data, parts and sums, and settings, as `train_round_` takes them."""
-        return (*self._data, self._mlp, self._dropout, *self._totals[:-1]), self._settings
+        return (*self._data, self._mlp, self._dropout, *self._totals[:-1], *self._with_lr(lr))
 
     def _in_two_ops(
-        self, clients: Tensor, weights: Tensor, round: int, grid: float, mlp: list[Tensor]
+        self,
+        clients: Tensor,
+        weights: Tensor,
+        settings: tuple[Any, ...],
+        round: int,
+        grid: float,
+        mlp: list[Tensor],
     ) -> SumResult:
         totals, mlp_totals, touched = self._totals[:9], self._totals[9], self._totals[-1]
         own = bool(mlp) and mlp[0].dim() == 3
@@ -555,7 +574,7 @@ class SumTraining:
         for chunk in self._chunks(clients, left):
             layers = [t[chunk] for t in mlp] if own else mlp
             user, loss, rows, *changes, d_mlp = _LOCAL_TRAIN(
-                clients[chunk], *self._data, layers, self._dropout, *self._settings, round
+                clients[chunk], *self._data, layers, self._dropout, *settings, round
             )
             users.append(user)
             losses.append(loss)

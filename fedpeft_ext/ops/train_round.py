@@ -172,27 +172,30 @@ class RoundTraining:
         self._indptr, self._user = indptr, user
         self._written = _written(parts, sums, settings.get("mlp", ()), settings.get("mlp_sums", ()))
         self._one_op = _in_one_op(user)
-        self._before, self._after = self._training.round_arguments()
 
-    def __call__(self, round: int, attempt: int = 0) -> RoundResult:
-        """See `train_round_`."""
+    def __call__(
+        self, round: int, attempt: int = 0, *, lr: float | None = None, server_lr: float | None = None
+    ) -> RoundResult:
+        """See `train_round_`; `lr` and `server_lr` stand for those given before."""
         check_draw(0, round)
         check_range(attempt, 0, 2**32, "attempt")
-        head = self._clients, self._count, self._by_items, self._server_lr
-        if self._one_op:
-            return RoundResult(*_TRAIN_ROUND(*head, *self._before, *self._after, round, attempt))
-        return self._in_pieces(round, attempt)
+        server_lr = self._server_lr if server_lr is None else server_lr
+        check_not_negative(server_lr, "server_lr")
+        if not self._one_op:
+            return self._in_pieces(round, attempt, lr, server_lr)
+        head = self._clients, self._count, self._by_items, server_lr
+        return RoundResult(*_TRAIN_ROUND(*head, *self._training.round_arguments(lr), round, attempt))
 
-    def _in_pieces(self, round: int, attempt: int) -> RoundResult:
+    def _in_pieces(self, round: int, attempt: int, lr: float | None, server_lr: float) -> RoundResult:
         ids = sample_clients(self._clients, self._count, seed=self._seed, round=round, attempt=attempt)
         ids, weights, weight = _weighted(ids, self._indptr, self._user, self._by_items)
         try:
-            result = self._training(ids, weights, round=round, grid=exact_grid(weight))
+            result = self._training(ids, weights, round=round, grid=exact_grid(weight), lr=lr)
         except BaseException:
             for _, total in self._written:
                 total.zero_()
             raise
-        return _taken_over(ids, result, self._written, weight, self._server_lr, self._user, apply_updates_)
+        return _taken_over(ids, result, self._written, weight, server_lr, self._user, apply_updates_)
 
 
 def _check_round(

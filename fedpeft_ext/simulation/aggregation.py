@@ -24,6 +24,7 @@ from fedpeft_ext import ops
 from fedpeft_ext.ops.aggregate import exact_grid
 from fedpeft_ext.simulation.distributed import Ranks
 from fedpeft_ext.simulation.memory import table_zeros
+from fedpeft_ext.simulation.schedule import CONSTANT, Schedule
 from fedpeft_ext.simulation.state import State, below, copy_into, prefixed
 from fedpeft_ext.simulation.uploads import Uploads, UploadStage
 from fedpeft_ext.words import SMALLER_STEPS
@@ -47,6 +48,7 @@ class Server:
             `state_dict`.
         optimizer: `avg` or `adam`.
         lr: server learning rate; None is 1 for `avg`, 0.01 for `adam`.
+        schedule: of `lr`.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class Server:
         parameters: Mapping[str, Tensor],
         optimizer: Literal["avg", "adam"] = "avg",
         lr: float | None = None,
+        schedule: Schedule = CONSTANT,
     ) -> None:
         self._parameters = dict(parameters)
         self._optimizer = optimizer
         self._lr = SERVER_LR[optimizer] if lr is None else lr
+        self._schedule = schedule
         self._moments = (
             {name: (zeros_for(p), zeros_for(p)) for name, p in self._parameters.items()}
             if (optimizer == "adam")
@@ -65,23 +69,33 @@ class Server:
         )
 
     @property
-    def plain_lr(self) -> float | None:
-        """The learning rate of a step that is it times the mean; None of others."""
+    def plain(self) -> bool:
+        """Whether a step is `lr` times the mean."""
         whole = all(p.dim() > 0 and p.is_contiguous() for p in self._parameters.values())
-        return self._lr if self._optimizer == "avg" and whole else None
+        return self._optimizer == "avg" and whole
+
+    def lr(self, round: int) -> float:
+        """Learning rate of the 1-based `round`."""
+        return self._lr * self._schedule.factor(round)
 
     @torch.no_grad()
     def step(
-        self, totals: Mapping[str, Tensor], weight: float, rows: Mapping[str, Tensor] | None = None
+        self,
+        totals: Mapping[str, Tensor],
+        weight: float,
+        round: int,
+        rows: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Take a step along totals / weight, and make the totals zero.
 
         Args:
             totals: {name: float64, shape of the parameter}, the weighted sum of uploads.
             weight: the sum of weights, above 0.
+            round: its 1-based number.
             rows: {name: distinct rows outside which that total is known to be zero}: saves time and changes
                 no result.
         """
+        lr = self.lr(round)
         for name, parameter in self._parameters.items():
             total = totals[name]
             at = None if rows is None else rows.get(name)
@@ -90,14 +104,14 @@ class Server:
                 first, second = self._moments[name]
                 first.lerp_(mean, 1.0 - BETA1)
                 second.lerp_(mean.square(), 1.0 - BETA2)
-                parameter.add_((self._lr * first / (second.sqrt() + TAU)).to(parameter.dtype))
+                parameter.add_((lr * first / (second.sqrt() + TAU)).to(parameter.dtype))
                 total.zero_()
             else:
                 # Itself, or a copy where a backbone of the user's own holds a transposed parameter.
                 values = parameter.contiguous()
                 if values.dim() == 0:
                     values, total = values.view(1), total.view(1)
-                ops.apply_updates_(values, total, at, scale=self._lr / weight)
+                ops.apply_updates_(values, total, at, scale=lr / weight)
                 if not parameter.is_contiguous():
                     parameter.copy_(values)
 
@@ -116,7 +130,7 @@ class Aggregator:
     Args:
         parameters: {name: global parameter}, changed in place by `apply`.
         row_parameters: names whose updates come as [C, R, W] at given rows of [I, W].
-        optimizer, lr: of the `Server`.
+        optimizer, lr, schedule: of the `Server`.
         faults: rejects updates before anything else.
         stages: what uploads go through, in this order, before they are summed.
         noise: added to the sums.
@@ -133,8 +147,9 @@ class Aggregator:
         noise: Noise | None = None,
         faults: Faults | None = None,
         variates: ControlVariates | None = None,
+        schedule: Schedule = CONSTANT,
     ) -> None:
-        self.server = Server(parameters, optimizer, lr)
+        self.server = Server(parameters, optimizer, lr, schedule)
         self._heights = [len(parameters[name]) for name in row_parameters]
         self._row_parameters = row_parameters
         self._stages = tuple(stages)
@@ -186,11 +201,11 @@ class Aggregator:
         return self._totals
 
     @property
-    def plain_lr(self) -> float | None:
-        """Server learning rate, where a round is no more than the sum of uploads and a step along their mean;
-        None where anything else looks at them or has a part in the step.
+    def plain(self) -> bool:
+        """Whether a round is no more than the sum of uploads and a step along their mean: nothing else looks
+        at them or has a part in the step.
         """
-        return self.server.plain_lr if self.sums() is not None and self._noise is None else None
+        return self.server.plain and self.sums() is not None and self._noise is None
 
     @property
     def marks(self) -> Tensor | None:
@@ -315,7 +330,7 @@ class Aggregator:
                 touched = None
         if weight > 0.0:
             rows = None if touched is None else dict.fromkeys(self._row_parameters, touched)
-            self.server.step(self._totals, weight, rows)
+            self.server.step(self._totals, weight, self._round, rows)
         if self._variates is not None:
             self._variates.commit()
         for stage in self._stages:

@@ -89,7 +89,7 @@ class BatchedEngine:
     def _train_chunk(
         self, clients: np.ndarray, weights: np.ndarray, round: int, aggregator: Aggregator
     ) -> np.ndarray:
-        interactions, settings = self._federation.interactions, self._federation.settings
+        interactions, settings = self._federation.interactions, self._federation.settings.of_round(round)
         variates = self._federation.variates
         ids = torch.from_numpy(clients).to(interactions.device)
         positives = interactions.padded(ids)

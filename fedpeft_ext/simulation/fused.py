@@ -119,6 +119,9 @@ class FusedEngine:
         state = {"user": result.user} if "user" in self._roles.local else {}
         return state | (dict(zip(self._mlp_names, result.mlp, strict=True)) if self._own_mlp else {})
 
+    def _lr(self, round: int) -> float:
+        return self._federation.settings.of_round(round).lr
+
     def _arguments(self) -> dict[str, Any]:
         """The arguments that are the same in every round."""
         interactions, settings = self._federation.interactions, self._federation.settings
@@ -143,7 +146,7 @@ class FusedEngine:
             "batch_size": settings.batch_size,
             "loss": settings.loss,
             "optimizer": settings.optimizer,
-            "lr": settings.lr,
+            "lr": settings.lr,  # of calls that say nothing else
             "betas": ADAM_BETAS,
             "eps": ADAM_EPS,
             "l2_user": settings.l2 if "user" in self._roles.l2 else 0.0,
@@ -167,7 +170,12 @@ class FusedEngine:
             self._sum_training = aggregator, self._training_into(sums, aggregator.marks)
         ids, weight = torch.from_numpy(clients), float(np.add.reduce(weights))
         result = self._sum_training[1](
-            ids, torch.from_numpy(weights), round=round, grid=aggregator.grid, **self._own(ids)
+            ids,
+            torch.from_numpy(weights),
+            round=round,
+            grid=aggregator.grid,
+            lr=self._lr(round),
+            **self._own(ids),
         )
         aggregator.added(weight, len(clients), result.rows, self._first_broken(result.broken))
         self._federation.store.write(ids, self._state(result))
@@ -204,20 +212,19 @@ class FusedEngine:
         and returns their losses (as `train` would, with all that comes before and after it); None where
         something has to be done between its parts.
         """
-        lr, sums = aggregator.plain_lr, aggregator.sums()
-        if lr is None or sums is None or self._own_mlp or not _adds_up(self._federation.interactions.device):
+        sums, device = aggregator.sums(), self._federation.interactions.device
+        if not aggregator.plain or sums is None or self._own_mlp or not _adds_up(device):
             return None
         training = RoundTraining(
             torch.from_numpy(eligible),
             count,
             **self._arguments() | self._sums(sums),
             weighting=self._federation.settings.weighting,
-            server_lr=lr,
         )
 
         def run(round: int) -> np.ndarray:
             try:
-                result = training(round)
+                result = training(round, lr=self._lr(round), server_lr=aggregator.server.lr(round))
             except Exception as error:
                 raise ClientError(
                     f"round {round}, one of {count} clients: {error} (engine: sequential names the client "
@@ -235,7 +242,8 @@ class FusedEngine:
     ) -> np.ndarray:
         store, names = self._federation.store, self._names
         ids = torch.from_numpy(clients).to(self._federation.interactions.device)
-        updates = ops.local_train(ids, **self._arguments() | self._own(ids), round=round)
+        arguments = self._arguments() | self._own(ids) | {"lr": self._lr(round)}
+        updates = ops.local_train(ids, **arguments, round=round)
         uploads = {names[part]: value for part, value in _flat(updates).items()}
         if not self._own_mlp:
             uploads |= dict(zip(self._mlp_names, updates.mlp, strict=True))

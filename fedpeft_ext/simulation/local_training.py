@@ -18,6 +18,7 @@ which Adam scales up to a full step.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
 from fedpeft_ext.simulation.randomness import shuffled_positions
 from fedpeft_ext.simulation.scaffold import ControlVariates
+from fedpeft_ext.simulation.schedule import CONSTANT, Schedule
 from fedpeft_ext.words import SMALLER_STEPS, counted
 
 ADAM_BETAS = (0.9, 0.999)
@@ -52,6 +54,12 @@ class LocalSettings:
     seed: int
     prox_mu: float = 0.0
     momentum: float = 0.0
+    schedule: Schedule = CONSTANT
+
+    def of_round(self, round: int) -> LocalSettings:
+        """The settings of the 1-based `round`: with its `lr`."""
+        factor = self.schedule.factor(round)
+        return dataclasses.replace(self, lr=self.lr * factor, schedule=CONSTANT)
 
     def weights(self, sizes: np.ndarray) -> np.ndarray:
         """Weight float64 [C] of each client's upload."""

@@ -6,6 +6,7 @@ traffic, and what users get does not depend on who else comes, but for the draws
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import operator
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions, initial_states
 from fedpeft_ext.simulation.communication import message
 from fedpeft_ext.simulation.local_training import Federation, ParameterRoles, first_not_finite
+from fedpeft_ext.simulation.schedule import CONSTANT
 from fedpeft_ext.simulation.serving import TrainedRun, TrainedServer
 from fedpeft_ext.simulation.setup import (
     can_train,
@@ -57,6 +59,8 @@ def train_new_users(
         count,
     )
     settings = local_settings(config, model, warmup=server.round < warmup_rounds(config))
+    # They start where the run's users did in its first rounds, and no shared parameter is left to settle.
+    settings = dataclasses.replace(settings, schedule=CONSTANT)
     _, engine = make_engine(config, Federation(model, store, interactions, settings))
     able = np.flatnonzero(can_train(interactions.sizes, dataset.num_items)).astype(np.int64)
     clients = interactions.by_size(able)

@@ -28,6 +28,7 @@ from fedpeft_ext.simulation.local_training import (
     ADAM_EPS,
     ClientError,
     Federation,
+    LocalSettings,
     ParameterRoles,
     local_steps,
 )
@@ -51,7 +52,7 @@ class SequentialEngine:
         stage = "loading"
         try:
             federation = self._federation
-            settings = federation.settings
+            settings = federation.settings.of_round(round)
             ids = torch.tensor([client], device=federation.interactions.device)
             model = copy.deepcopy(federation.model)
             local = dict(model.named_parameters())
@@ -70,7 +71,7 @@ class SequentialEngine:
                 settings.seed,
                 round,
             )
-            optimizer = self._optimizer(local)
+            optimizer = _optimizer(local, settings)
             drift = self._drift(ids)
             losses = []
             for step in local_steps(positives, ids, settings, round):
@@ -114,13 +115,6 @@ class SequentialEngine:
                 f"{who}{int(interactions.sizes[client])} training items), round {round}, {stage}: {error}"
             ) from error
 
-    def _optimizer(self, parameters: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
-        settings = self._federation.settings
-        trained = [p for p in parameters.values() if p.requires_grad]
-        if settings.optimizer == "adam":
-            return torch.optim.Adam(trained, settings.lr, betas=ADAM_BETAS, eps=ADAM_EPS)
-        return torch.optim.SGD(trained, settings.lr, momentum=settings.momentum)
-
     def _drift(self, client: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """SCAFFOLD's c and c_i of a client [1], {name: both [1, ...]}, whole tables; empty without it."""
         variates = self._federation.variates
@@ -155,6 +149,13 @@ class SequentialEngine:
             if gradient is not None:
                 touched = (gradient != 0).any(-1, keepdim=True)
                 gradient.add_(self._federation.settings.l2 * parameters[name] * touched)
+
+
+def _optimizer(parameters: dict[str, torch.nn.Parameter], settings: LocalSettings) -> torch.optim.Optimizer:
+    trained = [p for p in parameters.values() if p.requires_grad]
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(trained, settings.lr, betas=ADAM_BETAS, eps=ADAM_EPS)
+    return torch.optim.SGD(trained, settings.lr, momentum=settings.momentum)
 
 
 class PlainOps(TorchFunctionMode):

@@ -5,13 +5,14 @@ and its clients on machines of their own (`fedpeft_ext.flower`).
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedpeft_ext.backbones import Backbone, build_backbone
-from fedpeft_ext.config import Config
+from fedpeft_ext.config import Config, ScheduleName
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.nn import build_embedding, parse_spec
 from fedpeft_ext.nn.spec import spec_options
@@ -21,6 +22,7 @@ from fedpeft_ext.simulation.communication import Traffic, message, num_bytes, tr
 from fedpeft_ext.simulation.compression import encode
 from fedpeft_ext.simulation.fused import FusedEngine, why_not
 from fedpeft_ext.simulation.local_training import Engine, Federation, LocalSettings
+from fedpeft_ext.simulation.schedule import CONSTANT, Schedule
 from fedpeft_ext.simulation.sequential import SequentialEngine
 
 
@@ -124,13 +126,34 @@ def local_settings(config: Config, model: Backbone, *, warmup: bool = False) -> 
         seed=config.seed,
         prox_mu=training.prox_mu,
         momentum=training.momentum if optimizer == "sgd" else 0.0,
+        schedule=CONSTANT if warmup else _schedule(config, training.schedule),
     )
 
 
-def server_lr(config: Config, *, warmup: bool = False) -> float | None:
-    """The server's learning rate; warm-up rounds, which train other parameters, may have one of their own."""
+class ServerSettings(TypedDict):
+    """Arguments of `aggregation.Server`."""
+
+    optimizer: Literal["avg", "adam"]
+    lr: float | None
+    schedule: Schedule
+
+
+def server_settings(config: Config, *, warmup: bool = False) -> ServerSettings:
+    """How the server steps; warm-up rounds, which train other parameters, may have steps of their own."""
     training = config.training
-    return (training.warmup_server_lr if warmup else None) or training.server_lr
+    if not warmup:
+        schedule = _schedule(config, training.server_schedule)
+        return {"optimizer": training.server_optimizer, "lr": training.server_lr, "schedule": schedule}
+    optimizer = training.warmup_server_optimizer or training.server_optimizer
+    # The rate of another optimizer says nothing about this one.
+    other = training.server_lr if optimizer == training.server_optimizer else None
+    return {"optimizer": optimizer, "lr": training.warmup_server_lr or other, "schedule": CONSTANT}
+
+
+def _schedule(config: Config, name: ScheduleName) -> Schedule:
+    """Over the rounds after warm-up."""
+    training = config.training
+    return Schedule(name, training.schedule_end, warmup_rounds(config) + 1, training.rounds)
 
 
 def after_warmup(model: Backbone, pretrained: Pretrained | None) -> Pretrained:

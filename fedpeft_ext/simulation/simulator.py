@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedpeft_ext import _C
 from fedpeft_ext.backbones import Backbone
-from fedpeft_ext.config import Config, ConfigError, load_config
+from fedpeft_ext.config import Config, ConfigError, TrainingConfig, load_config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.nn import parse_spec
 from fedpeft_ext.pretrain import Pretrained
@@ -66,7 +66,7 @@ from fedpeft_ext.simulation.setup import (
     make_engine,
     needs_pretrained,
     prepare_items,
-    server_lr,
+    server_settings,
     warmup_rounds,
 )
 from fedpeft_ext.simulation.state import State, Stateful, below, copy_into, prefixed
@@ -284,6 +284,7 @@ class Simulator:
         config = _resumed_config(folder, saved)
         if rounds is not None:
             config = config.updated([f"training.rounds={rounds}"])
+        _check_schedule(config.training, saved.header["config"]["training"]["rounds"])
         if config.training.rounds < saved.round:
             raise ValueError(
                 f"training.rounds: expected at least {saved.round}, after which {saved.path} was saved, got "
@@ -396,12 +397,11 @@ class Simulator:
         self._aggregator = Aggregator(
             message(model),
             frozenset(ParameterRoles.of(model).rows),
-            training.server_optimizer,
-            server_lr(config, warmup=warmup),
-            self._upload_stages(model),
-            make_noise(config.privacy, self._per_round, config.seed),
-            self._faults,
-            variates,
+            **server_settings(config, warmup=warmup),
+            stages=self._upload_stages(model),
+            noise=make_noise(config.privacy, self._per_round, config.seed),
+            faults=self._faults,
+            variates=variates,
         )
         self._whole_round = self._rounds_in_one_call()
         self._traffic = counted_traffic(config, model)
@@ -784,6 +784,17 @@ def _resumed_config(folder: Path, saved: Checkpoint) -> Config:
                 f"{now.get(key)!r}"
             )
     return config
+def _check_schedule(training: TrainingConfig, before: int) -> None:
+    """Raise ValueError where other `rounds` than `before` would have given past rounds other rates."""
+    for name in ("schedule", "server_schedule"):
+        kind = getattr(training, name)
+        if kind != "constant" and training.rounds != before:
+            raise ValueError(
+                f"training.rounds: expected {before}, over which training.{name} {kind} goes, got "
+                f"{training.rounds}"
+            )
+
+
 
 
 def evaluators(

@@ -176,6 +176,14 @@ def simulated(config: Config, dataset: Dataset, pretrained: Pretrained) -> Simul
         },
         {
             "embedding.name": "p-rq",
+            "training.schedule": "linear",
+            "training.server_schedule": "cosine",
+            "training.schedule_end": 0.1,
+            "training.warmup_rounds": 1,
+            "training.warmup_server_optimizer": "adam",
+        },
+        {
+            "embedding.name": "p-rq",
             "backbone.name": "pfedrec",
             "training.warmup_rounds": 2,
             "training.warmup_lr": 0.02,

@@ -52,6 +52,12 @@ CASES: dict[str, dict[str, Any]] = {
     "pfedrec": {"backbone.name": "pfedrec", "embedding.name": "p-lora", "dtype": "float64"},
     "fedncf": {"backbone.name": "fedncf", "embedding.name": "p-rq+lora", "backbone.hidden": "[12, 20]"},
     "top-k": {"compression.method": "top-k", "compression.top_k": 0.1},
+    "schedules": {
+        "training.schedule": "cosine",
+        "training.server_schedule": "linear",
+        "training.warmup_rounds": 1,
+        "training.warmup_server_optimizer": "adam",
+    },
     "scaffold": {
         "embedding.name": "p-rq+lora",
         "training.algorithm": "scaffold",
@@ -146,6 +152,23 @@ def test_a_run_that_was_stopped_goes_on_in_the_same_process(tmp_path: Path) -> N
         simulator.run()
     simulator.run()
     assert result(tmp_path / "run") == result(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["schedule", "server_schedule"])
+def test_rounds_that_would_change_past_rates_are_refused(tmp_path: Path, name: str) -> None:
+    new_run(tmp_path, config(**{f"training.{name}": "linear"})).run()
+    before = content(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"training\.rounds: expected 5, over which training\.{name} linear"
+    ):
+        resumed(tmp_path, rounds=8)
+    file = tmp_path / "config.yaml"
+    file.write_text(file.read_text().replace("rounds: 5", "rounds: 8", 1))
+    with pytest.raises(ValueError, match=r"training\.rounds: expected 5, .* got 8"):
+        resumed(tmp_path)
+    file.write_bytes(before["config.yaml"])
+    resumed(tmp_path, rounds=5).run()
+    assert content(tmp_path).keys() == before.keys()
 
 
 @pytest.mark.parametrize("first", [4, 5])

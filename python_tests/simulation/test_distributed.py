@@ -50,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "faults": {"embedding.name": "p-lora", **FAULTS},
     "top-k": {"embedding.name": "p-rq", "compression.method": "top-k", "compression.top_k": 0.1},
     "few of many items": {"embedding.name": "full", "training.clients_per_round": 2},
+    "schedules": {"training.schedule": "cosine", "training.server_schedule": "linear"},
     "scaffold": {
         "embedding.name": "p-lora",
         "training.algorithm": "scaffold",

@@ -114,6 +114,8 @@ def test_engines_equal_sequential(
         {"training.prox_mu": 0.5, "embedding.name": "p-lora", "training.batch_size": 4},
         {"training.prox_mu": 0.5, "embedding.name": "c-hash+senet"},
         {"training.warmup_rounds": 2, "training.rounds": 3},
+        {"training.schedule": "cosine", "training.server_schedule": "linear", "training.rounds": 4},
+        {"training.schedule": "linear", "faults.reject": True, "embedding.name": "p-lora"},
         {"embedding.freeze_full": False},
         {"embedding.freeze_full": False, "embedding.name": "p-lora"},
         {"embedding.freeze_full": False, "embedding.name": "p-rq+lora"},
@@ -261,6 +263,7 @@ def test_auto_takes_the_fused_engine_where_it_applies(dataset: Dataset, pretrain
         {"embedding.name": "c-hash+senet", "training.clients_per_round": 1.0},
         {"embedding.name": "p-lora", "backbone.name": "fedpergnn"},
         {"embedding.name": "p-rq", "backbone.name": "fedncf"},
+        {"training.schedule": "cosine", "training.server_schedule": "cosine", "training.warmup_rounds": 1},
     ],
     ids=str,
 )

@@ -471,9 +471,9 @@ def test_a_server_that_is_given_weighted_sums_alone_comes_to_the_same_bits(
     handed_over: list[tuple[dict[str, Tensor], float]] = []
     real = Server.step
 
-    def step(self: Server, totals: Mapping[str, Tensor], weight: float, rows: Any = None) -> None:
+    def step(self: Server, totals: Mapping[str, Tensor], weight: float, round: int, rows: Any = None) -> None:
         handed_over.append(({name: total.clone() for name, total in totals.items()}, weight))
-        real(self, totals, weight, rows)
+        real(self, totals, weight, round, rows)
 
     simulator = Simulator(settings, dataset, pretrained=pretrained)
     start = {name: value.clone() for name, value in message(simulator.model).items()}
@@ -485,7 +485,7 @@ def test_a_server_that_is_given_weighted_sums_alone_comes_to_the_same_bits(
 
     server = Server(start, optimizer)
     for totals, weight in handed_over:
-        server.step(totals, weight)
+        server.step(totals, weight, 1)
     for name, value in message(simulator.model).items():
         assert torch.equal(start[name], value), name
 

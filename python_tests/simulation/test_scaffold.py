@@ -29,13 +29,19 @@ SCAFFOLD: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
 @pytest.mark.parametrize("weighting", ["uniform", "samples"])
-def test_scaffold_is_the_algorithm_of_its_paper(pretrained: Pretrained, weighting: str) -> None:
+def test_scaffold_is_the_algorithm_of_its_paper(
+    pretrained: Pretrained, weighting: str, schedule: str
+) -> None:
     """Algorithm 1, option II, dense and client by client in plain PyTorch (FedMF, full embeddings)."""
     dataset = make_dataset(users=4, items=60)
     changes = {**SCAFFOLD, "training.l2": 0.0, "training.clients_per_round": 2, "training.server_lr": 1.5}
     settings = config(
-        **changes, dtype="float64", **{"embedding.name": "full", "training.weighting": weighting}
+        **changes,
+        dtype="float64",
+        **{"embedding.name": "full", "training.weighting": weighting},
+        **{"training.schedule": schedule, "training.schedule_end": 0.2},
     )
     simulator = Simulator(settings, dataset, pretrained=pretrained)
     x = simulator.model.item_embedding.full_embedding()
@@ -46,6 +52,7 @@ def test_scaffold_is_the_algorithm_of_its_paper(pretrained: Pretrained, weightin
     csr = [torch.from_numpy(part) for part in dataset.positives()]
     for number in range(1, 6):
         change, drift = torch.zeros_like(x), torch.zeros_like(x)
+        lr = 0.5 if schedule == "constant" else 0.5 - 0.1 * (number - 1)
         chosen = sample_clients(np.arange(4), 2, settings.seed, number)
         for i in chosen.tolist():
             positives = torch.from_numpy(dataset.indices[dataset.indptr[i] : dataset.indptr[i + 1]])
@@ -56,9 +63,9 @@ def test_scaffold_is_the_algorithm_of_its_paper(pretrained: Pretrained, weightin
             for epoch in range(2):
                 loss = -F.logsigmoid((y[positives] - y[negatives[epoch]]) @ user).mean()
                 gradient, moved = torch.autograd.grad(loss, (y, user))
-                y.data -= 0.5 * (gradient - own[i] + c)
-                user.data -= 0.5 * moved
-            after = own[i] - c + (x - y.detach()) / (2 * 0.5)
+                y.data -= lr * (gradient - own[i] + c)
+                user.data -= lr * moved
+            after = own[i] - c + (x - y.detach()) / (2 * lr)
             change += share[i] / share[chosen].sum() * (y.detach() - x)
             drift += share[i] * (after - own[i])
             own[i], users[i] = after, user.detach()
@@ -77,6 +84,7 @@ def test_scaffold_is_the_algorithm_of_its_paper(pretrained: Pretrained, weightin
         ("fedmf", "p-rq+lora", {"embedding.freeze_full": False}),
         ("fedmf", "c-hash+senet", {"training.weighting": "uniform", "training.local_epochs": 3}),
         ("fedmf", "p-rq", {"training.warmup_rounds": 2, "training.loss": "bce"}),
+        ("fedmf", "p-lora", {"training.schedule": "cosine", "training.server_schedule": "linear"}),
         ("fedncf", "p-rq+lora", {"training.batch_size": 4, "backbone.hidden": "[12, 20]"}),
         ("pfedrec", "full", {"training.server_optimizer": "adam", "backbone.hidden": "[12, 20]"}),
         ("fedpergnn", "p-lora", {"training.clients_per_round": 1.0}),
