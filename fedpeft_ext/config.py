@@ -412,6 +412,24 @@ class EvaluationConfig(_Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
         default=None, description="of the sampled candidates (None: the experiment's seed)"
     )
+    select_by: str | None = Field(
+        default=None,
+        description="metric that chooses the best round, and in studies the best settings: HR@k, NDCG@k or "
+        "MRR, with full/ before it among all items (None: HR@10, or HR at the smallest cut-off)",
+    )
+
+    @property
+    def selection_metric(self) -> str:
+        """Name of the metric of `select_by`."""
+        return self.select_by or f"HR@{10 if 10 in self.ks else self.ks[0]}"
+
+    @model_validator(mode="after")
+    def _evaluated(self) -> EvaluationConfig:
+        names = [*(f"{name}@{k}" for name in ("HR", "NDCG") for k in self.ks), "MRR"]
+        names += [f"full/{name}" for name in names] if self.full_ranking else []
+        if self.selection_metric not in names:
+            raise ValueError(f"select_by: expected one of {', '.join(names)}, got {self.select_by!r}")
+        return self
 
     def candidate_seed(self, experiment: int) -> int:
         """Of the sampled candidates, in an experiment of this seed."""

@@ -77,6 +77,11 @@ def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ),
         ("training=3", r"^training: .*got 3$"),
         ("evaluation.ks=[]", r"^evaluation\.ks: expected at least one cut-off"),
+        (
+            "evaluation.select_by=HR@7",
+            r"^evaluation\.select_by: expected one of HR@5, .*, MRR, .*got 'HR@7'$",
+        ),
+        ("training.schedule_end=0", r"^training\.schedule_end: expected greater than 0, got 0$"),
         ("evaluation.ks=[0]", r"^evaluation\.ks: expected greater than or equal to 1, got 0$"),
         (
             "backbone.name=fedfm",

@@ -21,7 +21,7 @@ from fedpeft_ext.experiments.compare import JSON as COMPARE
 from fedpeft_ext.experiments.plots import plot_learning_curves
 from fedpeft_ext.experiments.results import KB, RunResult, headline_k
 from fedpeft_ext.experiments.studies.output import STUDY
-from fedpeft_ext.experiments.tables import metric_heading
+from fedpeft_ext.experiments.tables import SCOPES, metric_heading
 from fedpeft_ext.simulation.files import replace_text
 from fedpeft_ext.simulation.output import SUMMARY
 from fedpeft_ext.words import counted
@@ -157,9 +157,8 @@ def _run(file: Path) -> _Section | None:
         return None
     result = RunResult.load(file.parent, full_bytes=1)
     summary = result.summary
-    scopes = {"": "sampled items", "full/": "all items", "valid/": "validation item"}
     scopes = {
-        prefix: text for prefix, text in scopes.items() if any(n.startswith(prefix) for n in summary.metrics)
+        prefix: text for prefix, text in SCOPES.items() if any(n.startswith(prefix) for n in summary.metrics)
     }
     rows = [
         [name, *(f"{100 * summary.metrics[prefix + name]:.2f}" for prefix in scopes)]

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from fedpeft_ext.simulation import Summary
 
 _HEADINGS = ("embedding", "HR@{k}", "NDCG@{k}", "KB down", "KB up", "saved against Full", "clients/s")
+SCOPES = {
+    "": "sampled items",
+    "full/": "all items",
+    "valid/": "validation item",
+    "valid/full/": "validation item, all items",
+}
+"""What an item is ranked among, and which where it is not the test item, by the prefix of metrics' names."""
 
 
 def metric_heading(name: str) -> str:
@@ -160,8 +167,7 @@ def metrics_table(
         caption=caption,
         caption_justify="left",
     )
-    columns = {"": "sampled items", "full/": "all items", "valid/": "validation item"}
-    columns = {p: c for p, c in columns.items() if any(name.startswith(p) for name in metrics)}
+    columns = {p: c for p, c in SCOPES.items() if any(name.startswith(p) for name in metrics)}
     table.add_column("test item among")
     for heading in columns.values():
         table.add_column(heading, justify="right")

@@ -85,9 +85,9 @@ class Summary:
         dataset, backbone, embedding, engine, seed: what was run.
         rounds: trained rounds, `warmup_rounds` of them as warm-up.
         metrics: of the last evaluation, by name as in `Metrics`.
-        best_round: the evaluated round of the highest HR@10 (or HR at the first cut-off) of the validation
-            items. Where none are held out it is chosen on the test items, which flatters: it then describes
-            a curve and does not compare methods.
+        best_round: the evaluated round of the highest `evaluation.select_by` of the validation items. Where
+            none are held out it is chosen on the test items, which flatters: it then describes a curve and
+            does not compare methods.
         best_by: the metric that chose it, such as `valid/HR@10`.
         best: metrics of that round.
         evaluations: every evaluation: {"round": r, metric: value, ...}.
@@ -728,10 +728,8 @@ class Simulator:
 
     def _summary(self, seconds: float) -> Summary:
         config = self.config
-        headline = f"HR@{10 if 10 in config.evaluation.ks else config.evaluation.ks[0]}"
-        if VALID in self._evaluators:
-            headline = VALID + headline
-        best = max(self._evaluations, key=lambda metrics: metrics[headline])
+        judge = VALID * (VALID in self._evaluators) + config.evaluation.selection_metric
+        best = max(self._evaluations, key=lambda metrics: metrics[judge])
         return Summary(
             dataset=self.dataset.name,
             backbone=config.backbone.name,
@@ -742,7 +740,7 @@ class Simulator:
             warmup_rounds=min(self._warmup_rounds, self.rounds_done),
             metrics=dict(self._evaluations[-1].values),
             best_round=best.round,
-            best_by=headline,
+            best_by=judge,
             best=dict(best.values),
             evaluations=[{"round": metrics.round, **metrics.values} for metrics in self._evaluations],
             bytes_down=self._traffic.down,
@@ -784,6 +782,8 @@ def _resumed_config(folder: Path, saved: Checkpoint) -> Config:
                 f"{now.get(key)!r}"
             )
     return config
+
+
 def _check_schedule(training: TrainingConfig, before: int) -> None:
     """Raise ValueError where other `rounds` than `before` would have given past rounds other rates."""
     for name in ("schedule", "server_schedule"):
@@ -795,13 +795,12 @@ def _check_schedule(training: TrainingConfig, before: int) -> None:
             )
 
 
-
-
 def evaluators(
     config: Config, dataset: Dataset, interactions: Interactions, ranks: Ranks | None = None
 ) -> dict[str, Evaluator]:
     """Evaluators by the prefix of their metrics' names: of test items, and of validation items if there are
-    any. The latter only choose between rounds and settings, for which sampled candidates do.
+    any. The latter only choose between rounds and settings, so they are ranked among all items where the
+    metric that chooses asks for it: it would take as long again as for test items.
     """
     settings = config.evaluation
     seed = settings.candidate_seed(config.seed)
@@ -809,7 +808,8 @@ def evaluators(
     shared["ranks"] = ranks
     result = {"": Evaluator(dataset, interactions, full_ranking=settings.full_ranking, **shared)}
     if (dataset.valid_items >= 0).any():
-        result[VALID] = Evaluator(dataset, interactions, full_ranking=False, target="valid", **shared)
+        full = settings.selection_metric.startswith("full/")
+        result[VALID] = Evaluator(dataset, interactions, full_ranking=full, target="valid", **shared)
     return result
 
 

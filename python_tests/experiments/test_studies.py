@@ -364,9 +364,11 @@ def test_new_items_need_text_and_rounds_after_the_arrival(config: Config, datase
         train_with_arrivals(config.updated(["training.warmup_rounds=3"]), dataset)
 
 
+@pytest.mark.parametrize("metric", ["HR@10", "full/NDCG@5"])
 def test_select_keeps_to_the_budget_and_explains_its_choice(
-    config: Config, dataset: Dataset, tmp_path: Path
+    config: Config, dataset: Dataset, tmp_path: Path, metric: str
 ) -> None:
+    config = config.updated([f"evaluation.select_by={metric}", "evaluation.every=1"])
     made = context(config, dataset, tmp_path / "runs", seeds=1, budget_kb=4.2)
     findings, _ = run_study(STUDIES["select"], made, tmp_path)
     grid = rows_of(tmp_path / "select-grid.csv")
@@ -374,9 +376,13 @@ def test_select_keeps_to_the_budget_and_explains_its_choice(
     pilots = rows_of(tmp_path / "select-pilots.csv")
     for rung in {row["rung"] for row in pilots}:
         own = [row for row in pilots if row["rung"] == rung]
-        values = [float(row["valid/HR@10"]) for row in own]
+        values = [float(row[f"valid/{metric}"]) for row in own]
         assert values == sorted(values, reverse=True)
         assert sum(row["goes on"] == "yes" for row in own) == -(-len(own) // 3)
+    for trained in made.all_runs[:-1]:
+        for result in (result for result in trained.results if result is not None):
+            best = max(values[f"valid/{metric}"] for values in result.summary.evaluations)
+            assert str(best) in {row[f"valid/{metric}"] for row in pilots}
     chosen = next(row for row in pilots if row["rung"] == pilots[-1]["rung"])
     assert f"Chosen: {chosen['embedding']} with {chosen['size']}" in findings.answers[0]
     assert re.search(r"Check: .* number \d+ of 5 ", findings.answers[-1])
@@ -456,6 +462,38 @@ def test_grid_trains_every_combination(config: Config, dataset: Dataset, tmp_pat
     drawn = (tmp_path / "grid.pdf").read_bytes()
     assert drawn.startswith(b"%PDF")
     assert b"Type3" not in drawn
+
+
+@pytest.mark.parametrize("metric", ["HR@10", "full/NDCG@5"])
+def test_grid_takes_the_best_round(config: Config, dataset: Dataset, tmp_path: Path, metric: str) -> None:
+    """Of each run by validation items, with the test items' metrics of that round; without them the last."""
+    changes = ["training.lr=0.5", "training.rounds=8", "evaluation.every=1", f"evaluation.select_by={metric}"]
+    settings, vary = config.updated(changes), ("training.local_epochs=1,5",)
+    made = context(settings, dataset, tmp_path / "runs", 1, embeddings=("c-hash",), vary=vary)
+    findings, _ = run_study(STUDIES["grid"], made, tmp_path)
+    judge = f"valid/{metric}"
+    bests = []
+    for row, run in zip(
+        findings.tables[0].frame.rows(named=True), rows_of(tmp_path / "runs.csv"), strict=True
+    ):
+        folder = tmp_path / "runs" / run["run"]
+        rounds = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        best = max(rounds, key=lambda line: line[judge])
+        assert int(run["best_round"]) == best["round"] < 8
+        assert {name: row[name] for name in (judge, metric, "HR@10")} == {
+            name: best[name] for name in (judge, metric, "HR@10")
+        }
+        bests.append(best[judge])
+    assert f"({100 * max(bests):.2f}%)" in findings.answers[0]
+    assert f"best round by {judge}" in findings.tables[0].note
+
+    plain = load_dataset("synthetic", **DATA | {"validation": False})
+    made = context(settings, plain, tmp_path / "plain", 1, embeddings=("c-hash",), vary=vary)
+    findings = STUDIES["grid"].run(made)
+    assert not findings.answers
+    assert "those of the last round" in findings.tables[0].note
+    last = [result.metrics[metric] for result in made.all_runs[0].results if result is not None]
+    assert findings.tables[0].frame[metric].to_list() == last
 
 
 def test_grid_names_the_backbone_that_was_trained(config: Config, dataset: Dataset, tmp_path: Path) -> None:

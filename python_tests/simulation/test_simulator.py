@@ -79,6 +79,28 @@ def test_validation_items_choose_the_best_round(pretrained: Pretrained) -> None:
     assert without.best_round == int(np.argmax([values["HR@10"] for values in without.evaluations]))
 
 
+@pytest.mark.parametrize("metric", ["NDCG@20", "full/MRR"])
+def test_another_metric_chooses_the_best_round(pretrained: Pretrained, metric: str) -> None:
+    """One among all items is evaluated on validation items, too, and trains alike."""
+    changes = {"evaluation.every": 1, "training.lr": 0.05, "training.rounds": 8}
+    dataset = make_dataset(validation=True)
+    usual, run = (
+        Simulator(config(**changes, **own), dataset, pretrained=pretrained).run()
+        for own in ({}, {"evaluation.select_by": metric})
+    )
+    values = [evaluation[f"valid/{metric}"] for evaluation in run.evaluations]
+    assert len(set(values)) > 1
+    assert (run.best_by, run.best_round) == (f"valid/{metric}", int(np.argmax(values)))
+    more = run.metrics.keys() - usual.metrics.keys()
+    assert all(name.startswith("valid/full/") for name in more)
+    assert bool(more) == metric.startswith("full/")
+    assert {name: value for name, value in run.metrics.items() if name not in more} == usual.metrics
+    without = Simulator(
+        config(**changes, **{"evaluation.select_by": metric}), make_dataset(), pretrained=pretrained
+    ).run()
+    assert without.best_by == metric
+
+
 def test_step_by_step_equals_run(dataset: Dataset, pretrained: Pretrained) -> None:
     whole, steps = (Simulator(config(), dataset, pretrained=pretrained) for _ in range(2))
     summary = whole.run()

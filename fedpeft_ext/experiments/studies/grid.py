@@ -14,6 +14,7 @@ from fedpeft_ext.config import parse_value
 from fedpeft_ext.experiments.plots import Place
 from fedpeft_ext.experiments.studies.pictures import line_picture, spread_of
 from fedpeft_ext.experiments.studies.study import Context, Findings, Label, Picture, Study, Table, Variant
+from fedpeft_ext.simulation.simulator import VALID
 
 _FIXED = {
     "dataset": "all runs share the data",
@@ -51,21 +52,27 @@ def run(context: Context) -> Findings:
                 dict(zip(names, (label for label, _ in chosen), strict=True)), tuple(s for _, s in chosen)
             )
             for chosen in itertools.product(*choices)
-        ]
+        ],
+        at_best=context.validated,
     )
-    metric = f"HR@{context.k}"
-    validated = bool((context.dataset.valid_items >= 0).any())
-    judge = f"valid/{metric}" if validated else metric
-    metrics = [*([judge] if validated else []), metric, f"NDCG@{context.k}", f"full/{metric}"]
+    metric = context.config.evaluation.selection_metric
+    judge = VALID * context.validated + metric
+    usual = f"HR@{context.k}"
+    metrics = list(dict.fromkeys([judge, metric, usual, f"NDCG@{context.k}", f"full/{usual}"]))
     others = ["bytes_up", "saving", *(["epsilon"] if "epsilon" in trained.frame().columns else [])]
     means = trained.means(metrics, others)
     varied = [axis.key for axis in axes if len(axis.labels) > 1]
     note = f"Of the settings above {', '.join(varied) or 'none'} vary."
-    if not validated:
-        note += " Without dataset.options.validation, a choice by these figures is one by test items."
+    if context.validated:
+        note += f" Metrics are those of each run's best round by {judge}, which runs.csv names."
+    else:
+        note += (
+            " They are those of the last round. Without dataset.options.validation, a choice by them is by "
+            "test items."
+        )
     answers = []
     ranked = means.filter(pl.col(judge).is_not_null()).sort(judge, descending=True, maintain_order=True)
-    if validated and ranked.height:
+    if context.validated and ranked.height:
         best = ranked.row(0, named=True)
         chosen = ", ".join(f"{name} {best[name]}" for name in names)
         answers.append(f"Best by {judge}: {chosen} ({100 * best[judge]:.2f}%).")

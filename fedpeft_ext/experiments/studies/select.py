@@ -108,9 +108,9 @@ def rungs(count: int, rounds: int) -> list[tuple[int, int]]:
 
 def run(context: Context) -> Findings:
     """Halve the candidates by their validation metric; then train all of them in full, to check."""
-    metric = f"HR@{context.k}"
+    metric = context.config.evaluation.selection_metric
     budget = (BUDGET_KB if context.options.budget_kb is None else context.options.budget_kb) * KB
-    if not (context.dataset.valid_items >= 0).any():
+    if not context.validated:
         raise ValueError(f"data set {context.dataset.name!r} has no validation items to choose by")
     everything = candidates(context, budget)
     chosen, rows, seconds = _halve(context, everything, VALID + metric)
@@ -127,13 +127,13 @@ def run(context: Context) -> Findings:
         first, second = last.rows(named=True)
         if second[VALID + metric] is not None:
             answers.append(
-                f"Why: after {counted(first['rounds'], 'round')} its {metric} of validation items was "
+                f"Why: within {counted(first['rounds'], 'round')} its {metric} of validation items rose to "
                 f"{100 * first[VALID + metric]:.2f}%, that of the next ({second['embedding']}, "
                 f"{second['size']}) {100 * second[VALID + metric]:.2f}%."
             )
     if not context.options.check:
         return Findings(tables, (), answers)
-    grid = context.train(everything)
+    grid = context.train(everything, at_best=True)
     table, sentence = _check(context, grid, chosen, metric, seconds)
     short = {tuple(candidate.labels.values()): candidate.short for candidate in everything}
     labels = [
@@ -161,11 +161,11 @@ def _halve(
         short = (
             f"training.warmup_rounds={min(training.warmup_rounds, rounds // 2)}",
             f"training.rounds={rounds}",
-            "evaluation.full_ranking=false",
+            f"evaluation.full_ranking={'true' if 'full/' in metric else 'false'}",
         )
         pilots = [Variant(variant.labels, (*variant.settings, *short)) for variant in left]
-        trained = context.train(pilots, context.seeds[:1])
-        scores = [None if result is None else result.metrics[metric] for result in trained.results]
+        trained = context.train(pilots, context.seeds[:1], at_best=True)
+        scores = [None if result is None else trained.metrics(result)[metric] for result in trained.results]
         if all(score is None for score in scores):
             raise ValueError(f"training: every pilot run diverged; {SMALLER_STEPS}")
         order = sorted(range(len(left)), key=lambda index: -(scores[index] or 0.0))
@@ -189,7 +189,7 @@ def _check(
     context: Context, grid: Trained, chosen: Variant, metric: str, seconds: float
 ) -> tuple[Table, str]:
     """The exhaustive grid, ranked, and a sentence on where the chosen one stands in it."""
-    means = grid.means([metric, f"NDCG@{context.k}"], ["bytes_up"])
+    means = grid.means(list(dict.fromkeys([metric, f"NDCG@{context.k}"])), ["bytes_up"])
     ranked = means.sort(metric, descending=True, nulls_last=True).with_row_index("rank", offset=1)
     best, *_ = ranked.rows(named=True)
     own = next(row for row in ranked.rows(named=True) if _is(row, chosen))

@@ -121,12 +121,19 @@ class StudyOptions:
 
 @dataclass(frozen=True)
 class Trained:
-    """The runs of variants, `seeds` of each in order; None stands for one that diverged."""
+    """The runs of variants, `seeds` of each in order; None stands for one that diverged. With `at_best` their
+    metrics are those of their best round by validation items, else of the last.
+    """
 
     variants: Sequence[Variant]
     seeds: Sequence[int]
     results: Sequence[RunResult | None]
     names: Sequence[str]
+    at_best: bool = False
+
+    def metrics(self, result: RunResult) -> Mapping[str, float]:
+        """Of a run, by name."""
+        return result.summary.best if self.at_best else result.metrics
 
     @property
     def labels(self) -> list[str]:
@@ -152,7 +159,8 @@ class Trained:
             if result is not None:
                 summary = result.summary
                 row |= {
-                    **summary.metrics,
+                    **({"best_round": summary.best_round} if self.at_best else {}),
+                    **self.metrics(result),
                     "bytes_down": summary.bytes_down,
                     "bytes_up": summary.bytes_up,
                     "bytes_setup": summary.bytes_setup,
@@ -256,8 +264,15 @@ class Context:
         """Those that the user chose, or `default`."""
         return tuple(default) if self.options.embeddings is None else self.options.embeddings
 
-    def train(self, variants: Sequence[Variant], seeds: Sequence[int] | None = None) -> Trained:
-        """Train every variant with every seed, or read what was trained before.
+    @property
+    def validated(self) -> bool:
+        """Whether validation items are held out."""
+        return bool((self.dataset.valid_items >= 0).any())
+
+    def train(
+        self, variants: Sequence[Variant], seeds: Sequence[int] | None = None, *, at_best: bool = False
+    ) -> Trained:
+        """Train every variant with every seed, or read what was trained before; `at_best`: see `Trained`.
 
         All settings are validated before the first run.
         """
@@ -287,7 +302,7 @@ class Context:
                 self.notify(f"Run {position + 1} of {len(configs)} diverged")
             results.append(None if isinstance(result, FloatingPointError) else result)
             position += 1
-        trained = Trained(variants, seeds, results, [place.name for place in places])
+        trained = Trained(variants, seeds, results, [place.name for place in places], at_best)
         self.all_runs.append(trained)
         return trained
 
