@@ -15,6 +15,7 @@ from torch import Tensor
 from fedpeft_ext import ops, reference
 from fedpeft_ext.ops import ItemParts, ItemSums, RoundResult
 from fedpeft_ext.ops.aggregate import exact_grid
+from fedpeft_ext.ops.train_round import RoundTraining
 
 SIZES = [5, 0, 1, 12, 3, 7, 7]
 KINDS = [["table"], ["lora"], ["rq"], ["hash"], ["table", "senet"], ["lora", "hash", "rq"]]
@@ -169,6 +170,26 @@ def test_an_error_changes_nothing(one_op: bool, monkeypatch: pytest.MonkeyPatch)
     assert_sums_are_zero(model)
     with pytest.raises(IndexError, match="clients: id 7 is out of range: expected 0 to 6"):
         before.round(ops, torch.arange(8), 8)
+
+
+@pytest.mark.parametrize("one_op", [True, False])
+def test_rates_of_a_call_stand_for_those_given_before(one_op: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("train_round", "local_train"):
+        module = importlib.import_module(f"fedpeft_ext.ops.{name}")
+        monkeypatch.setattr(module, "_in_one_op", lambda user: one_op)
+    model, clients = Model(["lora", "rq"], torch.float32), torch.arange(7)
+    expected = model.copy()
+    training = RoundTraining(
+        *(clients, 5, *model.data, model.user, model.parts, model.sums), lr=0.3, server_lr=0.9, seed=4
+    )
+    for round, lr, server_lr in ((5, 0.2, 0.5), (6, None, None), (7, 0.1, 2.0)):
+        training(round, lr=lr, server_lr=server_lr)
+        rates = {"lr": 0.3 if lr is None else lr, "server_lr": 0.9 if server_lr is None else server_lr}
+        expected.round(ops, clients, 5, round=round, **rates)
+        assert model.same(expected)
+    for name in ("lr", "server_lr"):
+        with pytest.raises(ValueError, match=f"^{name}: expected at least 0, got -1"):
+            training(8, **{name: -1.0})
 
 
 def test_no_clients_and_clients_without_items() -> None:
