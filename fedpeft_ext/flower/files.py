@@ -16,6 +16,8 @@ from torch import Tensor
 from fedpeft_ext.config import Config, FaultsConfig, load_config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.pretrain import Pretrained
+from fedpeft_ext.simulation.files import replace_bytes
+from fedpeft_ext.simulation.numbering import ENCODER, ITEMS, write_items
 from fedpeft_ext.simulation.setup import needs_pretrained, prepare_items
 
 CONFIG, SERVER = "config.yaml", "server.safetensors"
@@ -31,7 +33,8 @@ def node_file(folder: _Folder, node: int) -> Path:
 def prepare(
     config: Config, dataset: Dataset, folder: _Folder, num_nodes: int, *, pretrained: Pretrained | None = None
 ) -> None:
-    """Write config.yaml and server.safetensors for the server, and node-00000.safetensors, ... for the nodes.
+    """Write config.yaml and server.safetensors for the server, and node-00000.safetensors, ... for the nodes;
+    and the items' ids and encoder, which the server hands on to its folder for later runs.
 
     User u goes to node u mod `num_nodes`. The server's files hold no interactions.
 
@@ -64,6 +67,9 @@ def prepare(
         tensors |= {name: value.contiguous() for name, value in pretrained.tensors().items()}
     save_file(tensors, folder / SERVER)
     (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+    for name in (ITEMS, ENCODER):
+        (folder / name).unlink(missing_ok=True)
+    write_items(folder, dataset, None if pretrained is None else pretrained.encoder)
     for node in range(num_nodes):
         write_node(dataset, np.arange(node, dataset.num_users, num_nodes), node_file(folder, node))
 
@@ -132,6 +138,13 @@ def read_server(folder: _Folder) -> tuple[Config, int, Pretrained | None]:
     return config, int(tensors["num_items"]), pretrained
 
 
+def copy_items(prepared: _Folder, out: Path) -> None:
+    """Put the items' ids and encoder that `prepare` wrote into the folder of a run."""
+    for name in (ITEMS, ENCODER):
+        if (Path(prepared) / name).is_file():
+            replace_bytes(out / name, (Path(prepared) / name).read_bytes())
+
+
 def _read(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
@@ -150,6 +163,7 @@ def check_supported(config: Config) -> None:
     faults = config.faults
     simulated = FaultsConfig()
     for name, value, expected in (
+        ("start_from", config.start_from, None),
         ("training.algorithm", config.training.algorithm, "fedavg"),
         ("faults.dropout_rate", faults.dropout_rate, simulated.dropout_rate),
         ("faults.corrupt_rate", faults.corrupt_rate, simulated.corrupt_rate),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedpeft_ext.backbones import Backbone
 from fedpeft_ext.config import Config
-from fedpeft_ext.flower.files import check_supported, read_server
+from fedpeft_ext.flower.files import check_supported, copy_items, read_server
 from fedpeft_ext.flower.protocol import (
     CLIENTS,
     METRICS,
@@ -95,6 +95,8 @@ def main(grid: Grid, context: Context) -> None:
     )
     folder = RunFolder(prepare_folder(out, overwrite=True), config) if out else None
     try:
+        if folder is not None:
+            copy_items(str(run["prepared"]), folder.path)
         server.join()
         for line in server.run():
             print(json.dumps(line), flush=True)
