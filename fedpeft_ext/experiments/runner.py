@@ -140,6 +140,15 @@ def run_name(config: Config, data: str) -> str:
     return f"{config.backbone.name}-{config.embedding.name}-seed{config.seed}-{digest[:12]}"
 
 
+def refuse_start(config: Config) -> None:
+    """Raise ValueError where runs that are to begin alike would go on from another."""
+    if config.start_from is not None:
+        raise ValueError(
+            "start_from: expected none here, where runs of several settings begin alike, got "
+            f"{config.start_from!r}; fedpeft run goes on from a run"
+        )
+
+
 def result_settings(config: Config) -> dict[str, Any]:
     """Settings that change results, as JSON values; a file of features is told by its SHA-256."""
     values = config.model_dump(mode="json")

@@ -477,6 +477,15 @@ def load_start(folder: str | Path) -> TrainedRun | TrainedServer:
     return server if saved.clients is None else _with_clients(folder, saved, server)
 
 
+def rounds_of(folder: str | Path) -> int:
+    """Rounds trained by the run in `folder`. Raises FileNotFoundError or ValueError as `load_run`."""
+    folder = Path(folder)
+    if (folder / SUMMARY).exists():
+        return int(_summary(folder)["rounds"])
+    found = has_checkpoint(folder)
+    return _saved(folder).round if found is None else found
+
+
 def _saved(folder: Path) -> _Saved:
     if (folder / SUMMARY).exists():
         return _finished(folder)
@@ -509,12 +518,24 @@ def _server(folder: Path, saved: _Saved, dataset: Dataset, device: torch.device 
     return TrainedServer(saved.config, dataset, model, starts, saved.round, read_encoder(folder))
 
 
-def _finished(folder: Path) -> _Saved:
+def _summary(folder: Path) -> dict[str, Any]:
     try:
-        summary = json.loads((folder / SUMMARY).read_text())
+        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+    except ValueError as error:
+        raise _damaged(folder, error) from error
+    return summary
+
+
+def _damaged(folder: Path, error: Exception) -> ValueError:
+    return ValueError(f"run: a file in {folder} is damaged ({error})")
+
+
+def _finished(folder: Path) -> _Saved:
+    summary = _summary(folder)
+    try:
         tensors = load_file(folder / MODEL)
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"run: a file in {folder} is damaged ({error})") from error
+        raise _damaged(folder, error) from error
     return _Saved(
         load_config(folder / CONFIG),
         summary["rounds"],
