@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def run_all(
     place: Callable[[Config], Path | None],
     *,
     reuse: bool,
+    for_later: bool = True,
     callbacks_for: Callable[[Config], Sequence[Callback]] = lambda config: (),
 ) -> Iterator[RunResult | FloatingPointError]:
     """Train each configuration; yields its result as soon as it is there, or the error of training that
@@ -83,6 +84,7 @@ def run_all(
         place: the folder of a run, or None for none.
         reuse: whether a run that is in its folder is read instead of trained if it has been to its end, and
             gone on with if it was interrupted. Otherwise it is replaced.
+        for_later: keep the encoder of new items in each folder, some megabytes.
         callbacks_for: observers of a run that is trained.
     """
     server = Server(dataset, configs)
@@ -101,10 +103,13 @@ def run_all(
         if reuse and folder is not None and has_checkpoint(folder) is not None:
             simulator = Simulator.resume(folder, dataset, callbacks=callbacks_for(config))
         else:
+            pretrained = server.pretrained(config)
+            if pretrained is not None and not for_later:
+                pretrained = replace(pretrained, encoder=None)
             simulator = Simulator(
                 config,
                 dataset,
-                pretrained=server.pretrained(config),
+                pretrained=pretrained,
                 callbacks=callbacks_for(config),
                 out=folder,
                 overwrite=True,

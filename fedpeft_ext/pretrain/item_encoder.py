@@ -88,7 +88,9 @@ class ItemEncoder:
         for name in ("text", "full", "quantizer"):
             part = getattr(self, name)
             own, meta[name] = ({}, None) if part is None else part.to_tensors()
-            tensors |= {f"{name}/{key}": value.clone() for key, value in own.items()}  # shared by some
+            # Residual k-means quantises the full embeddings, by the same layers.
+            own = {key: value.clone() for key, value in own.items()} if name == "quantizer" else own
+            tensors |= {f"{name}/{key}": value for key, value in own.items()}
         return tensors, meta
 
     @classmethod

@@ -156,7 +156,8 @@ def _items(
         new_codes = torch.randint(size, drawn, generator=generator, device="cpu")
     else:
         raise ValueError(
-            "run: its files have no encoder of new items, as those that older versions wrote; train it again"
+            "run: its files have no encoder of new items, as those of studies and older versions have none; "
+            "train it again"
         )
     if codes is not None:
         if new_codes is None:
