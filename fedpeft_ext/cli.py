@@ -163,6 +163,14 @@ def run(
     out: _Out = None,
     config: _ConfigFile = None,
     set_: _Set = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--start-from",
+            metavar="RUN",
+            help="Go on from a run, whose data may have grown: its settings, --rounds more.",
+        ),
+    ] = None,
     seed: _Seed = None,
     engine: _Engine = None,
     device: _Device = None,
@@ -180,10 +188,15 @@ def run(
     """
     named = _named(dataset, backbone, rounds, seed, engine, device, threads)
     with _reported_errors(debug, can_overwrite=True) as started:
-        settings = _settings(config, {**named, "embedding.name": embedding}, set_)
+        if start_from is not None:
+            named |= _going_on(start_from, rounds)
+        file = config or (None if start_from is None else start_from / "config.yaml")
+        settings = _settings(file, {**named, "embedding.name": embedding}, set_)
+        if start_from is not None and rounds is None:
+            _check_further(start_from, settings)
         folder = out or _default_folder(settings, settings.embedding.name)
         started(folder)
-        tuned = None if config else _tuned(settings)
+        tuned = None if file else _tuned(settings)
         _run(settings, folder, tuned, overwrite=overwrite, quiet=quiet, as_json=json_)
 
 
@@ -489,6 +502,24 @@ def _settings(
     # As JSON, which YAML reads back as it is: a name that looks like a number stays a name.
     given = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
     return load_config(path, [*given, *(overrides or [])])
+
+
+def _going_on(run: Path, rounds: int | None) -> dict[str, str | int | None]:
+    """Settings of a run that starts from another and trains so many rounds more."""
+    from fedpeft_ext.simulation.serving import rounds_of
+
+    total = None if rounds is None else rounds_of(run) + rounds
+    return {"start_from": str(run), "training.rounds": total}
+
+
+def _check_further(run: Path, settings: Config) -> None:
+    """Raise ValueError where nothing would be trained, and nobody asked for that."""
+    from fedpeft_ext.simulation.serving import rounds_of
+
+    if settings.training.rounds <= (done := rounds_of(run)):
+        raise ValueError(
+            f"--rounds: expected how many rounds to train after the {done} of {run}, with --start-from"
+        )
 
 
 def _tuned(config: Config) -> str | None:

@@ -498,6 +498,9 @@ class Config(_Section):
     device: str = "cpu"
     threads: _Count | None = Field(default=None, description="CPU threads (None: torch's choice)")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    start_from: str | None = Field(
+        default=None, description="folder of a run to go on from, with data that may have grown"
+    )
 
     @field_validator("device")
     @classmethod

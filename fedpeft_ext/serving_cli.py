@@ -25,6 +25,14 @@ _NewUsers = Annotated[
         help="Data set of users who never took part, and train their own state.",
     ),
 ]
+_NewItems = Annotated[
+    Path | None,
+    typer.Option(
+        "--new-items",
+        metavar="FILE",
+        help="Table of items with their text; those that the run does not know are ranked, too.",
+    ),
+]
 _OwnRounds = Annotated[
     int | None,
     typer.Option("--rounds", "-r", help="Times that a new user trains.", show_default="as others on average"),
@@ -43,6 +51,7 @@ def recommend(
         typer.Option("--item", "-i", metavar="ID", help="An item of somebody new, oldest first; repeatable."),
     ] = None,
     new_users: _NewUsers = None,
+    new_items: _NewItems = None,
     rounds: _OwnRounds = None,
     k: Annotated[int, typer.Option("-k", help="Items for each user.")] = 10,
     out: Annotated[
@@ -61,20 +70,21 @@ def recommend(
 
     With --item, for somebody who never took part: trains this user's own state on
     these items, and nothing else; with --new-users for the users of another data
-    set. A run that is not finished answers as its newest checkpoint has it.
+    set. With --new-items new items are ranked as well. A run that is not finished
+    answers as its newest checkpoint has it.
     """
     with cli._reported_errors(debug) as started:
         if not user and not item and out is None:
             raise ValueError("--user, --item, --out: expected a user, items of a new one, or a file for all")
         if item and (user or new_users or out is not None):
-            raise ValueError("--item: expected alone, with --rounds and -k at most")
+            raise ValueError("--item: expected alone, with --new-items, --rounds and -k at most")
         if rounds is not None and not item and new_users is None:
             raise ValueError("--rounds: expected --item or --new-users, which train, with it")
         if out is not None and out.suffix not in (".csv", ".parquet"):
             raise ValueError(f"--out: expected a file name that ends in .csv or .parquet, got {out}")
         if out is not None:
             started(out)
-        _recommend(folder, user or [], item or [], new_users, rounds, k, out, as_json=json_)
+        _recommend(folder, user or [], item or [], new_users, new_items, rounds, k, out, as_json=json_)
 
 
 def evaluate(
@@ -130,6 +140,7 @@ def _recommend(
     users: Sequence[str],
     own: Sequence[str],
     new_users: str | None,
+    new_items: Path | None,
     rounds: int | None,
     k: int,
     out: Path | None,
@@ -139,13 +150,16 @@ def _recommend(
     from fedpeft_ext.simulation import load_run, load_server
 
     names: list[str | None] = [*users]
-    if own:
-        run, names = load_server(folder).with_new_users({"": own}, rounds), [None]
-    elif new_users is not None:
+    if own or new_users is not None:
         server = load_server(folder)
-        run = server.with_new_users(_data_of_new_users(new_users, server.config), rounds)
+        if new_items is not None:
+            server = server.with_new_items(_read_items(new_items, server.config))
+        newcomers = {"": own} if new_users is None else _data_of_new_users(new_users, server.config)
+        run, names = server.with_new_users(newcomers, rounds), [None] if own else names
     else:
         run = load_run(folder)
+        if new_items is not None:
+            run = run.with_new_items(_read_items(new_items, run.config))
     names = names or [*run.dataset.user_ids]
     item_ids, text = run.dataset.item_ids, run.dataset.item_text
     ranked = run.recommend(users or range(run.dataset.num_users), k)
@@ -196,6 +210,14 @@ def _write_recommendations(
     )
     replace_file(file, frame.write_csv if file.suffix == ".csv" else frame.write_parquet)
     return len(frame)
+
+
+def _read_items(file: Path, config: Config) -> dict[str, str]:
+    from fedpeft_ext.data import read_items
+
+    options = config.dataset.options
+    own = {name: options[name] for name in ("item_column", "separator", "encoding") if name in options}
+    return read_items(file, **own)
 
 
 def _data_of_new_users(name: str, config: Config) -> Dataset:

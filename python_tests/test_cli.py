@@ -723,6 +723,75 @@ def test_somebody_new_is_served(tmp_path: Path) -> None:
     assert "such as 'other'" in refused("evaluate", out, "--new-users", data)
 
 
+def write_shop(folder: Path, items: int, users: int) -> Path:
+    """Interactions and items with text, as CSV files."""
+    folder.mkdir(exist_ok=True)
+    rows = [
+        f"u{u},i{(7 * u + 3 * n) % items if n else u % items},{n}" for u in range(users) for n in range(6)
+    ]
+    (folder / "interactions.csv").write_text("\n".join(["user,item,time", *dict.fromkeys(rows)]) + "\n")
+    words = ["red", "green", "wool", "cotton", "shirt", "hat", "sock"]
+    texts = [f"i{i},{words[i % 7]} {words[i % 5]} no {i}" for i in range(items)]
+    (folder / "items.csv").write_text("\n".join(["item,title", *texts]) + "\n")
+    return folder
+
+
+def test_a_run_goes_on_with_grown_data(tmp_path: Path) -> None:
+    """The file is overwritten, as it is where new rows arrive every day."""
+    one, two, three = map(Path, ("one", "two", "three"))
+    shop = write_shop(tmp_path / "shop", 30, 20)
+    options = [
+        *SMALL[3:],
+        f"--dataset={shop}",
+        "--set=dataset.options.items=all",
+        "--set=pretrain.cache_dir=cache",
+        "--set=pretrain.epochs=2",
+        "--set=evaluation.num_negatives=10",
+        "--set=training.warmup_rounds=1",
+    ]
+    assert fedpeft("run", *options, "-ep-lora", "-r2", "-q", "-o", one).exit_code == 0
+    served = fedpeft("recommend", one, "-u", "u3", "-k", "30", "--json")
+    known = [item["item"] for item in json.loads(served.stdout)[0]["items"]]
+    file = tmp_path / "more.csv"
+    file.write_text("item,title\ni30,red hat\ni31,green wool\ni3,known\n")
+    for who in (["-u", "u3"], ["-i", "i4", "-i", "i30", "-r1"]):
+        result = fedpeft("recommend", one, *who, "-k", "32", "--json", "--new-items", file)
+        listed = [item["item"] for item in json.loads(result.stdout)[0]["items"]]
+        assert {"i31"} <= {*listed}
+        assert ("i30" in listed) == ("-u" in who)
+    best = json.loads(fedpeft("recommend", one, "-u", "u3", "-k", "32", "--json", "--new-items", file).stdout)
+    assert {item["item"]: item["text"] for item in best[0]["items"]}["i30"] == "red hat"
+    old = [item["item"] for item in best[0]["items"] if item["item"] not in ("i30", "i31")]
+    assert old == known
+
+    write_shop(shop, 36, 25)
+    result = fedpeft("run", "--start-from", one, "-r3", "-o", two)
+    assert result.exit_code == 0, result.output
+    assert f"Started from {one} after round 2: 6 new items, 5 new users" in " ".join(result.stdout.split())
+    summary = json.loads((two / "summary.json").read_text())
+    assert (summary["rounds"], summary["started_from"]["known_items"]) == (5, 30)
+    config = load_config(two / "config.yaml")
+    assert config == load_config(one / "config.yaml").updated(["training.rounds=5", f"start_from={one}"])
+    assert "other data than" in refused("recommend", one, "-u", "u3")
+    assert len(json.loads(fedpeft("recommend", two, "-u", "u24", "-k5", "--json").stdout)[0]["items"]) == 5
+    again = fedpeft("run", "--start-from", two, "-r1", "-s", "training.lr=0.5", "--json", "-q", "-o", three)
+    assert json.loads(again.stdout)["rounds"] == 6
+    assert fedpeft("resume", two, "-r", "6", "-q").exit_code == 0
+
+    refusals = {
+        "train after the 6 of": ["run", "--start-from", three],
+        "out: expected another folder": ["run", "--start-from", three, "-r1", "-o", three, "--overwrite"],
+        "embedding.name: expected 'p-lora'": ["run", "--start-from", three, "-r1", "-e", "c-rq"],
+        "expected a finished run": ["run", "--start-from", tmp_path / "none", "-r1"],
+        "start_from: expected none here": ["compare", "-s", f"start_from={three}"],
+        "fedpeft run goes on": ["study", "hybrid", "-s", f"start_from={three}", "-o", tmp_path / "study"],
+        "no such file": ["recommend", two, "-u", "u3", "--new-items", tmp_path / "none.csv"],
+        "no item column": ["recommend", two, "-u", "u3", "--new-items", two / "config.yaml"],
+    }
+    for message, command in refusals.items():
+        assert message in refused(*command)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_recommendations_of_all_users_as_a_file(tmp_path: Path, suffix: str) -> None:
     out, file, data = tmp_path / "run", tmp_path / f"best.{suffix}", tmp_path / "new.csv"

@@ -98,6 +98,18 @@ class Backbone(nn.Module):
             raise NotImplementedError(f"{type(self).__name__} has local parameters but no initial_state")
         return {}
 
+    def new_rows(self, name: str, rows: Tensor, count: int) -> Tensor:
+        """What items that arrive later start with in a tensor with a row for each item; as
+        `ItemEmbedding.new_rows`, which the default asks, and refuses tensors of the backbone itself.
+        """
+        module, dot, own = name.partition(".")
+        if dot and module == "item_embedding":
+            return self.item_embedding.new_rows(own, rows, count)
+        raise ValueError(
+            f"{type(self).__name__}.new_rows: expected rows of new items in {name!r}, which has one for each "
+            "item, got none"
+        )
+
     def catalogue_scores(
         self, vectors: Tensor, state: Mapping[str, Tensor], context: ClientContext
     ) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .catalogue import DatasetInfo, check_dataset, convert_dataset, describe_datasets, load_dataset
 from .dataset import Dataset, popularity_scores
-from .load import read_dataset
+from .load import read_dataset, read_items
 from .mapped import MappedDataset, save_dataset
 from .synthetic import Planted, SyntheticDataset, synthetic_dataset
 
@@ -25,6 +25,7 @@ __all__ = [
     "load_dataset",
     "popularity_scores",
     "read_dataset",
+    "read_items",
     "save_dataset",
     "synthetic_dataset",
 ]

@@ -8,6 +8,7 @@ first.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 
 from fedpeft_ext.ops import philox
 from fedpeft_ext.words import counted
@@ -26,6 +28,7 @@ FloatArray = npt.NDArray[np.float64]
 # Interactions looked at, and numbers hashed, at a time, where they may be more than fit into memory.
 _CHUNK_INTERACTIONS = 1 << 22
 _CHUNK_HASHED = 1 << 20
+_CHUNK_IDS = 1 << 16
 
 # Draws held at a time by `candidates`: about 8 MB an array, so that the ten rounds of Philox stay in cache.
 _CHUNK_DRAWS = 1 << 18
@@ -217,21 +220,44 @@ class Dataset:
         Raises:
             ValueError: an item that the other data set does not have.
         """
-        number = {item: place for place, item in enumerate(other.item_ids)}
-        unknown = [item for item in self.item_ids if item not in number]
-        if unknown:
+        numbers = numbers_of(self.item_ids, other.item_ids)
+        unknown = np.flatnonzero(numbers < 0)
+        if len(unknown):
             raise ValueError(
                 f"items: {counted(len(unknown), 'item')} of data set {self.name!r} not in the catalogue of "
-                f"{other.name!r}, such as {unknown[0]!r}"
+                f"{other.name!r}, such as {self.item_ids[unknown[0]]!r}"
             )
-        numbers = np.array([*(number[item] for item in self.item_ids), -1], dtype=np.int64)
+        return self._renumbered(numbers, other.item_ids, other.item_text)
+
+    def after_catalogue(self, item_ids: Sequence[str] | pl.Series) -> Dataset:
+        """The same interactions, with items numbered as in `item_ids`, by external ids; the others come
+        after them, in their own order. Items that are missing here have no interactions, and "" as text.
+
+        Where that changes no number it is this data set itself.
+        """
+        known = len(item_ids)
+        numbers = numbers_of(self.item_ids, item_ids)
+        new = np.flatnonzero(numbers < 0)
+        numbers[new] = known + np.arange(len(new))
+        if known + len(new) == self.num_items and (numbers == np.arange(self.num_items)).all():
+            return self
+        text = None
+        if self.item_text is not None:
+            text = [""] * (known + len(new))
+            for number, words in zip(numbers.tolist(), self.item_text, strict=True):
+                text[number] = words
+        return self._renumbered(numbers, [*item_ids, *(self.item_ids[item] for item in new.tolist())], text)
+
+    def _renumbered(self, numbers: IntArray, ids: Sequence[str], text: Sequence[str] | None) -> Dataset:
+        """Item i as item `numbers[i]` of a catalogue."""
+        numbers = np.append(numbers, -1)  # of no item
         return self.changed(
-            num_items=other.num_items,
+            num_items=len(ids),
             indices=numbers[self.indices],
             test_items=numbers[self.test_items],
             valid_items=numbers[self.valid_items],
-            item_ids=other.item_ids,
-            item_text=other.item_text,
+            item_ids=ids,
+            item_text=text,
         )
 
     def changed(self, **fields: Any) -> Dataset:
@@ -354,6 +380,28 @@ class Dataset:
     @cached_property
     def _met(self) -> tuple[IntArray, IntArray]:
         return self.met_rows(np.arange(self.num_users))
+
+
+def as_series(ids: Sequence[str] | pl.Series) -> pl.Series:
+    """External ids as a column, some at a time: as Python's strings they would take several times as much."""
+    if isinstance(ids, pl.Series):
+        return ids.rename("id")
+    source = iter(ids)
+    parts = iter(lambda: list(itertools.islice(source, _CHUNK_IDS)), [])
+    return pl.concat([pl.Series("id", [], pl.String), *(pl.Series("id", part, pl.String) for part in parts)])
+
+
+def numbers_of(ids: Sequence[str] | pl.Series, known: Sequence[str] | pl.Series) -> IntArray:
+    """Places of external ids in `known`, int64 [n], -1 where they are not there.
+
+    Raises ValueError where `known` has one twice.
+    """
+    table = as_series(known).to_frame().with_row_index("number")
+    twice = table.filter(pl.col("id").is_duplicated())["id"]
+    if len(twice):
+        raise ValueError(f"ids: expected each once, got {twice[0]!r} twice")
+    found = as_series(ids).to_frame().join(table, on="id", how="left", maintain_order="left")
+    return found["number"].cast(pl.Int64).fill_null(-1).to_numpy().copy()
 
 
 def popularity_scores(dataset: Dataset) -> FloatArray:

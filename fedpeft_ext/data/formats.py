@@ -146,6 +146,13 @@ def open_source(path: Path, options: ColumnOptions, *, with_items: bool) -> Sour
     return replace(source, table=joined(tables), parts=(file, *others))
 
 
+def open_items(file: Path, options: ColumnOptions) -> ItemTable:
+    """Read items' ids and text from a RecBole .item file, or a CSV, TSV, Parquet or JSON lines table."""
+    if without_gz(file).suffix == ".item":
+        return _atomic_items(file, options)
+    return _delimited_items(file, options.item, options)
+
+
 def _open_file(file: Path, options: ColumnOptions, with_items: bool) -> Source:
     kind = without_gz(file)
     if kind.suffix == ".inter":
@@ -232,17 +239,19 @@ def _atomic(file: Path, options: ColumnOptions, with_items: bool) -> Source:
     item_file = options.item_file or _whole(file).with_suffix(".item")
     items = None
     if with_items and (options.item_file is not None or item_file.is_file()):
-        side, types = _atomic_table(item_file, options)
-        wanted = [
-            name for name, kind in types.items() if kind in ("token", "token_seq") and _may_be_text(name)
-        ]
-        items = _item_table(side, _find(side, "item", None), wanted)
+        items = _atomic_items(item_file, options)
     users = _whole(file).with_suffix(".user")
     described = None
     if users.is_file():
         side, _ = _atomic_table(users, options)
         described = side.ids(_find(side, "user", None)).n_unique()
     return _source("RecBole atomic files", table, options, items, described)
+
+
+def _atomic_items(file: Path, options: ColumnOptions) -> ItemTable:
+    table, types = _atomic_table(file, options)
+    wanted = [name for name, kind in types.items() if kind in ("token", "token_seq") and _may_be_text(name)]
+    return _item_table(table, _find(table, "item", None), wanted)
 
 
 def _atomic_table(file: Path, options: ColumnOptions) -> tuple[Table, dict[str, str]]:
@@ -328,13 +337,17 @@ def _delimited(file: Path, options: ColumnOptions, with_items: bool) -> Source:
         item_file = next((other for other in beside if other.is_file() and other != file), None)
     items = None
     if with_items and item_file is not None:
-        side = _delimited_table(item_file, _item_separator(item_file, options), True, options)
-        item = _find(table, "item", options.item)
-        key = _find(side, "item", item if item in side.columns else None)
-        items = _item_table(
-            side, key, [c for c in side.columns if c != key and _may_be_text(c) and _has_words(side, c)]
-        )
+        items = _delimited_items(item_file, _find(table, "item", options.item), options)
     return _source(form, table, options, items)
+
+
+def _delimited_items(file: Path, item: str | int | None, options: ColumnOptions) -> ItemTable:
+    """`item`: the column of ids, where the table has it."""
+    table = _delimited_table(file, _item_separator(file, options), True, options)
+    key = _find(table, "item", item if item in table.columns else None)
+    return _item_table(
+        table, key, [c for c in table.columns if c != key and _may_be_text(c) and _has_words(table, c)]
+    )
 
 
 def _delimited_table(file: Path, separator: str | None, header: bool, options: ColumnOptions) -> Table:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import polars as pl
 
 from .dataset import Dataset, IntArray
-from .formats import ColumnOptions, ItemTable, Source, open_source
+from .formats import ColumnOptions, ItemTable, Source, open_items, open_source
 from .tables import PART, without_gz
 
 BoolArray = npt.NDArray[np.bool_]
@@ -191,6 +191,31 @@ def read_dataset(
         item_text=texts,
         report=report,
     )
+
+
+def read_items(
+    path: str | Path,
+    *,
+    item_column: str | None = None,
+    separator: str | None = None,
+    encoding: str | None = None,
+) -> dict[str, str]:
+    """Text of items by external id, from a table as `read_dataset` finds beside interactions: a RecBole .item
+    file, CSV, TSV, Parquet or JSON lines.
+
+    Args:
+        path: the file.
+        item_column: name of the column of ids, where the table has it; else it goes by its usual name.
+        separator, encoding: of CSV/TSV files, as in `read_dataset`.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: a malformed one, or without a column of ids.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    table = open_items(file, ColumnOptions(item=item_column, separator=separator, encoding=encoding))
+    return dict(zip(table.ids, table.text, strict=True))
 
 
 def _default_name(path: Path) -> str:

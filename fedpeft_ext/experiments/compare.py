@@ -19,6 +19,7 @@ from fedpeft_ext.experiments.runner import (
     DIVERGED,
     fingerprint,
     is_done,
+    refuse_start,
     result_settings,
     run_all,
     run_name,
@@ -159,6 +160,7 @@ def check_embeddings(config: Config, embeddings: Sequence[str]) -> dict[str, Con
     Raises:
         ValueError: no embedding, or one unknown or named twice.
     """
+    refuse_start(config)
     if not embeddings:
         raise ValueError("embeddings: expected at least one name, got none")
     configs: dict[str, Config] = {}

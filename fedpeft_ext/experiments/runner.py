@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def run_all(
     place: Callable[[Config], Path | None],
     *,
     reuse: bool,
+    for_later: bool = True,
     callbacks_for: Callable[[Config], Sequence[Callback]] = lambda config: (),
 ) -> Iterator[RunResult | FloatingPointError]:
     """Train each configuration; yields its result as soon as it is there, or the error of training that
@@ -83,6 +84,7 @@ def run_all(
         place: the folder of a run, or None for none.
         reuse: whether a run that is in its folder is read instead of trained if it has been to its end, and
             gone on with if it was interrupted. Otherwise it is replaced.
+        for_later: keep the encoder of new items in each folder, some megabytes.
         callbacks_for: observers of a run that is trained.
     """
     server = Server(dataset, configs)
@@ -101,10 +103,13 @@ def run_all(
         if reuse and folder is not None and has_checkpoint(folder) is not None:
             simulator = Simulator.resume(folder, dataset, callbacks=callbacks_for(config))
         else:
+            pretrained = server.pretrained(config)
+            if pretrained is not None and not for_later:
+                pretrained = replace(pretrained, encoder=None)
             simulator = Simulator(
                 config,
                 dataset,
-                pretrained=server.pretrained(config),
+                pretrained=pretrained,
                 callbacks=callbacks_for(config),
                 out=folder,
                 overwrite=True,
@@ -138,6 +143,15 @@ def run_name(config: Config, data: str) -> str:
     values = [__version__, data, result_settings(config)]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return f"{config.backbone.name}-{config.embedding.name}-seed{config.seed}-{digest[:12]}"
+
+
+def refuse_start(config: Config) -> None:
+    """Raise ValueError where runs that are to begin alike would go on from another."""
+    if config.start_from is not None:
+        raise ValueError(
+            "start_from: expected none here, where runs of several settings begin alike, got "
+            f"{config.start_from!r}; fedpeft run goes on from a run"
+        )
 
 
 def result_settings(config: Config) -> dict[str, Any]:

@@ -134,19 +134,28 @@ def terminal_table(results: Sequence[RunResult], k: int = 10, title: str | None 
 
 def summary_table(summary: Summary) -> Table:
     """A rich table of one run: metrics among sampled and among all items, bytes, speed."""
+    from rich.markup import escape
+
     traffic = (
         f"{summary.bytes_down / KB:,.1f} KB down and {summary.bytes_up / KB:,.1f} KB up per client and round"
         f", {summary.bytes_setup / KB:,.1f} KB once"
     )
-    privacy = "" if summary.privacy is None else f"\nPrivacy: {summary.privacy['guarantee']}"
+    start = summary.started_from
+    told = ""
+    if start is not None:
+        new = f"{counted(start['new_items'], 'new item')}, {counted(start['new_users'], 'new user')}"
+        told = f"\nStarted from {escape(start['run'] or 'a run')} after round {start['round']:,}: {new}"
+    if summary.privacy is not None:
+        alone = "" if start is None else f" (of the rounds after {start['round']:,} alone)"
+        told += f"\nPrivacy{alone}: {summary.privacy['guarantee']}"
     faults = {name: count for name, count in (summary.faults or {}).items() if count}
     if faults:
-        privacy += "\nFaults: " + ", ".join(
+        told += "\nFaults: " + ", ".join(
             f"{count:,} {name.replace('_', ' ')}" for name, count in faults.items()
         )
     rounds = counted(summary.rounds, "round")
     title = f"{summary.backbone} with {summary.embedding} on {summary.dataset}, {rounds}"
-    caption = f"{traffic}; {summary.clients_per_second:,.0f} clients/s; {summary.seconds:.1f} s{privacy}"
+    caption = f"{traffic}; {summary.clients_per_second:,.0f} clients/s; {summary.seconds:.1f} s{told}"
     return metrics_table(summary.metrics, title, caption)
 
 

@@ -5,6 +5,7 @@ node the interactions of its own users alone.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,13 @@ from torch import Tensor
 from fedpeft_ext.config import Config, FaultsConfig, load_config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.pretrain import Pretrained
-from fedpeft_ext.simulation.setup import needs_pretrained, prepare_items
+from fedpeft_ext.simulation import TrainedRun, TrainedServer
+from fedpeft_ext.simulation.files import replace_bytes
+from fedpeft_ext.simulation.growth import check_start, grown_items, take_over
+from fedpeft_ext.simulation.numbering import ENCODER, ITEMS, write_items
+from fedpeft_ext.simulation.serving import load_start
+from fedpeft_ext.simulation.setup import build_model, needs_pretrained, prepare_items
+from fedpeft_ext.simulation.state import below, prefixed
 
 CONFIG, SERVER = "config.yaml", "server.safetensors"
 
@@ -31,7 +38,8 @@ def node_file(folder: _Folder, node: int) -> Path:
 def prepare(
     config: Config, dataset: Dataset, folder: _Folder, num_nodes: int, *, pretrained: Pretrained | None = None
 ) -> None:
-    """Write config.yaml and server.safetensors for the server, and node-00000.safetensors, ... for the nodes.
+    """Write config.yaml and server.safetensors for the server, and node-00000.safetensors, ... for the nodes;
+    and the items' ids and encoder, which the server hands on to its folder for later runs.
 
     User u goes to node u mod `num_nodes`. The server's files hold no interactions.
 
@@ -43,8 +51,12 @@ def prepare(
         num_nodes: 1 to the number of users.
         pretrained: what `pretrain` gives; None prepares what the embedding needs.
 
+    With `config.start_from` the server goes on from that run, as a simulation would, but for the users' own
+    state, which begins anew.
+
     Raises:
-        ValueError: the settings are for a simulation alone (`check_supported`).
+        ValueError: the settings are for a simulation alone (`check_supported`), or do not go with the run to
+            start from.
     """
     check_supported(config)
     if not 1 <= num_nodes <= dataset.num_users:
@@ -57,15 +69,58 @@ def prepare(
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if pretrained is None and needs_pretrained(config.embedding.name):
+    needed, start = pretrained is None and needs_pretrained(config.embedding.name), None
+    if config.start_from is not None:
+        if pretrained is not None:
+            raise ValueError("pretrained: expected None with start_from, which has it, got some")
+        found = load_start(config.start_from)
+        start = found.server if isinstance(found, TrainedRun) else found
+        check_start(config, start)
+        original, dataset = dataset, dataset.after_catalogue(start.catalogue.item_ids)
+        pretrained = grown_items(config, start, original, dataset) if needed else None
+    elif needed:
         pretrained = prepare_items(config, dataset)
     tensors: dict[str, Tensor] = {"num_items": torch.tensor([dataset.num_items], device="cpu")}
+    if start is not None:
+        tensors |= _going_on(config, start, pretrained, dataset.num_items)
     if pretrained is not None:
-        tensors |= {name: value.contiguous() for name, value in pretrained.tensors().items()}
-    save_file(tensors, folder / SERVER)
+        tensors |= pretrained.tensors()
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / SERVER)
     (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+    for name in (ITEMS, ENCODER):
+        (folder / name).unlink(missing_ok=True)
+    write_items(folder, dataset, None if pretrained is None else pretrained.encoder)
     for node in range(num_nodes):
         write_node(dataset, np.arange(node, dataset.num_users, num_nodes), node_file(folder, node))
+
+
+class Start(NamedTuple):
+    """What a server goes on from: rounds done, its tensors, and what clients start from, by name."""
+
+    round: int
+    server: dict[str, Tensor]
+    clients: dict[str, Tensor]
+
+
+def _going_on(
+    config: Config, start: TrainedServer, pretrained: Pretrained | None, num_items: int
+) -> dict[str, Tensor]:
+    """A `Start` as tensors of the server's file."""
+    prepared = {} if pretrained is None else pretrained.tensors()
+    model = build_model(
+        config,
+        num_items,
+        base=prepared.get("full"),
+        codes=prepared.get("codes"),
+        codebooks=prepared.get("codebooks"),
+    )
+    take_over(start.model, model)
+    server = {name: value for name, value in model.state_dict().items() if name not in model.local_parameters}
+    return {
+        "round": torch.tensor([start.round], device="cpu"),
+        **prefixed("start", server),
+        **prefixed("starts", start.starts),
+    }
 
 
 def write_node(dataset: Dataset, users: np.ndarray, path: str | Path) -> None:
@@ -118,8 +173,8 @@ def read_node(path: str | Path) -> tuple[Dataset, np.ndarray]:
     return dataset, users
 
 
-def read_server(folder: _Folder) -> tuple[Config, int, Pretrained | None]:
-    """Settings, number of items and pre-trained tensors that `prepare` wrote.
+def read_server(folder: _Folder) -> tuple[Config, int, Pretrained | None, Start | None]:
+    """Settings, number of items, pre-trained tensors, and what to go on from, that `prepare` wrote.
 
     Raises:
         FileNotFoundError: a file is missing. ValueError: it is not what `prepare` writes.
@@ -129,7 +184,17 @@ def read_server(folder: _Folder) -> tuple[Config, int, Pretrained | None]:
     if "num_items" not in tensors or tensors["num_items"].shape != (1,):
         raise ValueError(f"{folder / SERVER}: expected a server's file, but it has no 'num_items'")
     pretrained = Pretrained.from_tensors(tensors) if "full" in tensors else None
-    return config, int(tensors["num_items"]), pretrained
+    start = None
+    if "round" in tensors:
+        start = Start(int(tensors["round"]), below("start", tensors), below("starts", tensors))
+    return config, int(tensors["num_items"]), pretrained, start
+
+
+def copy_items(prepared: _Folder, out: Path) -> None:
+    """Put the items' ids and encoder that `prepare` wrote into the folder of a run."""
+    for name in (ITEMS, ENCODER):
+        if (Path(prepared) / name).is_file():
+            replace_bytes(out / name, (Path(prepared) / name).read_bytes())
 
 
 def _read(path: str | Path) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedpeft_ext.backbones import Backbone
 from fedpeft_ext.config import Config
-from fedpeft_ext.flower.files import check_supported, read_server
+from fedpeft_ext.flower.files import Start, check_supported, copy_items, read_server
 from fedpeft_ext.flower.protocol import (
     CLIENTS,
     METRICS,
@@ -66,7 +66,7 @@ from fedpeft_ext.simulation.setup import (
     warmup_rounds,
 )
 from fedpeft_ext.simulation.simulator import VALID
-from fedpeft_ext.simulation.state import below, prefixed
+from fedpeft_ext.simulation.state import below, copy_into, prefixed
 
 log = logging.getLogger("fedpeft_ext.flower")
 app = ServerApp()
@@ -81,7 +81,7 @@ def main(grid: Grid, context: Context) -> None:
     that nodes have to answer; `rounds`, instead of those of the settings (0: as set).
     """
     run = context.run_config
-    config, num_items, pretrained = read_server(str(run["prepared"]))
+    config, num_items, pretrained, start = read_server(str(run["prepared"]))
     if rounds := int(run.get("rounds", 0)):
         config = config.updated([f"training.rounds={rounds}"])
     out = str(run.get("out", ""))
@@ -90,11 +90,14 @@ def main(grid: Grid, context: Context) -> None:
         config,
         num_items,
         pretrained=pretrained,
+        start=start,
         min_nodes=int(run.get("min-nodes", 1)),
         timeout=float(run.get("timeout", 3600.0)),
     )
     folder = RunFolder(prepare_folder(out, overwrite=True), config) if out else None
     try:
+        if folder is not None:
+            copy_items(str(run["prepared"]), folder.path)
         server.join()
         for line in server.run():
             print(json.dumps(line), flush=True)
@@ -103,7 +106,12 @@ def main(grid: Grid, context: Context) -> None:
         if folder is not None:
             privacy = None if server.privacy is None else server.privacy.as_dict()
             folder.finish(
-                {"rounds": server.rounds_done, **line, "privacy": privacy},
+                {
+                    "rounds": server.rounds_done,
+                    **line,
+                    "privacy": privacy,
+                    "started_from": start and {"run": config.start_from, "round": start.round},
+                },
                 server.state_dict(),
             )
     finally:
@@ -119,6 +127,7 @@ class FlowerServer:
         config: settings; what only a simulation can do is refused.
         num_items: items in the catalogue.
         pretrained: full embeddings and codes, where the embedding needs them.
+        start: what to go on from, with settings that say so.
         min_nodes: nodes to wait for before the first round.
         timeout: seconds that nodes have to answer.
 
@@ -135,6 +144,7 @@ class FlowerServer:
         num_items: int,
         *,
         pretrained: Pretrained | None = None,
+        start: Start | None = None,
         min_nodes: int = 1,
         timeout: float = 3600.0,
     ) -> None:
@@ -142,6 +152,11 @@ class FlowerServer:
         if pretrained is None and needs_pretrained(config.embedding.name):
             raise ValueError(
                 f"pretrained: expected embeddings, which {config.embedding.name} needs, got None"
+            )
+        if (start is None) != (config.start_from is None):
+            raise ValueError(
+                "start: expected it where start_from is set, as `prepare` writes it, and nowhere else, got "
+                f"{'none' if start is None else 'one'} with start_from={config.start_from!r}"
             )
         self.config = config
         self._grid, self._num_items = grid, num_items
@@ -156,11 +171,16 @@ class FlowerServer:
         self._noise = make_noise(config.privacy, 0.0, secret_seed()) if self._central else None
         check_accountant(config.privacy)
         self._ledger: Ledger | None = None  # from the first round on, whose clients it is about
-        self.rounds_done = self.sent = self.received = self.lost = 0
+        self.sent = self.received = self.lost = 0
+        self.rounds_done = 0 if start is None else start.round
         self.model = self._begin_phase(None)
         parameters = dict(self.model.named_parameters())
         # Of clients' state the server holds what newcomers start from, and nobody's own.
         self._starts = ClientStore({}, {name: parameters[name] for name in self.model.averaged_start}, 1)
+        if start is not None:
+            own = {n: v for n, v in self.model.state_dict().items() if n not in self.model.local_parameters}
+            copy_into(own, start.server)
+            copy_into(self._starts.starts, start.clients)
 
     @property
     def phase(self) -> str:

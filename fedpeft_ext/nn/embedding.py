@@ -212,6 +212,30 @@ class ItemEmbedding(nn.Module, ABC):
         """Names of the parameters whose first dimension is the item: those that `Items.rows` indexes."""
         return (("base",) if "base" in self._parameters else ()) + self._row_parameters
 
+    def new_rows(self, name: str, rows: Tensor, count: int) -> Tensor:
+        """What items that arrive later start with in a tensor with a row for each item.
+
+        The default is the mean of the trained rows, in each of `row_parameters`. Rows of the base, and codes,
+        are encoded from the items' text instead, and not asked for.
+
+        Args:
+            name: of the parameter or buffer.
+            rows: [I, ...], of the items before.
+            count: of items that arrive.
+
+        Returns:
+            [count, ...].
+
+        Raises:
+            ValueError: a tensor that is not in `row_parameters`.
+        """
+        if name not in self.row_parameters:
+            raise ValueError(
+                f"{type(self).__name__}.new_rows: expected rows of new items in {name!r}, which is none of "
+                "row_parameters, got none"
+            )
+        return rows.mean(0).expand(count, *rows.shape[1:])
+
     def compressed_parameters(self) -> dict[str, nn.Parameter]:
         """What is trained and sent, by name: every parameter that requires a gradient."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}

@@ -92,6 +92,12 @@ class SumEmbedding(ItemEmbedding):
         assert isinstance(first, ItemEmbedding)
         return first._dtype()
 
+    def new_rows(self, name: str, rows: Tensor, count: int) -> Tensor:
+        _, number, own = name.split(".", 2)
+        part = self.parts[int(number)]
+        assert isinstance(part, ItemEmbedding)
+        return part.new_rows(own, rows, count)
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         for part in self.parts:
             assert isinstance(part, ItemEmbedding)

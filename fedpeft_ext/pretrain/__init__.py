@@ -12,7 +12,8 @@ from .autoencoder import AutoEncoder, PretrainedFull, pretrain_full
 from .cache import default_cache_dir, load, save
 from .codes import PretrainedCodes
 from .encoder import FrozenEncoder
-from .features import TfidfEncoder, load_features, text_features
+from .features import SentenceEncoder, TfidfEncoder, load_features, text_features
+from .item_encoder import ItemEncoder
 from .pipeline import Pretrained, pretrain
 from .residual_kmeans import residual_kmeans_codes
 from .rqvae import RQVAE, pretrain_codes
@@ -21,9 +22,11 @@ __all__ = [
     "RQVAE",
     "AutoEncoder",
     "FrozenEncoder",
+    "ItemEncoder",
     "Pretrained",
     "PretrainedCodes",
     "PretrainedFull",
+    "SentenceEncoder",
     "TfidfEncoder",
     "default_cache_dir",
     "load",

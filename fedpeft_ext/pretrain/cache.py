@@ -47,17 +47,22 @@ def default_cache_dir() -> Path:
 
 def save(path: str | Path, result: Storable) -> None:
     """Write `result` to a safetensors file, whole or not at all. Raises OSError where that is impossible."""
-    from safetensors.torch import save as to_bytes
-
     path = Path(path)
-    tensors, meta = result.to_tensors()
-    data = to_bytes({name: value.contiguous() for name, value in tensors.items()}, {_META: json.dumps(meta)})
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        part.write_bytes(data)
+        write(part, result)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write(path: Path, result: Storable) -> None:
+    """As `save`, but part by part."""
+    from safetensors.torch import save as to_bytes
+
+    tensors, meta = result.to_tensors()
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    path.write_bytes(to_bytes(tensors, {_META: json.dumps(meta)}))
 
 
 def load(path: str | Path, kind: type[Result]) -> Result:

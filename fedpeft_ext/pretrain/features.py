@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
@@ -90,7 +90,7 @@ class TfidfEncoder:
 
     def transform(self, texts: Sequence[str]) -> tuple[Features, int]:
         """Unit features float32 [I, F], and how many items had no known term and got the mean direction."""
-        check_texts(texts)
+        check_strings(texts)
         vectorizer = _vectorizer(vocabulary=self.vocabulary)
         vectorizer.idf_ = self.idf
         matrix = vectorizer.transform(texts)
@@ -98,6 +98,80 @@ class TfidfEncoder:
         unknown = ~features.any(axis=1)
         features[unknown] = self.mean
         return features, int(unknown.sum())
+
+    def to_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and JSON-ready settings, from which `from_tensors` makes an equal encoder."""
+        arrays = {"idf": self.idf, "components": self.components, "mean": self.mean}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return tensors, {"vocabulary": list(self.vocabulary)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> TfidfEncoder:
+        arrays = (tensors[name].numpy() for name in ("idf", "components", "mean"))
+        return cls(tuple(meta["vocabulary"]), *arrays)
+
+
+@dataclass(frozen=True)
+class SentenceEncoder:
+    """A sentence-transformers model on a catalogue; `transform` gives items that arrive later such features.
+
+    Attributes:
+        model: name or folder.
+        mean: float32 [F], the direction of the mean item (unit length, or zero), which items without text
+            get.
+    """
+
+    model: str
+    mean: Features
+
+    def transform(self, texts: Sequence[str]) -> tuple[Features, int]:
+        """Unit features float32 [I, F], and how many items had no text and got the mean direction.
+
+        Raises:
+            ImportError: sentence-transformers is not installed.
+        """
+        check_strings(texts)
+        features, blank = _sentences(texts, self.model, len(self.mean))
+        features[blank] = self.mean
+        return features, int(blank.sum())
+
+    def to_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and JSON-ready settings, from which `from_tensors` makes an equal encoder."""
+        return {"mean": torch.from_numpy(self.mean)}, {"model": self.model}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> SentenceEncoder:
+        return cls(meta["model"], tensors["mean"].numpy())
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Features of a catalogue's texts, and what gives later texts theirs.
+
+    Attributes:
+        features: float32 [I, F].
+        encoder: fitted to these texts.
+    """
+
+    features: Features
+    encoder: TfidfEncoder | SentenceEncoder
+
+    def to_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and JSON-ready settings, from which `from_tensors` makes an equal object."""
+        tensors, meta = self.encoder.to_tensors()
+        return {"features": torch.from_numpy(self.features), **tensors}, meta
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> TextFeatures:
+        return cls(tensors["features"].numpy(), text_encoder(tensors, meta))
+
+
+def text_encoder(
+    tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]
+) -> TfidfEncoder | SentenceEncoder:
+    """The encoder that `to_tensors` of either kind gave."""
+    kind = SentenceEncoder if "model" in meta else TfidfEncoder
+    return kind.from_tensors(tensors, meta)
 
 
 def text_features(
@@ -128,19 +202,35 @@ def text_features(
         ValueError: no item has text, or an unknown method.
         ImportError: sentence-transformers is not installed.
     """
+    return fit_text_features(texts, method, dim, seed, model).features
+
+
+def fit_text_features(
+    texts: Sequence[str],
+    method: FeatureMethod = "tfidf",
+    dim: int = 256,
+    seed: int = 0,
+    model: str = DEFAULT_TEXT_MODEL,
+) -> TextFeatures:
+    """`text_features` with what gives later items theirs; takes and raises the same."""
     check_texts(texts)
+    encoder: TfidfEncoder | SentenceEncoder
     if method == "tfidf":
-        features, unknown = TfidfEncoder.fit(texts, dim, seed).transform(texts)
+        encoder = TfidfEncoder.fit(texts, dim, seed)
+        features, unknown = encoder.transform(texts)
     elif method == "sentence-transformers":
-        features, unknown = _sentence_features(texts, model)
+        features, blank = _sentences(texts, model)
+        mean = _unit_rows(features[~blank].mean(axis=0, keepdims=True))[0]
+        features[blank] = mean
+        encoder, unknown = SentenceEncoder(model, mean), int(blank.sum())
     else:
         raise ValueError(f"method: expected 'tfidf' or 'sentence-transformers', got {method!r}")
     if unknown:
         warnings.warn(
             f"{unknown} of {len(texts)} items have no usable text; they get the mean feature vector",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return features
+    return TextFeatures(features, encoder)
 
 
 def load_features(path: str | Path, num_items: int | None = None) -> Features:
@@ -199,6 +289,15 @@ def check_texts(texts: Sequence[str] | None) -> None:
     """Raise unless `texts` holds strings and at least one of them is not blank."""
     if texts is None:
         raise ValueError(f"texts: {_NO_TEXT}")
+    check_strings(texts)
+    if not any(text.strip() for text in texts):
+        raise ValueError(
+            f"texts: expected text of at least one item, got {len(texts)} empty ones; {_NO_TEXT}"
+        )
+
+
+def check_strings(texts: Sequence[str]) -> None:
+    """Raise TypeError unless `texts` holds strings."""
     if isinstance(texts, str):
         raise TypeError("texts: expected one string per item, got a single string")
     for row, text in enumerate(texts):
@@ -206,10 +305,6 @@ def check_texts(texts: Sequence[str] | None) -> None:
             raise TypeError(
                 f"texts: expected a string for each item, got {type(text).__name__} at item row {row}"
             )
-    if not any(text.strip() for text in texts):
-        raise ValueError(
-            f"texts: expected text of at least one item, got {len(texts)} empty ones; {_NO_TEXT}"
-        )
 
 
 def _vectorizer(**options: Any) -> Any:
@@ -218,21 +313,23 @@ def _vectorizer(**options: Any) -> Any:
     return TfidfVectorizer(token_pattern=_TOKEN, ngram_range=(1, 2), sublinear_tf=True, **options)
 
 
-def _sentence_features(texts: Sequence[str], model: str) -> tuple[Features, int]:
+def _sentences(texts: Sequence[str], model: str, width: int = 0) -> tuple[Features, npt.NDArray[np.bool_]]:
+    """Features [I, F] of the model, zero where there is no text, and where that is; F = `width` if all."""
+    blank = np.array([not text.strip() for text in texts], dtype=bool)
+    if blank.all():
+        return np.zeros((len(texts), width), dtype=np.float32), blank
     try:
         from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise ImportError(
             "method 'sentence-transformers' needs a missing package: pip install sentence-transformers"
         ) from error
-    blank = np.array([not text.strip() for text in texts])
     some = [text for text in texts if text.strip()]
     vectors = SentenceTransformer(model).encode(some, convert_to_numpy=True, show_progress_bar=False)
     known = _unit_rows(check_features(vectors, f"vectors of the model {model!r}", len(some)))
-    features = np.empty((len(texts), known.shape[1]), dtype=np.float32)
+    features = np.zeros((len(texts), known.shape[1]), dtype=np.float32)
     features[~blank] = known
-    features[blank] = _unit_rows(known.mean(axis=0, keepdims=True))[0]
-    return features, int(blank.sum())
+    return features, blank
 
 
 def _unit_rows(array: npt.NDArray[Any]) -> Features:

@@ -13,7 +13,16 @@ from torch import Tensor
 from .autoencoder import PretrainedFull, pretrain_full
 from .cache import cached, default_cache_dir
 from .codes import PretrainedCodes, check_quantizer, smallest_dtype
-from .features import Features, check_texts, load_features, text_features
+from .features import (
+    Features,
+    SentenceEncoder,
+    TextFeatures,
+    TfidfEncoder,
+    check_texts,
+    fit_text_features,
+    load_features,
+)
+from .item_encoder import ItemEncoder
 from .residual_kmeans import residual_kmeans_codes
 from .rqvae import pretrain_codes
 
@@ -33,9 +42,9 @@ class Pretrained:
         full: float32 [I, D], full embeddings.
         codes: [I, L], smallest integer dtype; None if not asked for.
         codebooks: float32 [L, K, D], as trained with the codes; None without codes.
-        autoencoder, quantizer: how they came about, and the way to encode items that arrive later; None for
-            a random base.
+        autoencoder, quantizer: how they came about; None for a random base.
         report: figures for a summary (JSON-ready).
+        encoder: the way to encode items that arrive later; None for a random base.
     """
 
     full: Tensor
@@ -44,6 +53,7 @@ class Pretrained:
     autoencoder: PretrainedFull | None = None
     quantizer: PretrainedCodes | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    encoder: ItemEncoder | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """`full`, `codes` and `codebooks`, as far as they are there: what a federation needs of it."""
@@ -89,7 +99,7 @@ def pretrain(
     folder = None
     if config.cache:
         folder = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
-    features, without_text = _item_features(config, dataset, seed, folder)
+    features, text, without_text = _item_features(config, dataset, seed, folder)
     training = {"batch_size": config.batch_size, "scale": config.scale, "dim": dim, "seed": seed}
     options: dict[str, Any] = {**training, "epochs": config.epochs, "lr": config.lr}
     full = cached(folder, PretrainedFull, features, options, lambda: pretrain_full(features, **options))
@@ -100,7 +110,8 @@ def pretrain(
         "explained_variance": full.explained_variance,
     }
     if levels is None:
-        return Pretrained(full.embedding, autoencoder=full, report=report)
+        encoder = ItemEncoder.of(text, full, None)
+        return Pretrained(full.embedding, autoencoder=full, report=report, encoder=encoder)
 
     shape: dict[str, Any] = {"levels": levels, "codebook_size": codebook_size, "seed": seed}
     if config.codes == "rq-kmeans":
@@ -123,29 +134,16 @@ def pretrain(
         "code_perplexity": list(codes.perplexity),
         "code_collision_rate": codes.collision_rate,
     }
-    return Pretrained(full.embedding, codes.codes, codes.codebooks, full, codes, report)
-
-
-@dataclass(frozen=True)
-class CachedFeatures:
-    """Features as a cache entry."""
-
-    features: Features
-
-    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {"features": torch.from_numpy(self.features)}, {}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> CachedFeatures:
-        return cls(tensors["features"].numpy())
+    encoder = ItemEncoder.of(text, full, codes)
+    return Pretrained(full.embedding, codes.codes, codes.codebooks, full, codes, report, encoder)
 
 
 def _item_features(
     config: PretrainConfig, dataset: Dataset, seed: int, folder: Path | None
-) -> tuple[Features, int]:
-    """Features [I, F], and how many items have no text to make them from."""
+) -> tuple[Features, TfidfEncoder | SentenceEncoder | None, int]:
+    """Features [I, F], what gives texts theirs, and how many items have no text to make them from."""
     if config.features not in ("tfidf", "sentence-transformers"):
-        return load_features(config.features, dataset.num_items), 0
+        return load_features(config.features, dataset.num_items), None, 0
     texts = dataset.item_text
     check_texts(texts)
     assert texts is not None
@@ -154,10 +152,8 @@ def _item_features(
         if config.features == "tfidf"
         else {"method": "sentence-transformers", "model": config.text_model}
     )
-    made = cached(
-        folder, CachedFeatures, texts, options, lambda: CachedFeatures(text_features(texts, **options))
-    )
-    return made.features, sum(not text.strip() for text in texts)
+    made = cached(folder, TextFeatures, texts, options, lambda: fit_text_features(texts, **options))
+    return made.features, made.encoder, sum(not text.strip() for text in texts)
 
 
 def _random(

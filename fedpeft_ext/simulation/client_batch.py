@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from fedpeft_ext.backbones import Backbone
     from fedpeft_ext.data import Dataset
 
+TRAINED = "clients_trained"
+"""Name, among a finished run's tensors, of bool [U]: which clients have a state of their own."""
+
 DRAWN_AT_A_TIME = 1 << 14
 """Clients whose initial state is drawn at once: more only takes memory."""
 
@@ -110,15 +113,18 @@ class ClientStore:
         self.trained = torch.zeros(num_clients, dtype=torch.bool, device=devices[0]) if devices else None
 
     @classmethod
-    def of_everyone(cls, rows: Mapping[str, Tensor], starts: Mapping[str, Tensor]) -> ClientStore:
-        """Clients who all have a state of their own, `rows` {parameter name: [U, ...]}; of which `starts` are
-        those that new ones start from.
+    def of_everyone(
+        cls, rows: Mapping[str, Tensor], starts: Mapping[str, Tensor], trained: Tensor | None = None
+    ) -> ClientStore:
+        """Clients with the state `rows` {parameter name: [U, ...]}; of which `starts` are those that new ones
+        start from. `trained`, bool [U]: who has a state of their own; None: all.
         """
         store = cls(rows)
         if starts:
             some = next(iter(rows.values()))
             store.starts = dict(starts)
-            store.trained = torch.ones(len(some), dtype=torch.bool, device=some.device)
+            everyone = torch.ones(len(some), dtype=torch.bool, device=some.device)
+            store.trained = everyone if trained is None else trained
         return store
 
     def read(self, clients: Tensor) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ def train_new_users(
         first_not_finite(engine.train(clients, number, uploads), clients, number)
         uploads.discard()
         store.commit(average=False)
-    return TrainedRun(config, dataset, model, store, server.round)
+    return TrainedRun(config, dataset, model, store, server.round, server.encoder)
 
 
 def _usual_rounds(run: TrainedServer) -> int:

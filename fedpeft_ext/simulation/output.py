@@ -1,4 +1,5 @@
-"""The folder of a run: config.yaml, metrics.jsonl, summary.json, model.safetensors, and what `log` asks for.
+"""The folder of a run: config.yaml, metrics.jsonl, summary.json, model.safetensors, what a later
+run needs to start from it (`numbering`), and what `log` asks for.
 
 The folder is made and tried before any work. config.yaml is there from the start and metrics.jsonl is flushed
 line by line, so a run that fails or is interrupted leaves both readable; summary.json and model.safetensors
@@ -25,10 +26,11 @@ from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset, load_dataset
 from fedpeft_ext.simulation.checkpoint import delete_checkpoints, has_checkpoint
 from fedpeft_ext.simulation.files import append, remove_part, replace_bytes, replace_file, replace_text
+from fedpeft_ext.simulation.numbering import ENCODER, ITEMS, USERS
 
 CONFIG, METRICS, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "summary.json", "model.safetensors"
 CSV, TENSORBOARD = "metrics.csv", "tensorboard"
-FILES = (CONFIG, METRICS, SUMMARY, MODEL, CSV)
+FILES = (CONFIG, METRICS, SUMMARY, MODEL, CSV, ITEMS, USERS, ENCODER)
 """Beside TensorBoard's events and the checkpoints."""
 
 

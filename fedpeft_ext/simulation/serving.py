@@ -5,6 +5,7 @@ user's device.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
+import polars as pl
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -24,8 +27,9 @@ from fedpeft_ext.backbones import Backbone, ClientContext, FedMF
 from fedpeft_ext.config import Config, EvaluationConfig, load_config
 from fedpeft_ext.data import Dataset, popularity_scores
 from fedpeft_ext.nn import FullEmbedding, Items
+from fedpeft_ext.pretrain import ItemEncoder
 from fedpeft_ext.simulation.checkpoint import check_no_runs_inside, has_checkpoint, load_checkpoint
-from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
+from fedpeft_ext.simulation.client_batch import TRAINED, ClientStore, Interactions
 from fedpeft_ext.simulation.evaluation import (
     Evaluator,
     evaluation_mode,
@@ -33,6 +37,7 @@ from fedpeft_ext.simulation.evaluation import (
     scoring_inputs,
     users_at_once,
 )
+from fedpeft_ext.simulation.numbering import ITEMS, USERS, read_encoder, read_ids
 from fedpeft_ext.simulation.output import CONFIG, MODEL, SUMMARY, dataset_of_run
 from fedpeft_ext.simulation.setup import build_model, warmup_rounds
 from fedpeft_ext.simulation.state import below, copy_into
@@ -126,6 +131,7 @@ class TrainedServer:
         model: the backbone with the trained parameters.
         starts: {parameter name: value} of those that new clients start from the same value of.
         round: rounds trained.
+        encoder: of new items; None where none was kept.
     """
 
     config: Config
@@ -133,6 +139,26 @@ class TrainedServer:
     model: Backbone
     starts: Mapping[str, Tensor]
     round: int
+    encoder: ItemEncoder | None = None
+
+    def with_new_items(self, items: Dataset | Mapping[str, str | npt.ArrayLike]) -> TrainedServer:
+        """The same with items that it does not know yet, which nothing is trained for.
+
+        Their full embeddings and codes come from their text by the encoder of pre-training; full embeddings
+        are moved as training moved those before. Rows of the compressed part start as
+        `ItemEmbedding.new_rows` has it, and hash functions cover any item. They come after the items before,
+        which stay as they are, also where they are named here.
+
+        Args:
+            items: a data set, for its items and their text; or text by the items' external ids, or features
+                [F] where those of the run came from a file.
+
+        Raises:
+            ValueError: the run has no encoder that its embedding needs, or other than what it takes.
+        """
+        from fedpeft_ext.simulation.growth import with_new_items
+
+        return with_new_items(self, items)
 
     def with_new_users(
         self, users: Dataset | Mapping[str, Iterable[int | str]], rounds: int | None = None
@@ -171,6 +197,7 @@ class TrainedRun:
         model: the backbone with the trained parameters.
         store: the clients' own state.
         round: rounds trained.
+        encoder: of new items; None where none was kept.
     """
 
     config: Config
@@ -178,6 +205,7 @@ class TrainedRun:
     model: Backbone
     store: ClientStore
     round: int
+    encoder: ItemEncoder | None = None
 
     @cached_property
     def _interactions(self) -> Interactions:
@@ -255,7 +283,14 @@ class TrainedRun:
     @property
     def server(self) -> TrainedServer:
         """What the server has of it, to be given new users."""
-        return TrainedServer(self.config, self.dataset, self.model, self.store.starts, self.round)
+        return TrainedServer(
+            self.config, self.dataset, self.model, self.store.starts, self.round, self.encoder
+        )
+
+    def with_new_items(self, items: Dataset | Mapping[str, str | npt.ArrayLike]) -> TrainedRun:
+        """See `TrainedServer.with_new_items`."""
+        grown = self.server.with_new_items(items)
+        return dataclasses.replace(self, dataset=grown.catalogue, model=grown.model)
 
     def with_new_users(
         self, users: Dataset | Mapping[str, Iterable[int | str]], rounds: int | None = None
@@ -336,7 +371,8 @@ def best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 class _Saved(NamedTuple):
     """What a folder holds of a federation; tensors by their name in the model, no `clients` of a Flower
-    server.
+    server. `trained` tells the clients with a state of their own; None: all. `renumbered`: whether items
+    have other numbers than in the data.
     """
 
     config: Config
@@ -345,6 +381,8 @@ class _Saved(NamedTuple):
     server: dict[str, Tensor]
     clients: dict[str, Tensor] | None
     starts: dict[str, Tensor]
+    trained: Tensor | None
+    renumbered: bool
 
 
 def load_run(
@@ -369,20 +407,27 @@ def load_run(
             f"run: {folder} has no clients' state: it is that of a Flower server, whose users' vectors and "
             "networks stay on their devices; it can serve new users (`load_server`, --item, --new-users)"
         )
-    server = _server(folder, saved, dataset, device)
+    server = _server(folder, saved, _data_of(folder, saved, dataset), device)
+    return _with_clients(folder, saved, server)
+
+
+def _with_clients(folder: Path, saved: _Saved, server: TrainedServer) -> TrainedRun:
     shapes = {
         name: (server.catalogue.num_users, *server.model.get_parameter(name).shape)
         for name in server.model.local_parameters
     }
-    found = {name: tuple(values.shape) for name, values in saved.clients.items()}
+    clients = saved.clients or {}
+    found = {name: tuple(values.shape) for name, values in clients.items()}
     if found != shapes:
         raise ValueError(
             f"run: the files in {folder} do not fit {CONFIG} and the data: clients' state: expected the "
             f"shapes {shapes}, got {found}"
         )
-    rows = {name: values.to(device) for name, values in saved.clients.items()}
-    store = ClientStore.of_everyone(rows, server.starts)
-    return TrainedRun(server.config, server.catalogue, server.model, store, server.round)
+    device = next(server.model.parameters()).device
+    rows = {name: values.to(device) for name, values in clients.items()}
+    trained = None if saved.trained is None else saved.trained.to(device)
+    store = ClientStore.of_everyone(rows, server.starts, trained)
+    return TrainedRun(server.config, server.catalogue, server.model, store, server.round, server.encoder)
 
 
 def load_server(
@@ -400,7 +445,45 @@ def load_server(
     Raises what `load_run` raises, but that there is no clients' state.
     """
     folder = Path(folder)
-    return _server(folder, _saved(folder), catalogue, device)
+    saved = _saved(folder)
+    return _server(folder, saved, _data_of(folder, saved, catalogue), device)
+
+
+def load_start(folder: str | Path) -> TrainedRun | TrainedServer:
+    """The run in `folder` as another one starts from it: users and items without any interaction, since the
+    data may have grown. Of a Flower server's folder without users.
+
+    Raises:
+        FileNotFoundError: no such folder, no run in it, or one of a version that kept no ids.
+        ValueError: a file is damaged.
+    """
+    folder = Path(folder)
+    saved = _saved(folder)
+    items = read_ids(folder / ITEMS)
+    users = pl.Series("id", [""]) if saved.clients is None else read_ids(folder / USERS)
+    nobody = np.full(len(users), -1, np.int64)
+    catalogue = Dataset(
+        name=folder.name,
+        num_users=len(users),
+        num_items=len(items),
+        indptr=np.zeros(len(users) + 1, np.int64),
+        indices=np.zeros(0, np.int64),
+        test_items=nobody,
+        valid_items=nobody,
+        user_ids=cast("Any", users),
+        item_ids=cast("Any", items),
+    )
+    server = _server(folder, saved, catalogue, "cpu")
+    return server if saved.clients is None else _with_clients(folder, saved, server)
+
+
+def rounds_of(folder: str | Path) -> int:
+    """Rounds trained by the run in `folder`. Raises FileNotFoundError or ValueError as `load_run`."""
+    folder = Path(folder)
+    if (folder / SUMMARY).exists():
+        return int(_summary(folder)["rounds"])
+    found = has_checkpoint(folder)
+    return _saved(folder).round if found is None else found
 
 
 def _saved(folder: Path) -> _Saved:
@@ -412,37 +495,60 @@ def _saved(folder: Path) -> _Saved:
     raise FileNotFoundError(f"run: expected a finished run, or a checkpoint of one, in {folder}")
 
 
-def _server(
-    folder: Path, saved: _Saved, dataset: Dataset | None, device: torch.device | str
-) -> TrainedServer:
+def _data_of(folder: Path, saved: _Saved, dataset: Dataset | None) -> Dataset:
+    """The data set of a run, numbered as there."""
     if dataset is None:
         dataset = dataset_of_run(saved.config, folder)
+    if saved.renumbered:
+        dataset = dataset.after_catalogue(read_ids(folder / ITEMS))
     if saved.digest not in ("", dataset.digest):
         raise ValueError(
             f"dataset: the run in {folder} was trained on other data than {dataset.name!r} "
             f"({saved.digest[:12]} against {dataset.digest[:12]})"
         )
+    return dataset
+
+
+def _server(folder: Path, saved: _Saved, dataset: Dataset, device: torch.device | str) -> TrainedServer:
     try:
         model = _model(saved, dataset.num_items).to(device)
     except ValueError as error:
         raise ValueError(f"run: the files in {folder} do not fit {CONFIG} and the data: {error}") from error
     starts = {name: value.to(device) for name, value in saved.starts.items()}
-    return TrainedServer(saved.config, dataset, model, starts, saved.round)
+    return TrainedServer(saved.config, dataset, model, starts, saved.round, read_encoder(folder))
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    try:
+        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+    except ValueError as error:
+        raise _damaged(folder, error) from error
+    return summary
+
+
+def _damaged(folder: Path, error: Exception) -> ValueError:
+    return ValueError(f"run: a file in {folder} is damaged ({error})")
 
 
 def _finished(folder: Path) -> _Saved:
+    summary = _summary(folder)
     try:
-        summary = json.loads((folder / SUMMARY).read_text())
         tensors = load_file(folder / MODEL)
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"run: a file in {folder} is damaged ({error})") from error
+        raise _damaged(folder, error) from error
     return _Saved(
         load_config(folder / CONFIG),
         summary["rounds"],
         summary.get("dataset_digest", ""),
-        {name: v for name, v in tensors.items() if not name.startswith(("clients.", "starts."))},
+        {
+            name: v
+            for name, v in tensors.items()
+            if not name.startswith(("clients.", "starts.")) and name != TRAINED
+        },
         below("clients", tensors) if "dataset" in summary else None,  # which a Flower server does not know
         below("starts", tensors),
+        tensors.get(TRAINED),
+        bool(summary.get("started_from")),
     )
 
 
@@ -464,6 +570,8 @@ def _unfinished(folder: Path) -> _Saved:
         server,
         store.rows(everyone),
         store.starts,
+        store.trained,
+        bool(saved.header.get("started_from")),
     )
 
 

@@ -22,18 +22,20 @@ from fedpeft_ext import _C
 from fedpeft_ext.backbones import Backbone
 from fedpeft_ext.config import Config, ConfigError, TrainingConfig, load_config
 from fedpeft_ext.data import Dataset
+from fedpeft_ext.data.dataset import numbers_of
 from fedpeft_ext.nn import parse_spec
-from fedpeft_ext.pretrain import Pretrained
+from fedpeft_ext.pretrain import ItemEncoder, Pretrained
 from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.callbacks import Callback, Metrics, RoundInfo
 from fedpeft_ext.simulation.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
-from fedpeft_ext.simulation.client_batch import ClientStore, Interactions, initial_states
+from fedpeft_ext.simulation.client_batch import TRAINED, ClientStore, Interactions, initial_states
 from fedpeft_ext.simulation.communication import Traffic, message, setup_message
 from fedpeft_ext.simulation.compression import make_stage
 from fedpeft_ext.simulation.distributed import Ranks, pretrained_everywhere, rank_device, train_round
 from fedpeft_ext.simulation.evaluation import Evaluator
 from fedpeft_ext.simulation.faults import make_faults
 from fedpeft_ext.simulation.fused import FusedEngine
+from fedpeft_ext.simulation.growth import check_start, grown_items, take_over, take_over_users
 from fedpeft_ext.simulation.local_training import (
     Federation,
     LocalSettings,
@@ -41,6 +43,7 @@ from fedpeft_ext.simulation.local_training import (
     first_not_finite,
 )
 from fedpeft_ext.simulation.memory import on_huge_pages
+from fedpeft_ext.simulation.numbering import ITEMS, read_encoder, read_ids, write_numbering
 from fedpeft_ext.simulation.output import (
     CONFIG,
     TENSORBOARD,
@@ -54,7 +57,7 @@ from fedpeft_ext.simulation.output import (
 from fedpeft_ext.simulation.privacy import Ledger, PrivacyReport, make_clipping, make_noise
 from fedpeft_ext.simulation.randomness import choose_clients
 from fedpeft_ext.simulation.scaffold import ControlVariates, check_memory
-from fedpeft_ext.simulation.serving import TrainedRun
+from fedpeft_ext.simulation.serving import TrainedRun, TrainedServer, load_start
 from fedpeft_ext.simulation.setup import (
     after_warmup,
     build_model,
@@ -102,6 +105,10 @@ class Summary:
         excluded_clients: users that cannot train, and are never chosen: without a training item, or with
             every item.
         dataset_digest: `Dataset.digest` of the data; "" from a version that did not write it.
+        started_from: what this run went on from: {"run": its folder or None, "round": after which, and counts
+            of "known_items", "new_items", "known_users", "new_users"}; None for a run from the beginning.
+            `rounds` are counted on from that round; bytes, clients, times, privacy and faults are those of
+            this run alone.
     """
 
     dataset: str
@@ -127,6 +134,7 @@ class Summary:
     faults: Mapping[str, int] | None = None
     excluded_clients: int = 0
     dataset_digest: str = ""
+    started_from: Mapping[str, Any] | None = None
 
     @property
     def clients_per_second(self) -> float:
@@ -154,6 +162,11 @@ class Simulator:
         out: folder for the run's files (see `output`); made and tried first. Checkpoints in it let `resume`
             go on after the process was killed.
         overwrite: whether `out` may hold an earlier run, whose files are replaced.
+        start_from: a trained run to go on from, or what a server has of it; None: that in the folder
+            `config.start_from`, if one is named. Items and users are known by external id; `dataset` of this
+            object has the items in the numbers of that run, new ones after them. Rounds are counted on, so
+            that no draw comes twice with the same seed; what the server's optimizer, control variates,
+            uploads and the account of privacy have gathered begins anew.
 
     `config.threads` sets torch's number of CPU threads for the whole process.
 
@@ -175,6 +188,7 @@ class Simulator:
         callbacks: Sequence[Callback] = (),
         out: str | Path | None = None,
         overwrite: bool = False,
+        start_from: TrainedRun | TrainedServer | None = None,
     ) -> None:
         began = time.perf_counter()
         if config.secure_aggregation.min_nodes:
@@ -183,6 +197,18 @@ class Simulator:
                 f"{config.secure_aggregation.min_nodes}"
             )
         self._ranks = ranks = Ranks()
+        if start_from is None and config.start_from is not None:
+            if out is not None and Path(out).resolve() == Path(config.start_from).resolve():
+                raise ValueError(f"out: expected another folder than that of start_from, got {out}")
+            with ranks.together("reading start_from"):
+                start_from = load_start(config.start_from)
+        original = dataset
+        start = start_from.server if isinstance(start_from, TrainedRun) else start_from
+        if start is not None:
+            if pretrained is not None:
+                raise ValueError("pretrained: expected None with start_from, which has it, got some")
+            check_start(config, start)
+            dataset = dataset.after_catalogue(start.catalogue.item_ids)
         self._device = rank_device(check_device(config.device))
         self._on_gpu = self._device.type == "cuda"
         spec = parse_spec(config.embedding.name)
@@ -220,19 +246,30 @@ class Simulator:
         self._evaluators = evaluators(config, dataset, self._interactions, ranks)
         self._pretrained = pretrained
         if pretrained is None and needs_pretrained(config.embedding.name):
-            self._pretrained = pretrained_everywhere(ranks, lambda: prepare_items(config, dataset))
+            self._pretrained = pretrained_everywhere(
+                ranks,
+                lambda: (
+                    prepare_items(config, dataset)
+                    if start is None
+                    else grown_items(config, start, original, dataset)
+                ),
+            )
         if self._pretrained is not None:
             self._pretrained = dataclasses.replace(
                 self._pretrained, full=on_huge_pages(self._pretrained.full)
             )
 
-        self.rounds_done = 0
+        self.rounds_done = 0 if start is None else start.round
         self._total_bytes = self._trained_clients = 0
         self._training_seconds = 0.0
         self._evaluations: list[Metrics] = []
         self._store: ClientStore | None = None
         self._federation: Federation
         self._begin_phase()
+        self._started_from: dict[str, Any] | None = None
+        if start is not None:
+            store = start_from.store if isinstance(start_from, TrainedRun) else None
+            self._take_over(start, store)
         self._seconds = time.perf_counter() - began
         self._mark: Mapping[str, Any] | None = None  # how far metrics.jsonl is that of this federation
         self._saved_rounds = config.training.rounds  # as many as the run to go on with was to have
@@ -244,6 +281,25 @@ class Simulator:
                 if ranks.first:
                     clear_folder(Path(out))
             self._open(Path(out))
+
+    def _take_over(self, start: TrainedServer, store: ClientStore | None) -> None:
+        """Become the federation that was trained, as far as users and items are those of it."""
+        dataset, known = self.dataset, 0
+        take_over(start.model, self.model)
+        copy_into(self.store.starts, start.starts)
+        if store is not None:  # else users' state is theirs alone
+            users = numbers_of(dataset.user_ids, start.catalogue.user_ids)
+            known = int((users >= 0).sum())
+            take_over_users(store, users, self.store, self._ranks.owned)
+        old = start.catalogue.num_items
+        self._started_from = {
+            "run": self.config.start_from,
+            "round": start.round,
+            "known_items": old,
+            "new_items": dataset.num_items - old,
+            "known_users": known,
+            "new_users": dataset.num_users - known,
+        }
 
     def _open(self, folder: Path) -> None:
         """Have `run` write into this folder, from the first rank."""
@@ -292,6 +348,8 @@ class Simulator:
             )
         if dataset is None:
             dataset = dataset_of_run(config, folder)
+        if saved.header.get("started_from") is not None:
+            dataset = dataset.after_catalogue(read_ids(folder / ITEMS))
         if dataset.digest != saved.header["dataset"]:
             raise ValueError(
                 f"dataset: {saved.path} was saved by a run on other data than {dataset.name!r} "
@@ -300,7 +358,11 @@ class Simulator:
         given = None
         if "pretrained.full" in saved.constants:
             given = Pretrained.from_tensors(below("pretrained", saved.constants))
-        simulator = cls(config, dataset, pretrained=given, callbacks=callbacks)
+            given = dataclasses.replace(given, encoder=read_encoder(folder))
+        # What it started from is in the checkpoint, and may be gone.
+        begun = config.model_copy(update={"start_from": None})
+        simulator = cls(begun, dataset, pretrained=given, callbacks=callbacks)
+        simulator.config = config
         simulator._restore(saved)
         simulator._open(folder)
         simulator._seconds += time.perf_counter() - began
@@ -351,7 +413,11 @@ class Simulator:
                 f"trained_run: expected one process, got {self._ranks.size}, each with the state of its own "
                 "clients; `load_run` of the run's folder has all"
             )
-        return TrainedRun(self.config, self.dataset, self.model, self.store, self.rounds_done)
+        return TrainedRun(self.config, self.dataset, self.model, self.store, self.rounds_done, self._encoder)
+
+    @property
+    def _encoder(self) -> ItemEncoder | None:
+        return None if self._pretrained is None else self._pretrained.encoder
 
     def add_callbacks(self, *callbacks: Callback) -> None:
         """Have these told about the run as well, on the first rank."""
@@ -590,6 +656,9 @@ class Simulator:
             return bool(stop), bool(due)
 
         try:
+            with self._ranks.together("opening the folder"):
+                if self._folder is not None:
+                    write_numbering(self._folder, self.dataset, self._encoder)
             for callback in self._callbacks:
                 callback.on_start(self)
             if resumed is None:
@@ -685,6 +754,7 @@ class Simulator:
         return {
             "config": self.config.model_dump(mode="json"),
             "dataset": self.dataset.digest,
+            "started_from": self._started_from,
             "progress": {
                 "total_bytes": self._total_bytes,
                 "trained_clients": self._trained_clients,
@@ -715,16 +785,22 @@ class Simulator:
         self._seconds = progress["seconds"]
         self._evaluations = [Metrics(**metrics) for metrics in progress["evaluations"]]
         self._mark = saved.header["metrics"]
+        self._started_from = saved.header.get("started_from")
         self._saved_rounds = saved.header["config"]["training"]["rounds"]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors of the federation: the server's by their name in the model, the clients' as
-        `clients.<name>` [U, ...], and what new ones start from the same value of as `starts.<name>` [...].
+        `clients.<name>` [U, ...], what new ones start from the same value of as `starts.<name>` [...], and
+        then who no longer does as `clients_trained`, bool [U].
         """
         model = self.model
         server = {name: v for name, v in model.state_dict().items() if name not in model.local_parameters}
         clients = {name: self._ranks.gather_rows(v) for name, v in self.store.rows(self._ranks.owned).items()}
-        return server | prefixed("clients", clients) | prefixed("starts", self.store.starts)
+        state = server | prefixed("clients", clients) | prefixed("starts", self.store.starts)
+        if self.store.trained is not None:
+            own = slice(self._ranks.owned.start, self._ranks.owned.stop)
+            state[TRAINED] = self._ranks.gather_rows(self.store.trained[own])
+        return state
 
     def _summary(self, seconds: float) -> Summary:
         config = self.config
@@ -754,6 +830,7 @@ class Simulator:
             faults=None if self._faults is None else dict(self._faults.counts),
             excluded_clients=self.dataset.num_users - len(self._eligible),
             dataset_digest=self.dataset.digest,
+            started_from=self._started_from,
         )
 
 

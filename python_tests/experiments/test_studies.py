@@ -32,7 +32,7 @@ from fedpeft_ext.experiments.studies import (
     run_study,
     study_by_name,
 )
-from fedpeft_ext.experiments.studies.new_items import aligned, split_arrivals, train_with_arrivals
+from fedpeft_ext.experiments.studies.new_items import split_arrivals, train_with_arrivals
 from fedpeft_ext.experiments.studies.new_users import split_users, train_without_some
 from fedpeft_ext.experiments.studies.output import shown
 from fedpeft_ext.experiments.studies.select import bytes_up, rungs
@@ -212,13 +212,6 @@ def test_arrivals_renumber_items_and_keep_interactions(dataset: Dataset) -> None
     assert after.item_text[-1] == dataset.item_text[place]
 
 
-def test_alignment_recovers_an_affine_map() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows, new = torch.randn(40, 5, generator=generator), torch.randn(7, 5, generator=generator)
-    matrix, shift = torch.randn(5, 5, generator=generator), torch.randn(5, generator=generator)
-    assert torch.allclose(aligned(rows, rows @ matrix + shift, new), new @ matrix + shift, atol=1e-4)
-
-
 @pytest.mark.parametrize("embedding", ["full", "p-rq+lora"])
 def test_arrivals_train_on_with_old_and_new_items(config: Config, dataset: Dataset, embedding: str) -> None:
     settings = config.updated([f"embedding.name={embedding}", "backbone.name=pfedrec"])
@@ -331,30 +324,6 @@ def test_communication_without_a_goal_still_tells_what_is_sent(
     assert sizes.frame["diverged"].to_list() == [1]
     assert goals.frame["seeds that reach it"].to_list() == [0, 0, 0]
     assert "diverged" in goals.note
-
-
-@pytest.mark.parametrize("embedding", ["full", "p-lora"])
-def test_new_rows_start_where_the_server_puts_them(config: Config, dataset: Dataset, embedding: str) -> None:
-    settings = config.updated([f"embedding.name={embedding}"])
-    before, after = split_arrivals(dataset, 0.1, seed=0)
-    prepared, arrived = new_items.encode_arrivals(settings, before, after)
-    old = Simulator(settings, before, pretrained=prepared)
-    old.round()
-    new = new_items._go_on(settings, old, after, prepared, arrived)
-    known = before.num_items
-    tables = dict(new.model.named_parameters())
-    if embedding == "full":  # encoded from text, and moved along with what was trained
-        (name,) = [
-            name for name, table in tables.items() if table.dim() == 2 and len(table) == after.num_items
-        ]
-        trained = old.model.item_embedding.full_embedding()
-        expected = aligned(prepared.full, trained, arrived.full[known:])
-    else:
-        name = "item_embedding.A"
-        trained = dict(old.model.named_parameters())[name].detach()
-        expected = trained.mean(0).expand(after.num_items - known, -1)
-    assert torch.equal(tables[name][:known], trained)
-    torch.testing.assert_close(tables[name][known:].detach(), expected)
 
 
 def test_new_items_need_text_and_rounds_after_the_arrival(config: Config, dataset: Dataset) -> None:

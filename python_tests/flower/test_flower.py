@@ -28,7 +28,7 @@ from fedpeft_ext.flower.files import node_file, write_node
 from fedpeft_ext.flower.protocol import PARAMETERS, SETTINGS, STARTS
 from fedpeft_ext.flower.server import FlowerServer
 from fedpeft_ext.pretrain import Pretrained
-from fedpeft_ext.simulation import Simulator
+from fedpeft_ext.simulation import Simulator, load_server
 from fedpeft_ext.simulation.privacy import epsilon
 
 DIM, USERS, ITEMS, ROUNDS = 8, 12, 40, 3
@@ -136,7 +136,7 @@ class InProcess(Grid):
 
 def assert_equal(server: FlowerServer, lines: list[dict[str, Any]], simulator: Simulator) -> None:
     """The server's tensors are the simulator's, and so are the metrics of every round."""
-    expected = {k: v for k, v in simulator.state_dict().items() if not k.startswith("clients.")}
+    expected = {k: v for k, v in simulator.state_dict().items() if not k.startswith("clients")}
     got = server.state_dict()
     assert set(got) == set(expected)
     for name, value in expected.items():
@@ -195,7 +195,7 @@ def simulated(config: Config, dataset: Dataset, pretrained: Pretrained) -> Simul
 def test_equals_the_simulator(changes: dict[str, Any], num_nodes: int, tmp_path: Path) -> None:
     config, dataset, pretrained = make_config(**changes), make_dataset(), make_pretrained()
     prepare(config, dataset, tmp_path, num_nodes, pretrained=pretrained)
-    stored, num_items, given = read_server(tmp_path)
+    stored, num_items, given, _ = read_server(tmp_path)
     grid = InProcess(tmp_path, num_nodes)
     server = FlowerServer(grid, stored, num_items, pretrained=given)
     server.join()
@@ -207,6 +207,39 @@ def test_equals_the_simulator(changes: dict[str, Any], num_nodes: int, tmp_path:
         own = client.to_tensors(context.state, "clients")
         for name in state.keys() & own.keys():
             torch.testing.assert_close(own[name], state[name][own["users"]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"embedding.name": "p-rq", "backbone.name": "pfedrec", "training.warmup_rounds": 1},
+        {"embedding.name": "c-hash", "backbone.name": "fedncf"},
+    ],
+)
+def test_goes_on_as_the_simulator_does(changes: dict[str, Any], tmp_path: Path) -> None:
+    """With items that arrived, and users who begin anew."""
+    whole = make_dataset()
+    met = np.flatnonzero(np.bincount(np.append(whole.indices, whole.test_items[:-1]), minlength=ITEMS))
+    before = whole.of_users(range(5)).changed(num_items=int(met.max()), item_ids=whole.item_ids[: met.max()])
+    config = make_config(**{"pretrain.features": "random", "training.rounds": 2, **changes})
+    Simulator(config, before, out=tmp_path / "old").run()
+    more = config.updated([f"start_from={tmp_path / 'old'}", f"training.rounds={2 + ROUNDS}"])
+    prepare(more, whole, tmp_path / "new", 2)
+    stored, num_items, given, start = read_server(tmp_path / "new")
+    server = FlowerServer(InProcess(tmp_path / "new", 2), stored, num_items, pretrained=given, start=start)
+    server.join()
+    old = load_server(tmp_path / "old", before)
+    simulator = Simulator(more, whole, start_from=old)
+    first = simulator.evaluate().values
+    assert simulator.rounds_done == server.rounds_done == 2
+    lines = list(server.run())
+    assert {name: lines[0][name] for name in first} == pytest.approx(dict(first), abs=1e-9)
+    simulator.run()
+    for name, value in simulator.trained_run.server.model.state_dict().items():
+        if name not in simulator.model.local_parameters:
+            torch.testing.assert_close(server.state_dict()[name], value, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="start: expected it where start_from is set"):
+        FlowerServer(InProcess(tmp_path / "new", 2), stored, num_items, pretrained=given)
 
 
 @pytest.mark.parametrize("method", ["none", "int8"])
@@ -436,6 +469,7 @@ def test_writes_its_files_from_the_command_line(tmp_path: Path, capsys: pytest.C
     folder, settings = tmp_path / "prepared", ["dataset.name=synthetic", "embedding.name=c-lora"]
     main(folder, nodes=3, set_=settings)
     assert sorted(path.name for path in folder.iterdir())[1:] == [
+        "items.parquet",
         "node-00000.safetensors",
         "node-00001.safetensors",
         "node-00002.safetensors",
@@ -502,7 +536,7 @@ def test_in_flowers_own_simulation(num_nodes: int, min_nodes: int, tmp_path: Pat
 
     @server_app.main()
     def main(grid: Grid, _: Context) -> None:
-        stored, num_items, given = read_server(folder)
+        stored, num_items, given, _ = read_server(folder)
         server = FlowerServer(grid, stored, num_items, pretrained=given, min_nodes=num_nodes, timeout=600.0)
         server.join()
         found.append((server, list(server.run())))

@@ -47,7 +47,7 @@ def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("computed although it is in the cache")
 
-    for name in ("text_features", "pretrain_full", "pretrain_codes", "residual_kmeans_codes"):
+    for name in ("fit_text_features", "pretrain_full", "pretrain_codes", "residual_kmeans_codes"):
         monkeypatch.setattr(pipeline_module, name, fail)
 
 

@@ -20,11 +20,14 @@ from safetensors.torch import load_file, save_file
 from small_federation import make_dataset, small_config
 from torch import Tensor
 
+from fedpeft_ext.config import Config
 from fedpeft_ext.ops.aggregate import exact_grid
 from fedpeft_ext.pretrain import Pretrained
-from fedpeft_ext.simulation import RankError, Simulator
+from fedpeft_ext.simulation import RankError, Simulator, TrainedRun
 from fedpeft_ext.simulation.aggregation import Aggregator
+from fedpeft_ext.simulation.client_batch import ClientStore
 from fedpeft_ext.simulation.distributed import Ranks
+from fedpeft_ext.simulation.setup import build_model
 
 PRIVACY = {
     "training.weighting": "uniform",
@@ -57,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
         "training.optimizer": "sgd",
         "training.client_sampling": "poisson",
     },
+    "grown": {"embedding.name": "p-rq", "backbone.name": "pfedrec", "pretrain.features": "random"},
 }
 ON_THREE = ("full", "p-lora", "pfedrec", "faults")
 ONLY_CLOSE = {"scaffold"}
@@ -73,7 +77,21 @@ def simulator(name: str, out: Path | None = None, **changes: Any) -> Simulator:
         codes=torch.randint(0, 16, (items, 3), generator=generator).to(torch.uint8),
         codebooks=torch.randn(3, 16, 8, generator=generator),
     )
+    if name == "grown":
+        return Simulator(config, make_dataset(), start_from=trained_before(config, pretrained), out=out)
     return Simulator(config, make_dataset(items=items), pretrained=pretrained, out=out)
+
+
+def trained_before(config: Config, pretrained: Pretrained) -> TrainedRun:
+    """A run of 15 of the users and 50 of the items after round 2, in every process the same."""
+    dataset = make_dataset(15, 50)
+    assert pretrained.codes is not None
+    model = build_model(config, 50, base=pretrained.full[:50], codes=pretrained.codes[:50])
+    generator = torch.Generator().manual_seed(2)
+    starts = {name: model.get_parameter(name).detach() for name in model.averaged_start}
+    rows = {name: torch.randn(15, *value.shape, generator=generator) for name, value in starts.items()}
+    store = ClientStore.of_everyone(rows, starts, torch.arange(15) % 3 > 0)
+    return TrainedRun(config, dataset, model, store, 2)
 
 
 def results(run: Simulator) -> tuple[dict[str, Tensor], dict[str, Any]]:

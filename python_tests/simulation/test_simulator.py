@@ -116,9 +116,11 @@ def test_files_of_a_run(dataset: Dataset, pretrained: Pretrained, tmp_path: Path
     assert sorted(path.name for path in out.iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "items.parquet",
         "metrics.jsonl",
         "model.safetensors",
         "summary.json",
+        "users.parquet",
     ]
     assert load_config(out / "config.yaml") == simulator.config
     assert [line["round"] for line in lines(out)] == [0, 2, 4, 5]

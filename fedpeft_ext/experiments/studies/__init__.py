@@ -9,6 +9,7 @@ import difflib
 from pathlib import Path
 
 from fedpeft_ext.experiments.compare import JSON as COMPARISON
+from fedpeft_ext.experiments.runner import refuse_start
 from fedpeft_ext.experiments.studies import (
     communication,
     grid,
@@ -68,6 +69,7 @@ def run_study(
         ValueError: settings or options that do not fit. FileExistsError: `folder` holds a run, a comparison
         or another study. OSError: it cannot be written.
     """
+    refuse_start(context.config)
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"out: expected a folder, but {folder} is a file")

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.experiments.studies.experiments import run_experiments, trained
 from fedpeft_ext.experiments.studies.pictures import line_picture
 from fedpeft_ext.experiments.studies.study import Context, Findings, Study, Table
-from fedpeft_ext.pretrain import Pretrained, TfidfEncoder, text_features
+from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation import Simulator
 from fedpeft_ext.simulation.client_batch import Interactions
 from fedpeft_ext.simulation.evaluation import Evaluator
@@ -63,74 +62,22 @@ def split_arrivals(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, 
     return made(dataset.num_items - count), made(dataset.num_items)
 
 
-def encode_arrivals(config: Config, before: Dataset, after: Dataset) -> tuple[Pretrained, Pretrained]:
-    """What the server prepared before, and the same with the new items encoded by the same encoders.
-
-    Raises:
-        ValueError: `pretrain.features` is neither "tfidf" nor "sentence-transformers", or there is no item
-            text, so that the features of later items are unknown.
-    """
-    settings = config.pretrain
-    texts, later = before.item_text, after.item_text
-    if settings.features not in ("tfidf", "sentence-transformers") or texts is None or later is None:
+def _prepared(config: Config, before: Dataset, after: Dataset) -> tuple[Pretrained, Pretrained]:
+    """What the server prepares before, and the same with the new items, by the encoder that it has then."""
+    features, texts = config.pretrain.features, after.item_text
+    if features not in ("tfidf", "sentence-transformers") or texts is None:
         raise ValueError(
             "pretrain.features: expected tfidf or sentence-transformers and a data set with item text, since "
-            f"new items are encoded from theirs, got {settings.features!r}"
-            + ("" if later is not None else " and no text")
+            f"new items are encoded from theirs, got {features!r}{' and no text' if texts is None else ''}"
         )
     prepared = prepare_items(config, before)
-    new = later[before.num_items :]
-    if settings.features == "tfidf":
-        features, _ = TfidfEncoder.fit(texts, settings.feature_dim, config.seed).transform(new)
-    else:
-        features = text_features(new, "sentence-transformers", model=settings.text_model)
-    assert prepared.autoencoder is not None  # features are not random
-    full = torch.cat([prepared.full, prepared.autoencoder.encode_new(features)])
-    if prepared.quantizer is None or prepared.codes is None:
-        return prepared, Pretrained(full)
-    codes = torch.cat([prepared.codes, prepared.quantizer.encode_new(features)])
-    return prepared, Pretrained(full, codes, prepared.codebooks)
-
-
-def aligned(before: Tensor, trained: Tensor, new: Tensor) -> Tensor:
-    """`new` [N, D] moved as training moved the old rows `before` to `trained` [I, D], by least squares.
-
-    The federation trains full embeddings in warm-up, so that they no longer lie where the encoder puts new
-    items; an affine map that the server fits to the old items takes the new ones along.
-    """
-    solution: Tensor = torch.linalg.lstsq(_with_ones(before), trained.double()).solution
-    return (_with_ones(new) @ solution).to(new.dtype)
-
-
-def _with_ones(rows: Tensor) -> Tensor:
-    return torch.cat([rows.double(), rows.new_ones(len(rows), 1, dtype=torch.float64)], 1)
-
-
-@torch.no_grad()
-def _go_on(
-    config: Config, old: Simulator, after: Dataset, prepared: Pretrained, arrived: Pretrained
-) -> Simulator:
-    """A federation over all items that goes on where `old` is."""
-    known, full = old.dataset.num_items, arrived.full.clone()
-    whole = config.embedding.name == "full"
-    trained = old.model.item_embedding.full_embedding() if whole else old.model.item_embedding.base
-    if trained is not None:
-        full[known:] = aligned(prepared.full, trained.cpu(), full[known:])
-        full[:known] = trained
-    settings = config.updated(["training.warmup_rounds=0"])
-    new = Simulator(settings, after, pretrained=Pretrained(full, arrived.codes, arrived.codebooks))
-    targets = dict(new.model.named_parameters())
-    for name, source in old.model.named_parameters():
-        target = targets[name]
-        if target.shape == source.shape:
-            target.copy_(source)
-        else:
-            target[:known] = source
-            if not whole:  # whose new rows were encoded
-                target[known:] = source.mean(0)
-    new.store.load_state_dict(old.store.state_dict())
-    new.rounds_done = old.rounds_done
-    return new
+    assert prepared.encoder is not None
+    full, codes = prepared.encoder.encode(texts[before.num_items :])
+    return prepared, Pretrained(
+        torch.cat([prepared.full, full]),
+        None if codes is None or prepared.codes is None else torch.cat([prepared.codes, codes]),
+        prepared.codebooks,
+    )
 
 
 class _Groups:
@@ -171,7 +118,8 @@ def train_with_arrivals(config: Config, dataset: Dataset, share: float = SHARE) 
         on; "start", the last of these in a federation that had all items from the start.
 
     Raises:
-        ValueError: warm-up would not be over at the arrival, or settings that `encode_arrivals` refuses.
+        ValueError: warm-up would not be over at the arrival, or `pretrain.features` is neither
+            "tfidf" nor "sentence-transformers", or there is no item text.
         FloatingPointError: training diverged.
     """
     rounds, every = config.training.rounds, config.evaluation.every
@@ -182,10 +130,10 @@ def train_with_arrivals(config: Config, dataset: Dataset, share: float = SHARE) 
             f"rounds, got {rounds}"
         )
     before, after = split_arrivals(dataset, share, config.seed)
+    prepared, arrived = _prepared(config, before, after)
     groups = _Groups(config, after, before.num_items)
-    prepared, arrived = encode_arrivals(config, before, after)
     old = trained(config, before, prepared, arrival)
-    simulator = _go_on(config, old, after, prepared, arrived)
+    simulator = Simulator(config, after, start_from=old.trained_run)
     curve = [{"round": arrival, **groups(simulator)}]
     while simulator.rounds_done < rounds:
         simulator.round()

@@ -296,6 +296,7 @@ class Context:
             self.dataset,
             lambda config: self.runs / run_name(config, self.data),
             reuse=True,
+            for_later=False,
             callbacks_for=observers,
         ):
             if isinstance(result, FloatingPointError):
