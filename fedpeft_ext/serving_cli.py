@@ -340,8 +340,8 @@ def _runs(
             other, others_data = others.with_new_users(newcomers, rounds), others.catalogue
     if others_data is not None and others_data.digest != trained_on.digest:  # nor are candidates then
         raise ValueError(
-            f"--against: expected a run whose items have the numbers of those of {folder}, got {against}, which "
-            "started from another run"
+            f"--against: expected a run whose items have the numbers of those of {folder}, got {against}, "
+            "which started from another run"
         )
     return run, popularity_run(run, trained_on) if popularity else other, trained_on
 
