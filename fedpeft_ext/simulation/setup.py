@@ -109,8 +109,10 @@ def build_model(
     ).to(dtype)
 
 
-def local_settings(config: Config, model: Backbone, *, warmup: bool = False) -> LocalSettings:
-    """How clients train `model`; warm-up rounds may have steps of their own."""
+def local_settings(config: Config, model: Backbone, *, warmup: bool = False, begun: int = 0) -> LocalSettings:
+    """How clients train `model` in a run that began after round `begun`; warm-up rounds may have steps of
+    their own.
+    """
     training = config.training
     optimizer, lr = training.optimizer, training.lr
     if warmup:
@@ -126,7 +128,7 @@ def local_settings(config: Config, model: Backbone, *, warmup: bool = False) -> 
         seed=config.seed,
         prox_mu=training.prox_mu,
         momentum=training.momentum if optimizer == "sgd" else 0.0,
-        schedule=CONSTANT if warmup else _schedule(config, training.schedule),
+        schedule=CONSTANT if warmup else _schedule(config, training.schedule, begun),
     )
 
 
@@ -138,11 +140,13 @@ class ServerSettings(TypedDict):
     schedule: Schedule
 
 
-def server_settings(config: Config, *, warmup: bool = False) -> ServerSettings:
-    """How the server steps; warm-up rounds, which train other parameters, may have steps of their own."""
+def server_settings(config: Config, *, warmup: bool = False, begun: int = 0) -> ServerSettings:
+    """How the server steps in a run that began after round `begun`; warm-up rounds, which train other
+    parameters, may have steps of their own.
+    """
     training = config.training
     if not warmup:
-        schedule = _schedule(config, training.server_schedule)
+        schedule = _schedule(config, training.server_schedule, begun)
         return {"optimizer": training.server_optimizer, "lr": training.server_lr, "schedule": schedule}
     optimizer = training.warmup_server_optimizer or training.server_optimizer
     # The rate of another optimizer says nothing about this one.
@@ -150,10 +154,11 @@ def server_settings(config: Config, *, warmup: bool = False) -> ServerSettings:
     return {"optimizer": optimizer, "lr": training.warmup_server_lr or other, "schedule": CONSTANT}
 
 
-def _schedule(config: Config, name: ScheduleName) -> Schedule:
-    """Over the rounds after warm-up."""
+def _schedule(config: Config, name: ScheduleName, begun: int) -> Schedule:
+    """Over the rounds of a run after warm-up."""
     training = config.training
-    return Schedule(name, training.schedule_end, warmup_rounds(config) + 1, training.rounds)
+    first = max(warmup_rounds(config), begun) + 1
+    return Schedule(name, training.schedule_end, first, training.rounds)
 
 
 def after_warmup(model: Backbone, pretrained: Pretrained | None) -> Pretrained:

@@ -259,7 +259,7 @@ class Simulator:
                 self._pretrained, full=on_huge_pages(self._pretrained.full)
             )
 
-        self.rounds_done = 0 if start is None else start.round
+        self.rounds_done = self._begun = 0 if start is None else start.round
         self._total_bytes = self._trained_clients = 0
         self._training_seconds = 0.0
         self._evaluations: list[Metrics] = []
@@ -456,14 +456,14 @@ class Simulator:
         else:
             carry_over(self._federation.model, model)
         training, warmup = config.training, self.phase == "warm-up"
-        settings = local_settings(config, model, warmup=warmup)
+        settings = local_settings(config, model, warmup=warmup, begun=self._begun)
         variates = self._control_variates(model, settings) if training.algorithm == "scaffold" else None
         self._federation = Federation(model, self._store, self._interactions, settings, variates)
         self._engine_name, self._engine = make_engine(config, self._federation)
         self._aggregator = Aggregator(
             message(model),
             frozenset(ParameterRoles.of(model).rows),
-            **server_settings(config, warmup=warmup),
+            **server_settings(config, warmup=warmup, begun=self._begun),
             stages=self._upload_stages(model),
             noise=make_noise(config.privacy, self._per_round, config.seed),
             faults=self._faults,
@@ -767,9 +767,10 @@ class Simulator:
 
     def _restore(self, saved: Checkpoint) -> None:
         """Become the federation that was saved."""
-        phase = self.phase
+        phase, self._started_from = self.phase, saved.header.get("started_from")
+        self._begun = 0 if self._started_from is None else self._started_from["round"]
         self.rounds_done = saved.round
-        if self.phase != phase:
+        if self.phase != phase or self._begun:  # whose schedules begin there
             self._begin_phase()
         try:
             copy_into(message(self.model), below("model", saved.state))
@@ -785,7 +786,6 @@ class Simulator:
         self._seconds = progress["seconds"]
         self._evaluations = [Metrics(**metrics) for metrics in progress["evaluations"]]
         self._mark = saved.header["metrics"]
-        self._started_from = saved.header.get("started_from")
         self._saved_rounds = saved.header["config"]["training"]["rounds"]
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -258,7 +258,8 @@ def test_items_and_users_may_go(before: Dataset, tmp_path: Path, backbone: str) 
 def test_it_needs_the_run_no_more_once_it_has_begun(before: Dataset, whole: Dataset, tmp_path: Path) -> None:
     config = config_of("p-rq", "pfedrec", **{"training.server_optimizer": "adam"})
     trained(config, before, tmp_path / "a")
-    settings = going_on(config, tmp_path / "a", 6)
+    schedules = {"training.schedule": "linear", "training.server_schedule": "cosine"}
+    settings = going_on(config, tmp_path / "a", 6, **schedules, **{"training.warmup_rounds": 0})
     straight = trained(settings, whole, tmp_path / "b")
     stopped = Simulator(settings, whole, out=tmp_path / "c")
     stopped.round()

@@ -109,6 +109,9 @@ def test_warm_up_has_rates_of_its_own(dataset: Dataset, pretrained: Pretrained) 
     assert [then.of_round(round).lr for round in (3, 6)] == pytest.approx([0.01, 0.0001])
     assert server_settings(config, warmup=True)["schedule"] == CONSTANT
     assert server_settings(config)["schedule"] == Schedule("linear", 0.01, 3, 6)
+    # A run that goes on from another has schedules of its own.
+    assert server_settings(config, begun=4)["schedule"] == Schedule("linear", 0.01, 5, 6)
+    assert local_settings(config, model, begun=4).of_round(5).lr == 0.01
     # An embedding without warm-up has all rounds for it.
     without = config.updated(["embedding.name=c-rq"])
     assert server_settings(without)["schedule"] == Schedule("linear", 0.01, 1, 6)
