@@ -323,19 +323,26 @@ def _runs(
     from fedpeft_ext.simulation import load_run, load_server, popularity_run
 
     popularity = against == Path("popularity") and not against.exists()
-    other = None
+    other, others_data = None, None
     if new_users is None:
         run = load_run(folder)
         trained_on = run.dataset
         if against is not None and not popularity:
             other = load_run(against, trained_on)
+            others_data = other.dataset
     else:
         server = load_server(folder)
         trained_on = server.catalogue
         newcomers = _data_of_new_users(new_users, server.config)
         run = server.with_new_users(newcomers, rounds)
         if against is not None and not popularity:
-            other = load_server(against, trained_on).with_new_users(newcomers, rounds)
+            others = load_server(against, trained_on)
+            other, others_data = others.with_new_users(newcomers, rounds), others.catalogue
+    if others_data is not None and others_data.digest != trained_on.digest:  # nor are candidates then
+        raise ValueError(
+            f"--against: expected a run whose items have the numbers of those of {folder}, got {against}, "
+            "which started from another run"
+        )
     return run, popularity_run(run, trained_on) if popularity else other, trained_on
 
 

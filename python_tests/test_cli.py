@@ -777,6 +777,10 @@ def test_a_run_goes_on_with_grown_data(tmp_path: Path) -> None:
     again = fedpeft("run", "--start-from", two, "-r1", "-s", "training.lr=0.5", "--json", "-q", "-o", three)
     assert json.loads(again.stdout)["rounds"] == 6
     assert fedpeft("resume", two, "-r", "6", "-q").exit_code == 0
+    assert fedpeft("run", "--start-from", two, "-r0", "-q", "-o", "four").exit_code == 0
+    assert load_run(Path("four")).round == 6
+    assert fedpeft("evaluate", two, "--against", "four").exit_code == 0
+    assert fedpeft("run", *options, "-ep-lora", "-r1", "-q", "-o", "five").exit_code == 0
 
     refusals = {
         "train after the 6 of": ["run", "--start-from", three],
@@ -784,6 +788,7 @@ def test_a_run_goes_on_with_grown_data(tmp_path: Path) -> None:
         "embedding.name: expected 'p-lora'": ["run", "--start-from", three, "-r1", "-e", "c-rq"],
         "expected a finished run": ["run", "--start-from", tmp_path / "none", "-r1"],
         "start_from: expected none here": ["compare", "-s", f"start_from={three}"],
+        "--against: expected a run whose items": ["evaluate", "five", "--against", two],
         "fedpeft run goes on": ["study", "hybrid", "-s", f"start_from={three}", "-o", tmp_path / "study"],
         "no such file": ["recommend", two, "-u", "u3", "--new-items", tmp_path / "none.csv"],
         "no item column": ["recommend", two, "-u", "u3", "--new-items", two / "config.yaml"],

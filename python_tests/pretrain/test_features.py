@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fedpeft_ext.pretrain import TfidfEncoder, load_features, text_features
-from fedpeft_ext.pretrain.features import check_features
+from fedpeft_ext.pretrain.features import TextFeatures, check_features, fit_text_features
 
 TEXTS = [
     "Toy Story 1995 Animation Children's Comedy",
@@ -133,6 +133,13 @@ def test_sentence_vectors_are_normalised_and_filled(monkeypatch: pytest.MonkeyPa
     assert features.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1.0, rtol=1e-6)
     np.testing.assert_allclose(features[0], np.array([1, 1, 0]) / np.sqrt(2), rtol=1e-6)
+    # Later ones the same, by what is kept of it, also where none has text.
+    with pytest.warns(UserWarning, match="1 of 3"):
+        fitted = fit_text_features(["a", "", "bbb"], method="sentence-transformers", model="a-model")
+    kept = TextFeatures.from_tensors(*fitted.to_tensors()).encoder
+    np.testing.assert_array_equal(kept.transform(["bbb", " "])[0], features[[2, 1]])
+    assert kept.transform([""])[1] == 1
+    np.testing.assert_array_equal(kept.transform([""])[0], features[[1]])
 
 
 def test_load_npy_and_safetensors(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from small_federation import make_dataset, small_config
 from torch import Tensor
 
+from fedpeft_ext.backbones import FedMF, register_backbone
 from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.nn import ItemEmbedding, register_strategy
@@ -476,6 +477,26 @@ def test_a_strategy_says_what_new_rows_start_with(before: Dataset, whole: Datase
     Scaled.new_rows = new_rows  # type: ignore[method-assign]
     new = Simulator(more, whole)
     assert (dict(new.model.named_parameters())["item_embedding.parts.1.scale"][OLD_ITEMS:] == 7.0).all()
+
+
+def test_a_backbone_says_what_new_rows_start_with(before: Dataset, whole: Dataset, tmp_path: Path) -> None:
+    @register_backbone
+    class Biased(FedMF):
+        name = "biased"
+
+        def __init__(self, item_embedding: ItemEmbedding, dim: int) -> None:
+            super().__init__(item_embedding, dim)
+            self.bias = torch.nn.Parameter(torch.zeros(item_embedding.num_embeddings))
+
+    config = config_of("c-hash", **{"training.rounds": 0, "training.warmup_rounds": 0})
+    config = config.updated(["backbone.name=biased"])
+    trained(config, before, tmp_path / "a")
+    more = going_on(config, tmp_path / "a", 0)
+    with pytest.raises(ValueError, match=r"Biased.new_rows: expected rows of new items in 'bias'"):
+        Simulator(more, whole)
+    Biased.new_rows = lambda self, name, rows, count: rows.new_full((count,), 7.0)  # type: ignore[method-assign]
+    bias = Simulator(more, whole).model.get_parameter("bias")
+    assert bias.tolist() == [0.0] * OLD_ITEMS + [7.0] * (60 - OLD_ITEMS)
 
 
 def test_random_pretrained_tables_have_no_encoder(before: Dataset, tmp_path: Path) -> None:
