@@ -19,7 +19,7 @@ from fedpeft_ext.data import Dataset
 from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation import TrainedRun, TrainedServer
 from fedpeft_ext.simulation.files import replace_bytes
-from fedpeft_ext.simulation.growth import check_start, grown_items, take_over
+from fedpeft_ext.simulation.growth import grown_dataset, grown_items, take_over
 from fedpeft_ext.simulation.numbering import ENCODER, ITEMS, write_items
 from fedpeft_ext.simulation.serving import load_start
 from fedpeft_ext.simulation.setup import build_model, needs_pretrained, prepare_items
@@ -75,8 +75,7 @@ def prepare(
             raise ValueError("pretrained: expected None with start_from, which has it, got some")
         found = load_start(config.start_from)
         start = found.server if isinstance(found, TrainedRun) else found
-        check_start(config, start)
-        original, dataset = dataset, dataset.after_catalogue(start.catalogue.item_ids)
+        original, dataset = dataset, grown_dataset(config, start, dataset)
         pretrained = grown_items(config, start, original, dataset) if needed else None
     elif needed:
         pretrained = prepare_items(config, dataset)

@@ -33,8 +33,24 @@ FREE = ("backbone.init_std", "backbone.dropout", "embedding.init_std", "embeddin
 """Settings of the model that a run may have other values of than the one it starts from."""
 
 
-def check_start(config: Config, start: TrainedServer) -> None:
-    """Raise ValueError for the first setting that does not go with the run to start from."""
+def grown_dataset(config: Config, start: TrainedServer, dataset: Dataset) -> Dataset:
+    """`dataset` with items numbered on from those of `start`, for a run with these settings.
+
+    Raises:
+        ValueError: a setting that does not go with the run to start from, or a data set without any of its
+            items.
+    """
+    _check_settings(config, start)
+    known = start.catalogue.item_ids
+    if (numbers_of(dataset.item_ids, known) < 0).all():
+        raise ValueError(
+            f"dataset: expected items of the run to start from, such as {known[0]!r}, got {dataset.name!r}, "
+            f"which has none of its {len(known):,}"
+        )
+    return dataset.after_catalogue(known)
+
+
+def _check_settings(config: Config, start: TrainedServer) -> None:
     if start.round < (warmup := warmup_rounds(start.config)):
         raise ValueError(
             f"start_from: expected a run whose {warmup} warm-up rounds are over, got one after round "
@@ -62,8 +78,8 @@ def check_start(config: Config, start: TrainedServer) -> None:
 
 
 def grown_items(config: Config, start: TrainedServer, dataset: Dataset, numbered: Dataset) -> Pretrained:
-    """Full embeddings and codes of the items of `numbered`, which is `dataset.after_catalogue` of those of
-    `start`, as `config` says where features come from.
+    """Full embeddings and codes of the items of `numbered`, which is the `grown_dataset`, as `config` says
+    where features come from.
 
     Raises:
         ValueError: new items, and nothing to encode them by. ImportError: the package that does is missing.
@@ -135,12 +151,12 @@ def _items(
     """What the items of `start` have by now, and after it what `count` new ones start with."""
     embedding, config = start.model.item_embedding, start.config
     known = embedding.num_embeddings
-    trained = embedding.weight if isinstance(embedding, FullEmbedding) else None
     if embedding.base is not None:
-        trained = embedding.base
-    if trained is None:  # not part of the model
-        trained = torch.zeros(known, embedding.embedding_dim, dtype=torch.float32, device="cpu")
-    full = trained.detach().cpu()
+        full = embedding.base.detach().cpu()
+    elif isinstance(embedding, FullEmbedding):
+        full = embedding.weight.detach().cpu()
+    else:  # not part of the model
+        full = torch.zeros(known, embedding.embedding_dim, dtype=torch.float32, device="cpu")
     codes, books = (_named(embedding, name) for name in ("codes", "codebooks"))
     if count == 0:
         return Pretrained(full, codes, books, encoder=start.encoder)
@@ -151,7 +167,8 @@ def _items(
     elif config.pretrain.features == "random":
         # As little as random ones, the mean tells of the items; and it is where training has moved them.
         rows = full.mean(0).expand(count, -1)
-        size, generator = config.embedding.codebook_size, torch.Generator().manual_seed(seed)
+        size = config.embedding.codebook_size
+        generator = torch.Generator().manual_seed((seed + known) % 2**63)  # other codes for each arrival
         drawn = (count, 0 if codes is None else codes.shape[1])
         new_codes = torch.randint(size, drawn, generator=generator, device="cpu")
     else:

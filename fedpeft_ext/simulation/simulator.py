@@ -35,7 +35,7 @@ from fedpeft_ext.simulation.distributed import Ranks, pretrained_everywhere, ran
 from fedpeft_ext.simulation.evaluation import Evaluator
 from fedpeft_ext.simulation.faults import make_faults
 from fedpeft_ext.simulation.fused import FusedEngine
-from fedpeft_ext.simulation.growth import check_start, grown_items, take_over, take_over_users
+from fedpeft_ext.simulation.growth import grown_dataset, grown_items, take_over, take_over_users
 from fedpeft_ext.simulation.local_training import (
     Federation,
     LocalSettings,
@@ -207,8 +207,7 @@ class Simulator:
         if start is not None:
             if pretrained is not None:
                 raise ValueError("pretrained: expected None with start_from, which has it, got some")
-            check_start(config, start)
-            dataset = dataset.after_catalogue(start.catalogue.item_ids)
+            dataset = grown_dataset(config, start, dataset)
         self._device = rank_device(check_device(config.device))
         self._on_gpu = self._device.type == "cuda"
         spec = parse_spec(config.embedding.name)

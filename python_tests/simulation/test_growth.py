@@ -187,6 +187,16 @@ def test_a_grown_catalogue_keeps_what_was_trained(
     }
 
 
+def test_another_seed_changes_no_hash_functions(before: Dataset, tmp_path: Path) -> None:
+    config = config_of("p-hash")
+    first = trained(config, before, tmp_path / "a")
+    new = Simulator(going_on(config, tmp_path / "a", 3, seed=7), before, out=tmp_path / "b")
+    assert_equal(tensors_of(new), tensors_of(first))
+    ranked = new.run().metrics["full/HR@10"]
+    assert ranked == first.evaluate()["full/HR@10"]
+    assert load_run(tmp_path / "b", before).evaluate().means()["full/HR@10"] == ranked
+
+
 def test_new_rows_come_from_the_text_and_go_with_what_was_trained(
     before: Dataset, whole: Dataset, tmp_path: Path
 ) -> None:
@@ -437,6 +447,9 @@ def test_what_cannot_be_started_from_is_named(before: Dataset, whole: Dataset, t
     with pytest.raises(FileNotFoundError, match=r"expected items\.parquet"):
         Simulator(more, whole)
     (tmp_path / "a" / ITEMS).write_bytes(items)
+    other = before.changed(item_ids=[f"other {name}" for name in before.item_ids])
+    with pytest.raises(ValueError, match=r"dataset: expected items of the run to start from, such as 'i0'"):
+        Simulator(more, other)
     early = Simulator(config, before)
     with pytest.raises(ValueError, match="whose 1 warm-up rounds are over, got one after round 0"):
         Simulator(config, whole, start_from=early.trained_run)
