@@ -10,7 +10,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,7 +24,7 @@ from fedpeft_ext.backbones import Backbone, ClientContext, FedMF
 from fedpeft_ext.config import Config, EvaluationConfig, load_config
 from fedpeft_ext.data import Dataset, popularity_scores
 from fedpeft_ext.nn import FullEmbedding, Items
-from fedpeft_ext.simulation.checkpoint import check_no_runs_inside, has_checkpoint, load_checkpoint
+from fedpeft_ext.simulation.checkpoint import RUN, check_no_runs_inside, has_checkpoint, load_checkpoint
 from fedpeft_ext.simulation.client_batch import ClientStore, Interactions
 from fedpeft_ext.simulation.evaluation import (
     Evaluator,
@@ -126,6 +126,7 @@ class TrainedServer:
         model: the backbone with the trained parameters.
         starts: {parameter name: value} of those that new clients start from the same value of.
         round: rounds trained.
+        run: the name under which nodes keep their users' state; "" but for a Flower server.
     """
 
     config: Config
@@ -133,6 +134,7 @@ class TrainedServer:
     model: Backbone
     starts: Mapping[str, Tensor]
     round: int
+    run: str = ""
 
     def with_new_users(
         self, users: Dataset | Mapping[str, Iterable[int | str]], rounds: int | None = None
@@ -279,9 +281,10 @@ class TrainedRun:
         known = {name: number for number, name in enumerate(ids) if name in wanted} if wanted else {}
         for user in given:
             if isinstance(user, str) and user not in known:
+                some = islice(filter(None, ids), 3)  # a node's data name its own users alone
                 raise ValueError(
                     f"users: data set {self.dataset.name!r} has no user with the id {user!r}; ids are such "
-                    f"as {', '.join(map(repr, ids[:3]))}"
+                    f"as {', '.join(map(repr, some))}"
                 )
             if not isinstance(user, str) and not 0 <= operator.index(user) < count:
                 raise IndexError(f"users: expected 0 to {count - 1}, or an external id (str), got {user}")
@@ -345,6 +348,7 @@ class _Saved(NamedTuple):
     server: dict[str, Tensor]
     clients: dict[str, Tensor] | None
     starts: dict[str, Tensor]
+    run: str
 
 
 def load_run(
@@ -367,7 +371,8 @@ def load_run(
     if saved.clients is None:
         raise ValueError(
             f"run: {folder} has no clients' state: it is that of a Flower server, whose users' vectors and "
-            "networks stay on their devices; it can serve new users (`load_server`, --item, --new-users)"
+            "networks stay on their devices, where `load_node` (--node, --state) finds them; it can serve "
+            "new users (`load_server`, --item, --new-users)"
         )
     server = _server(folder, saved, dataset, device)
     shapes = {
@@ -427,7 +432,7 @@ def _server(
     except ValueError as error:
         raise ValueError(f"run: the files in {folder} do not fit {CONFIG} and the data: {error}") from error
     starts = {name: value.to(device) for name, value in saved.starts.items()}
-    return TrainedServer(saved.config, dataset, model, starts, saved.round)
+    return TrainedServer(saved.config, dataset, model, starts, saved.round, saved.run)
 
 
 def _finished(folder: Path) -> _Saved:
@@ -443,6 +448,7 @@ def _finished(folder: Path) -> _Saved:
         {name: v for name, v in tensors.items() if not name.startswith(("clients.", "starts."))},
         below("clients", tensors) if "dataset" in summary else None,  # which a Flower server does not know
         below("starts", tensors),
+        summary.get(RUN, ""),
     )
 
 
@@ -462,8 +468,9 @@ def _unfinished(folder: Path) -> _Saved:
         saved.round,
         saved.header["dataset"],
         server,
-        store.rows(everyone),
+        None if RUN in saved.header else store.rows(everyone),
         store.starts,
+        saved.header.get(RUN, ""),
     )
 
 
