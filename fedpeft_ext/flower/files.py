@@ -4,9 +4,11 @@ node the interactions of its own users alone.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as save_numpy
@@ -18,7 +20,8 @@ from fedpeft_ext.data import Dataset
 from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation.setup import needs_pretrained, prepare_items
 
-CONFIG, SERVER = "config.yaml", "server.safetensors"
+CONFIG, SERVER, ITEMS = "config.yaml", "server.safetensors", "items.csv"
+_USER_IDS = "user_ids"
 
 _Folder = str | Path
 
@@ -31,7 +34,8 @@ def node_file(folder: _Folder, node: int) -> Path:
 def prepare(
     config: Config, dataset: Dataset, folder: _Folder, num_nodes: int, *, pretrained: Pretrained | None = None
 ) -> None:
-    """Write config.yaml and server.safetensors for the server, and node-00000.safetensors, ... for the nodes.
+    """Write config.yaml and server.safetensors for the server, node-00000.safetensors, ... for the nodes, and
+    items.csv, the list of items, for whoever shows them.
 
     User u goes to node u mod `num_nodes`. The server's files hold no interactions.
 
@@ -64,12 +68,15 @@ def prepare(
         tensors |= {name: value.contiguous() for name, value in pretrained.tensors().items()}
     save_file(tensors, folder / SERVER)
     (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+    write_items(dataset, folder / ITEMS)
     for node in range(num_nodes):
         write_node(dataset, np.arange(node, dataset.num_users, num_nodes), node_file(folder, node))
 
 
 def write_node(dataset: Dataset, users: np.ndarray, path: str | Path) -> None:
-    """Write the interactions of `users` (int64, ascending) and the numbers of all users and items."""
+    """Write the interactions of `users` (int64, ascending), their external ids, and the numbers of all users
+    and items.
+    """
     counts = np.diff(dataset.indptr)[users]
     rows = [dataset.indices[dataset.indptr[u] : dataset.indptr[u + 1]] for u in users]
     arrays = {
@@ -80,7 +87,50 @@ def write_node(dataset: Dataset, users: np.ndarray, path: str | Path) -> None:
         "valid_items": dataset.valid_items[users],
         "sizes": np.array([dataset.num_users, dataset.num_items], dtype=np.int64),
     }
-    save_numpy({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+    ids = json.dumps([dataset.user_ids[user] for user in users.tolist()])
+    save_numpy({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, {_USER_IDS: ids})
+
+
+def write_items(dataset: Dataset, path: str | Path) -> None:
+    """Write the external ids of all items, by number, and their text, if there is some, as CSV."""
+    columns = {"item": [*dataset.item_ids]}
+    if dataset.item_text is not None:
+        columns["text"] = [*dataset.item_text]
+    pl.DataFrame(columns).write_csv(path)
+
+
+def read_items(path: str | Path, num_items: int) -> tuple[list[str], list[str] | None]:
+    """External ids and text, or None, of all items, by number: columns `item` and `text` of a CSV file.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is no such list, or of another number of items.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"items: expected a list of items, found none at {path}")
+    try:
+        frame = pl.read_csv(path, infer_schema=False).fill_null("")
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"items: {path}: expected CSV: {error}") from error
+    if "item" not in frame.columns or len(frame) != num_items:
+        raise ValueError(
+            f"items: {path}: expected {num_items} rows with a column 'item', got {len(frame)} with "
+            f"{', '.join(frame.columns)}"
+        )
+    return frame["item"].to_list(), frame["text"].to_list() if "text" in frame.columns else None
+
+
+def read_user_ids(path: str | Path, users: np.ndarray) -> list[str]:
+    """External ids of a node's `users`; their numbers, where its file does not tell.
+
+    Raises:
+        ValueError: as many are not in the file.
+    """
+    with safe_open(path, framework="np") as file:
+        text = (file.metadata() or {}).get(_USER_IDS)
+    ids: list[str] = [str(user) for user in users.tolist()] if text is None else json.loads(text)
+    if len(ids) != len(users):
+        raise ValueError(f"{path}: expected the ids of {len(users)} users, got {len(ids)}")
+    return ids
 
 
 def read_node(path: str | Path) -> tuple[Dataset, np.ndarray]:

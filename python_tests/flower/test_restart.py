@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ pytest.importorskip(
     "flwr", reason="flwr is not installed here; `make test-flower` makes an environment with it"
 )
 
+import typer
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from test_flower import (
@@ -31,7 +33,9 @@ from test_flower import (
     simulated,
 )
 
-from fedpeft_ext.flower import prepare, read_server, server
+from fedpeft_ext.cli import serving_cli
+from fedpeft_ext.flower import load_node, prepare, read_server, server
+from fedpeft_ext.flower.files import ITEMS, node_file
 from fedpeft_ext.flower.server import FlowerServer
 from fedpeft_ext.flower.state import PRIVACY, NodeFolder, Own
 from fedpeft_ext.simulation import Simulator, load_run, load_server
@@ -383,3 +387,60 @@ def test_a_folder_refuses_what_is_not_its_own(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match=rf"state: .*{path.name} is damaged"):
         folder.load(run, users)
+
+
+# ---- on the device
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(whole: dict[str, tuple[Keeping, Path]]) -> Path:
+    return whole[named(KINDS[1])][1]
+
+
+def test_a_node_serves_its_own_users(trained: Path) -> None:
+    simulator = simulated(make_config(**KINDS[1]), make_dataset(), make_pretrained())
+    expected = simulator.trained_run
+    metrics = expected.evaluate()
+    for node in range(NODES):
+        run = load_node(
+            trained / "out",
+            node_file(trained / "a", node),
+            trained / "a" / f"state-{node + 1}",
+            items=trained / "a" / ITEMS,
+        )
+        users = np.arange(node, USERS, NODES)
+        assert [name for name in run.dataset.user_ids if name] == [f"u{user}" for user in users]
+        assert run.dataset.item_ids == make_dataset().item_ids
+        found, wanted = run.recommend(users, 5), expected.recommend(users, 5)
+        assert torch.equal(found.items, wanted.items)
+        torch.testing.assert_close(found.scores, wanted.scores, rtol=1e-5, atol=1e-5)
+        mine = run.evaluate()
+        at = torch.isin(metrics.users, mine.users)
+        for name, values in mine.values.items():
+            torch.testing.assert_close(values, metrics.values[name][at], rtol=1e-5, atol=1e-5)
+
+
+def test_a_node_serves_from_the_command_line(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = {"node": node_file(trained / "a", 1), "state": trained / "a" / "state-2"}
+    serving_cli.recommend(trained / "out", **own, k=2, json_=True)
+    told = json.loads(capsys.readouterr().out)
+    assert [entry["user"] for entry in told] == ["u1", "u4", "u7", "u10"]
+    serving_cli.recommend(trained / "out", user=["u4"], items=trained / "a" / ITEMS, **own, k=2, json_=True)
+    (named,) = json.loads(capsys.readouterr().out)
+    assert [item["item"] for item in named["items"]] == [f"i{item['item']}" for item in told[1]["items"]]
+    serving_cli.evaluate(trained / "out", **own, json_=True)
+    assert json.loads(capsys.readouterr().out)["users"] == 4
+    for given, message in (
+        ({"node": own["node"]}, "--node, --state: expected both"),
+        ({**own, "new_users": "new.csv"}, "--node: expected without --new-users"),
+        ({"user": ["u1"], "items": trained / "a" / ITEMS}, "--items: expected --node"),
+        ({**own, "user": ["u2"]}, "no user with the id 'u2'; ids are such as 'u1', 'u4', 'u7'"),
+        ({**own, "items": trained / "a" / "config.yaml"}, "expected 40 rows with a column 'item'"),
+        ({**own, "state": trained / "a" / "state-1"}, "holds user 0, who is not of this node"),
+        ({**own, "state": trained}, "found none of any run"),
+    ):
+        with pytest.raises(typer.Exit) as ended:
+            serving_cli.recommend(trained / "out", **given)
+        assert ended.value.exit_code == 2
+        assert message in " ".join(capsys.readouterr().err.split())
