@@ -106,10 +106,14 @@ def main(grid: InProcess, prepared: Path, out: Path, **run_config: Any) -> None:
     server.main(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=given))
 
 
+def traffic(out: Path, name: str) -> list[int]:
+    return [json.loads(line)[name] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def lines(out: Path) -> list[dict[str, Any]]:
     """What was measured, but for times and traffic."""
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    aside = ("seconds", "clients_per_second", "sent_bytes", "received_bytes", "rounds")
+    aside = ("seconds", "clients_per_second", "bytes_down", "bytes_up", "sent_bytes", "received_bytes")
     return [{name: value for name, value in line.items() if name not in aside} for line in found]
 
 
@@ -183,6 +187,31 @@ def test_a_server_that_was_killed_goes_on(
     main(grid, folder, tmp_path / "out")
     other, expected = whole[named(changes)]
     assert_same_run(grid, tmp_path / "out", other, expected / "out")
+    for name in ("sent_bytes", "received_bytes"):  # what the first server had sent counts, too
+        (*_, total), (*_, least) = (traffic(folder / "out", name) for folder in (tmp_path, expected))
+        assert total >= least, name
+
+
+def test_secure_aggregation_goes_on(tmp_path: Path) -> None:
+    changes = {
+        **KINDS[1],
+        "compression.method": "none",
+        "training.clients_per_round": USERS,
+        "secure_aggregation.min_nodes": NODES,
+    }
+    runs = []
+    for name, killed in (("a", ("train", "2")), ("b", None)):
+        folder = prepared(tmp_path / name, **changes)
+        grid = Keeping(folder, lambda *message, killed=killed: message == killed, evaluate=True)
+        grid._answers = lambda node, kind, round: (kind, round) != ("query.share", "1")  # a round is lost
+        if killed is not None:
+            with pytest.raises(Killed):
+                main(grid, folder, folder / "out")
+            grid.killed = lambda *_: False
+        main(grid, folder, folder / "out")
+        runs += [grid, folder / "out"]
+    assert [line.get("lost_rounds") for line in lines(tmp_path / "a" / "out")] == [None, 1, 1, 1]
+    assert_same_run(*runs)
 
 
 def test_a_run_that_ended_gets_more_rounds(tmp_path: Path) -> None:
@@ -299,8 +328,11 @@ def test_a_budget_lasts_over_restarts_and_runs(tmp_path: Path) -> None:
     assert counts(grid) == [Counter({("gaussian", 4.0): 3, ("gaussian", 8.0): 2})] * USERS
 
 
-def test_what_left_without_noise_leaves_no_budget(tmp_path: Path) -> None:
-    folder = prepared(tmp_path / "a", **{"training.clients_per_round": USERS})
+@pytest.mark.parametrize(
+    "changes", [{"training.clients_per_round": USERS}, {**LOCAL, "privacy.mode": "cdp"}], ids=["none", "cdp"]
+)
+def test_what_left_without_noise_leaves_no_budget(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = prepared(tmp_path / "a", **changes)
     grid = Keeping(folder)
     main(grid, folder, tmp_path / "one", rounds=1)
     assert counts(grid) == [Counter({("gaussian", 0.0): 1})] * USERS
