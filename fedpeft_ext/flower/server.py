@@ -56,7 +56,7 @@ from fedpeft_ext.simulation.communication import setup_message
 from fedpeft_ext.simulation.compression import decode
 from fedpeft_ext.simulation.faults import make_faults
 from fedpeft_ext.simulation.local_training import ParameterRoles
-from fedpeft_ext.simulation.output import SUMMARY, RunFolder, clear_folder, prepare_folder
+from fedpeft_ext.simulation.output import SUMMARY, RunFolder, prepare_folder
 from fedpeft_ext.simulation.privacy import (
     Ledger,
     PrivacyReport,
@@ -109,13 +109,9 @@ def main(grid: Grid, context: Context) -> None:
     )
     if saved is not None and out is not None:
         server.restore(saved, ended=(out / SUMMARY).exists())
-    if out is not None:
-        prepare_folder(out, overwrite or saved is not None, clear=False)
-    server.join()
     folder = saves = None
     if out is not None:
-        if saved is None:
-            clear_folder(out)
+        prepare_folder(out, overwrite or saved is not None, clear=saved is None)
         folder = RunFolder(out, config, None if saved is None else saved.header["metrics"])
         saves = CheckpointFolder(out, config.checkpoint)
 
@@ -124,6 +120,9 @@ def main(grid: Grid, context: Context) -> None:
             saves.save(server.checkpoint(folder.mark()))
 
     try:
+        if saved is None:
+            save()  # what to go on from, should nodes not come
+        server.join()
         for line in server.run(save):
             print(json.dumps(line), flush=True)
             if folder is not None:
