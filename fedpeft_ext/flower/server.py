@@ -5,7 +5,7 @@ has, samples clients as the simulator does, and feeds the same `Aggregator` with
 A node that fails, or answers too late, loses its clients for the round and no more. With privacy, what the
 server draws comes from secret seeds: noise, and with `cdp` the samples of clients, which epsilon counts on.
 
-With a folder to write to, the server saves itself after every round, before anything of it is sent.
+With a folder to write to, the server saves itself after every round, before the new parameters are sent.
 """
 
 from __future__ import annotations

@@ -137,7 +137,10 @@ class NodeFolder:
         Raises:
             OSError: the folder cannot be made.
         """
-        self._path.mkdir(exist_ok=True)
+        try:
+            self._path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise type(error)(f"state: cannot make the folder {self._path} ({error.strerror})") from error
         handle = os.open(self._path, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)

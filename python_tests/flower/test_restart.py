@@ -406,6 +406,9 @@ def test_a_folder_is_one_nodes(tmp_path: Path) -> None:
 
 
 def test_a_folder_refuses_what_is_not_its_own(tmp_path: Path) -> None:
+    for path in (tmp_path / "none" / "state", Path(__file__)):
+        with pytest.raises(OSError, match=f"state: cannot make the folder {path}"), NodeFolder(path).locked():
+            pass
     folder, run, users = NodeFolder(tmp_path), "0" * 32, torch.arange(3)
     assert folder.load(run, users).round == 0
     for name in ("../" + run, "A" * 32, ""):
