@@ -1,5 +1,6 @@
 """A federation of separate processes on this machine: a SuperLink, two SuperNodes with half of the users
-each, and some rounds of training, all on 127.0.0.1.
+each, and some rounds of training, all on 127.0.0.1. Before the last round the server and a node end, and
+go on.
 
     python examples/flower_loopback.py [--rounds 3] [--set section.key=value ...]
 
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from fedpeft_ext.config import load_config
 from fedpeft_ext.data import load_dataset
-from fedpeft_ext.flower import prepare
+from fedpeft_ext.flower import load_node, prepare
 from fedpeft_ext.flower.files import node_file
 from fedpeft_ext.simulation import load_server
 
@@ -96,8 +97,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fedpeft-flower-") as folder:
         home, prepared, out = (Path(folder) / name for name in ("home", "prepared", "out"))
         prepare(config, load_dataset(config.dataset.name, **config.dataset.options), prepared, 2)
-        train(home, prepared, out, options.timeout)
+        train(home, prepared, out, options.rounds, options.timeout)
         print((out / "metrics.jsonl").read_text(), end="")
+        # What a node can do for its own users, with a copy of the server's folder.
+        run = load_node(out, node_file(prepared, 0), home / "state-0")
+        user = next(name for name in run.dataset.user_ids if name)
+        best = run.recommend(user, 5).items[0]
+        print(f"for {user}, on node 0: {', '.join(run.dataset.item_ids[item] for item in best)}")
         # What any device can do with the server's folder, whether its user took part or not.
         server = load_server(out)
         mine = server.catalogue.item_ids[:3]
@@ -106,8 +112,8 @@ def main() -> None:
         print(f"for somebody new with {', '.join(mine)}: {', '.join(names)}")
 
 
-def train(home: Path, prepared: Path, out: Path, timeout: float) -> None:
-    """Start everything, run the app to its end, stop everything."""
+def train(home: Path, prepared: Path, out: Path, rounds: int, timeout: float) -> None:
+    """Start everything, run the app to its end, in two parts, stop everything."""
     port = free_port()
     address = f"127.0.0.1:{port}"
     home.mkdir()
@@ -119,28 +125,30 @@ def train(home: Path, prepared: Path, out: Path, timeout: float) -> None:
     }
 
     def node(number: int) -> list[str]:
-        data = node_file(prepared, number)
+        config = f'data="{node_file(prepared, number)}" state="{home}/state-{number}"'
         return [
             *("--insecure", "--superlink", address, "--port", str(free_port())),
-            *("--node-config", f'data="{data}"'),
+            *("--node-config", config),
         ]
 
     link = ["--insecure", "--port", str(port), "--disable-runtime-dependency-installation"]
     with running("flower-superlink", link, home / "superlink.log", environment):
         wait_for(port)
-        with (
-            running("flower-supernode", node(0), home / "node-0.log", environment),
-            running("flower-supernode", node(1), home / "node-1.log", environment),
-        ):
-            run = f'prepared="{prepared}" out="{out}" min-nodes=2'
-            command = [str(BIN / "flwr"), "run", str(APP), "loopback", "--run-config", run, "--stream"]
-            with (home / "run.log").open("w") as output:
-                subprocess.run(
-                    command, env=environment, check=True, timeout=timeout, stdout=output, stderr=output
-                )
-            if not (out / "summary.json").is_file():  # `flwr run` does not tell by its exit status
-                logs = ("run.log", "superlink.log", "node-0.log", "node-1.log")
-                raise RuntimeError("\n".join((home / name).read_text()[-3000:] for name in logs))
+        with running("flower-supernode", node(1), home / "node-1.log", environment):
+            for last in sorted({max(1, rounds - 1), rounds}):
+                with running("flower-supernode", node(0), home / "node-0.log", environment):
+                    config = f'prepared="{prepared}" out="{out}" min-nodes=2 rounds={last}'
+                    run(home, config, environment, timeout)
+                if not (out / "summary.json").is_file():  # `flwr run` does not tell by its exit status
+                    logs = ("run.log", "superlink.log", "node-0.log", "node-1.log")
+                    raise RuntimeError("\n".join((home / name).read_text()[-3000:] for name in logs))
+
+
+def run(home: Path, config: str, environment: dict[str, str], timeout: float) -> None:
+    """`flwr run` until it ends."""
+    command = [str(BIN / "flwr"), "run", str(APP), "loopback", "--run-config", config, "--stream"]
+    with (home / "run.log").open("a") as output:
+        subprocess.run(command, env=environment, check=True, timeout=timeout, stdout=output, stderr=output)
 
 
 if __name__ == "__main__":

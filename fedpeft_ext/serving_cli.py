@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -33,6 +33,27 @@ _NewItems = Annotated[
         help="Table of items with their text; those that the run does not know are ranked, too.",
     ),
 ]
+_Node = Annotated[
+    Path | None,
+    typer.Option(
+        "--node", metavar="FILE", help="On a Flower node: its data, to serve its own users; with --state."
+    ),
+]
+_State = Annotated[
+    Path | None, typer.Option("--state", metavar="DIR", help="The node's folder, of its users' own state.")
+]
+
+
+class _Served(NamedTuple):
+    """Options that say which users and items a run is asked for."""
+
+    new_users: str | None
+    new_items: Path | None
+    rounds: int | None
+    node: tuple[Path, Path] | None
+    items: Path | None
+
+
 _OwnRounds = Annotated[
     int | None,
     typer.Option("--rounds", "-r", help="Times that a new user trains.", show_default="as others on average"),
@@ -53,6 +74,12 @@ def recommend(
     new_users: _NewUsers = None,
     new_items: _NewItems = None,
     rounds: _OwnRounds = None,
+    node: _Node = None,
+    state: _State = None,
+    items: Annotated[
+        Path | None,
+        typer.Option("--items", metavar="FILE", help="With --node: table of items, for their text."),
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="Items for each user.")] = 10,
     out: Annotated[
         Path | None,
@@ -70,13 +97,17 @@ def recommend(
 
     With --item, for somebody who never took part: trains this user's own state on
     these items, and nothing else; with --new-users for the users of another data
-    set. With --new-items new items are ranked as well. A run that is not finished
+    set. With --new-items new items are ranked as well. With --node, on a Flower node,
+    for its own users; RUN is then the server's folder. A run that is not finished
     answers as its newest checkpoint has it.
     """
     with cli._reported_errors(debug) as started:
-        if not user and not item and out is None:
+        mine = _node(node, state, new_users)
+        if items is not None and node is None:
+            raise ValueError("--items: expected --node, whose items it names, with it")
+        if not user and not item and out is None and node is None:
             raise ValueError("--user, --item, --out: expected a user, items of a new one, or a file for all")
-        if item and (user or new_users or out is not None):
+        if item and (user or new_users or node or out is not None):
             raise ValueError("--item: expected alone, with --new-items, --rounds and -k at most")
         if rounds is not None and not item and new_users is None:
             raise ValueError("--rounds: expected --item or --new-users, which train, with it")
@@ -84,7 +115,8 @@ def recommend(
             raise ValueError(f"--out: expected a file name that ends in .csv or .parquet, got {out}")
         if out is not None:
             started(out)
-        _recommend(folder, user or [], item or [], new_users, new_items, rounds, k, out, as_json=json_)
+        served = _Served(new_users, new_items, rounds, mine, items)
+        _recommend(folder, user or [], item or [], served, k, out, as_json=json_)
 
 
 def evaluate(
@@ -119,11 +151,13 @@ def evaluate(
     ] = None,
     new_users: _NewUsers = None,
     rounds: _OwnRounds = None,
+    node: _Node = None,
+    state: _State = None,
     json_: cli._Json = False,
     debug: cli._Debug = False,
 ) -> None:
     """Rank the test items of a run again, by other settings of evaluation, for metrics of each user, to
-    compare it with another run, or for new users.
+    compare it with another run, for new users, or on a Flower node for its own.
 
     A run that is not finished is taken as its newest checkpoint has it.
     """
@@ -132,37 +166,41 @@ def evaluate(
             started(users)
         if rounds is not None and new_users is None:
             raise ValueError("--rounds: expected --new-users, a data set of new users, with it")
-        _evaluate(folder, set_ or [], users, against, by_popularity, new_users, rounds, as_json=json_)
+        mine = _node(node, state, new_users)
+        if mine is not None and (against or by_popularity or users):
+            raise ValueError("--node: expected without --against, --by-popularity and --users")
+        _evaluate(folder, set_ or [], users, against, by_popularity, new_users, rounds, mine, as_json=json_)
+
+
+def _node(node: Path | None, state: Path | None, new_users: str | None) -> tuple[Path, Path] | None:
+    """A node's data and its folder, if both are given."""
+    if node is None and state is None:
+        return None
+    if node is None or state is None:
+        raise ValueError("--node, --state: expected both, a node's data and its users' own state, or neither")
+    if new_users is not None:
+        raise ValueError("--node: expected without --new-users, since a node serves its own users")
+    return node, state
 
 
 def _recommend(
     folder: Path,
     users: Sequence[str],
     own: Sequence[str],
-    new_users: str | None,
-    new_items: Path | None,
-    rounds: int | None,
+    served: _Served,
     k: int,
     out: Path | None,
     *,
     as_json: bool,
 ) -> None:
-    from fedpeft_ext.simulation import load_run, load_server
-
-    names: list[str | None] = [*users]
-    if own or new_users is not None:
-        server = load_server(folder)
-        if new_items is not None:
-            server = server.with_new_items(_read_items(new_items, server.config))
-        newcomers = {"": own} if new_users is None else _data_of_new_users(new_users, server.config)
-        run, names = server.with_new_users(newcomers, rounds), [None] if own else names
-    else:
-        run = load_run(folder)
-        if new_items is not None:
-            run = run.with_new_items(_read_items(new_items, run.config))
-    names = names or [*run.dataset.user_ids]
+    run = _run_of(folder, own, served)
+    everyone = [*range(run.dataset.num_users)]
+    if served.node is not None:  # of other users it knows nothing, not even the names
+        everyone = [number for number in everyone if run.dataset.user_ids[number]]
+    names: list[str | None] = [None] if own else [*users]
+    names = names or [run.dataset.user_ids[number] for number in everyone]
     item_ids, text = run.dataset.item_ids, run.dataset.item_text
-    ranked = run.recommend(users or range(run.dataset.num_users), k)
+    ranked = run.recommend(users or everyone, k)
     if out is not None:
         rows = _write_recommendations(names, ranked, item_ids, out)
         if as_json:
@@ -188,6 +226,28 @@ def _recommend(
         for place, item in enumerate(items, start=1):
             words = " ".join((item["text"] or "").split())
             typer.echo(f"{place:>4}  {item['item']:<{width}}  {item['score']:>8.4f}  {words}".rstrip())
+
+
+def _run_of(folder: Path, own: Sequence[str], served: _Served) -> TrainedRun:
+    """The run in a folder with the users and items that it is asked for."""
+    from fedpeft_ext.simulation import load_run, load_server
+
+    new_users, new_items, rounds, node, items = served
+    if own or new_users is not None:
+        server = load_server(folder)
+        if new_items is not None:
+            server = server.with_new_items(_read_items(new_items, server.config))
+        newcomers = {"": own} if new_users is None else _data_of_new_users(new_users, server.config)
+        return server.with_new_users(newcomers, rounds)
+    if node is None:
+        run = load_run(folder)
+    else:
+        from fedpeft_ext.config import load_config
+        from fedpeft_ext.flower import load_node
+
+        text = None if items is None else _read_items(items, load_config(folder / "config.yaml"))
+        run = load_node(folder, *node, item_text=text)
+    return run if new_items is None else run.with_new_items(_read_items(new_items, run.config))
 
 
 def _write_recommendations(
@@ -235,6 +295,7 @@ def _evaluate(
     by_popularity: str | None,
     new_users: str | None,
     rounds: int | None,
+    node: tuple[Path, Path] | None,
     *,
     as_json: bool,
 ) -> None:
@@ -252,7 +313,7 @@ def _evaluate(
         if not override.strip().startswith("evaluation."):
             raise ValueError(f"--set: expected evaluation.ks or another of evaluation, got {override!r}")
     bounds = [] if by_popularity is None else _bounds(by_popularity)
-    run, other, trained_on = _runs(folder, against, new_users, rounds)
+    run, other, trained_on = _runs(folder, against, new_users, rounds, node)
     config = run.config
     dataset = run.dataset
     settings = config.updated(overrides).evaluation
@@ -315,7 +376,11 @@ def _evaluate(
 
 
 def _runs(
-    folder: Path, against: Path | None, new_users: str | None, rounds: int | None
+    folder: Path,
+    against: Path | None,
+    new_users: str | None,
+    rounds: int | None,
+    node: tuple[Path, Path] | None,
 ) -> tuple[TrainedRun, TrainedRun | None, Dataset]:
     """The run in a folder and the one to compare with, both with the new users if there are some; and the
     data that the first was trained on.
@@ -324,7 +389,12 @@ def _runs(
 
     popularity = against == Path("popularity") and not against.exists()
     other, others_data = None, None
-    if new_users is None:
+    if node is not None:
+        from fedpeft_ext.flower import load_node
+
+        run = load_node(folder, *node)
+        trained_on = run.dataset
+    elif new_users is None:
         run = load_run(folder)
         trained_on = run.dataset
         if against is not None and not popularity:

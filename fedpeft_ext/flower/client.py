@@ -3,18 +3,23 @@
 A message is a whole visit: the node puts the model together from the settings and frozen tensors of its state
 and the averaged parameters of the message, trains the chosen users with the engine that the settings name,
 keeps their own state and answers with their uploads. The users' data are a file of the node: `data` in the
-SuperNode's --node-config, or in Flower's simulation the file that `prepare` wrote for its partition.
+SuperNode's --node-config, or in Flower's simulation the file that `prepare` wrote for its partition. With
+`state`, a folder, their own state outlives the process (`flower.state`).
 
 A node whose configuration has `epsilon` (and `delta`, 1e-5 unless given) takes part in runs with
-`privacy.mode=ldp` alone, and trains a user as long as its uploads of the run stay within that. With `ldp` it
-answers `evaluate` with metrics only where its configuration has `evaluate=true`; so it does with secure
-aggregation. A node whose configuration has `secure-nodes` takes part only in runs with secure aggregation,
-and in sums over so many nodes or more.
+`privacy.mode=ldp` alone, and trains a user as long as its uploads stay within that: those of all runs that
+`state` knows of, or without it those of the run. With `ldp` it answers `evaluate` with metrics only where its
+configuration has `evaluate=true`; so it does with secure aggregation. A node whose configuration has
+`secure-nodes` takes part only in runs with secure aggregation, and in sums over so many nodes or more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -43,40 +48,40 @@ from fedpeft_ext.flower.protocol import (
     to_tensors,
 )
 from fedpeft_ext.flower.secure import OFFER, REVEAL, SHARE, Member, Vector, to_vector_record, vector_format
+from fedpeft_ext.flower.state import NodeFolder, Own, Spent, client_store, format_spent, parse_spent
 from fedpeft_ext.simulation.aggregation import Aggregator
-from fedpeft_ext.simulation.client_batch import ClientStore, Interactions, initial_states
+from fedpeft_ext.simulation.client_batch import Interactions
 from fedpeft_ext.simulation.communication import message as averaged
 from fedpeft_ext.simulation.communication import setup_message
 from fedpeft_ext.simulation.compression import decode, encode, split
 from fedpeft_ext.simulation.faults import make_faults
 from fedpeft_ext.simulation.local_training import Federation, ParameterRoles
-from fedpeft_ext.simulation.privacy import epsilon, make_clipping, noisy_upload
+from fedpeft_ext.simulation.privacy import Mechanism, composed_epsilon, make_clipping, noisy_upload
 from fedpeft_ext.simulation.setup import (
     build_model,
     can_train,
     local_settings,
     make_engine,
     needs_pretrained,
+    warmup_rounds,
 )
 from fedpeft_ext.simulation.simulator import evaluators
 from fedpeft_ext.simulation.state import prefixed
 from fedpeft_ext.simulation.uploads import Uploads, UploadStage
 
+log = logging.getLogger("fedpeft_ext.flower")
 app = ClientApp()
 
-RESIDUAL = "residual"
-"""In a user's state: what top-k has not sent yet."""
-
 RELEASES = "releases"
-"""In a node's state: how many uploads each user has sent."""
+"""In a node's state: what `flower.state.format_spent` wrote."""
 
 
 @app.query()
 def join(message: Message, context: Context) -> Message:
     """Keep settings and frozen tensors, and tell which users can train."""
-    settings, before = message.content.config_records[SETTINGS], context.state.config_records.get(SETTINGS)
+    settings = message.content.config_records[SETTINGS]
     config = _parsed(settings)
-    _Budget(context).check(config, None if before is None else _parsed(before))
+    _Budget(context).check(config)
     if config.secure_aggregation.min_nodes < (least := _least(context)):
         raise ValueError(
             f"secure_aggregation.min_nodes: this node takes part with {least} or more, got "
@@ -87,10 +92,14 @@ def join(message: Message, context: Context) -> Message:
         raise ValueError(
             f"the node's file has {dataset.num_items} items, the server's catalogue {settings['num_items']}"
         )
-    if before is not None and before["phase"] != settings["phase"]:  # of other parameters
-        context.state[RESIDUAL] = to_record({})
     context.state[SETTINGS] = settings
     context.state[SETUP] = message.content[SETUP]
+    with _locked(context):
+        own, done = _own(context), int(settings["round"])
+        if (restored := own.after(done)) is not own:  # a round that the server lost
+            _keep(context, restored)
+        if restored.round > done:
+            log.warning("users' state is of round %d, the server goes on from %d", restored.round, done)
     able = users[can_train(np.diff(dataset.indptr)[users], dataset.num_items)]
     return _reply(message, {CLIENTS: to_record({"users": torch.from_numpy(able)})})
 
@@ -98,9 +107,14 @@ def join(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the chosen users; their updates travel, their state stays."""
-    node = _Node(message, context)
+    with _locked(context):
+        return _train(message, context)
+
+
+def _train(message: Message, context: Context) -> Message:
     settings = message.content.config_records[SETTINGS]
     number = int(settings["round"])
+    node = _Node(message, context)
     clients = np.array(settings["users"], dtype=np.int64)
     strangers = np.setdiff1d(clients, node.users)
     if len(strangers):
@@ -230,46 +244,41 @@ class _Node:
     """A node as it is while it answers a message."""
 
     def __init__(self, message: Message, context: Context) -> None:
-        if SETTINGS not in context.state.config_records:
-            raise RuntimeError("this node was not set up (it may have been restarted)")
-        self._context = context
+        self._context, self._own = context, _own(context)
         self.config = _config(context)
         self.local_noise = self.config.privacy.mode == "ldp"
         self.secure = self.config.secure_aggregation.min_nodes > 0
         device = torch.device(self.config.device)
         self.dataset, self.users = _data(context)
         self.interactions = _interactions(_path(context), str(device))
-        warmup = context.state.config_records[SETTINGS]["phase"] == "warm-up"
+        warmup, begun = _settings(context)["phase"] == "warm-up", int(_settings(context)["begun"])
         frozen = to_tensors(context.state, SETUP)
         model = _model(self.config, self.dataset.num_items, frozen, warmup).to(device)
         model.load_state_dict(to_tensors(message.content, PARAMETERS), strict=False)
-        store = self._store(model, to_tensors(message.content, STARTS))
-        settings = local_settings(self.config, model, warmup=warmup)
+        users, starts = torch.from_numpy(self.users), to_tensors(message.content, STARTS)
+        store = client_store(self.config, model, users, self.dataset.num_users, starts, self._own)
+        settings = local_settings(self.config, model, warmup=warmup, begun=begun)
         self.federation = Federation(model, store, self.interactions, settings)
 
     def train(self, clients: np.ndarray, number: int) -> tuple[_Uplink, dict[int, float]]:
         """Train `clients`, sorted by (size, id), and keep the state of those whose update is accepted."""
         model, store = self.federation.model, self.federation.store
         rows = frozenset(ParameterRoles.of(model).rows)
-        residuals = {int(name): tensor for name, tensor in to_tensors(self._context.state, RESIDUAL).items()}
+        own, last = self._own, warmup_rounds(self.config)
+        same_phase = (own.round <= last) == (number <= last)  # the other one's are of other parameters
+        residuals = dict(own.residuals) if same_phase else {}
         uplink = _Uplink(self.config, model, residuals)
-        budget = _Budget(self._context)
-        clients = budget.within(self.config, clients)
+        clients = _Budget(self._context).take(self.config, clients)
         clips = self.local_noise or self.secure
         stages = [*(make_clipping(self.config.privacy) if clips else []), uplink]
         aggregator = Aggregator(averaged(model), rows, stages=stages, faults=make_faults(self.config))
         aggregator.begin(number)
         losses = make_engine(self.config, self.federation)[1].train(clients, number, aggregator)
         store.commit(average=False)
-        budget.spend(uplink.clients)
         sent = torch.tensor(uplink.clients, dtype=torch.int64, device="cpu")
         if self.config.privacy.mode == "none":  # no noise covers these
             uplink.starts = {name: store.state[name][sent] for name in model.averaged_start}
-        own = self._context.state.array_records
-        ids = torch.unique(torch.cat([self._own.get("users", sent), sent]))
-        kept = {name: values[ids] for name, values in store.state.items()}
-        own[CLIENTS] = to_record({"users": ids, **{f"state.{name}": v for name, v in kept.items()}})
-        own[RESIDUAL] = to_record({str(client): tensor for client, tensor in residuals.items()})
+        _keep(self._context, own.following(number, sent, store, residuals))
         return uplink, dict(zip(clients.tolist(), losses.tolist(), strict=True))
 
     def vector(self, sent: _Uplink, losses: Mapping[int, float], nodes: int) -> Vector:
@@ -285,78 +294,97 @@ class _Node:
         tensors |= {"counts": counts, "loss": loss.view(-1, 1)}
         return vector_format(self.config, self.federation.model).encode(tensors, nodes)
 
-    def _store(self, model: Backbone, starts: Mapping[str, Tensor]) -> ClientStore:
-        """State of the node's users: kept, or what a new client starts with."""
-        count, config = self.dataset.num_users, self.config
-        self._own = to_tensors(self._context.state, CLIENTS)
-        users = torch.from_numpy(self.users)
-        state = initial_states(model, users, count, config.seed, config.backbone.init_std)
-        store = ClientStore(state, starts, count)
-        if self._own:
-            ids = self._own["users"]
-            for name, values in store.state.items():
-                values[ids] = self._own[f"state.{name}"]
-            if store.trained is not None:
-                store.trained[ids] = True
-        return store
-
 
 class _Budget:
     """What a node lets its users give away, by its own configuration, whatever the server asks for."""
 
     def __init__(self, context: Context) -> None:
-        self._state = context.state
+        self._state, self._folder = context.state, _folder(context)
         given = context.node_config.get("epsilon")
         self._epsilon = None if given is None else float(given)
         self._delta = float(context.node_config.get("delta", 1e-5))
 
-    def check(self, config: Config, before: Config | None = None) -> None:
-        """Raise ValueError where the settings do not protect a node that asks for it, or are not those that
-        its users' uploads so far had.
-        """
-        if self._epsilon is None:
-            return
-        if before is not None and before.privacy != config.privacy:
-            raise ValueError("privacy: expected the settings that this run began with, got others")
-        privacy = config.privacy.model_copy(update={"delta": self._delta})
-        reasons = privacy.why_no_guarantee()
-        if privacy.mode != "ldp" or reasons:
+    def check(self, config: Config) -> None:
+        """Raise ValueError where the settings do not protect a node that asks for it."""
+        mode, reasons = config.privacy.mode, self._reasons(config)
+        if self._epsilon is not None and (mode != "ldp" or reasons):
             raise ValueError(
                 f"epsilon: this node takes part with privacy.mode 'ldp' and a guarantee alone, got "
-                f"{privacy.mode!r}{': ' if reasons else ''}{'; '.join(reasons)}"
+                f"{mode!r}{': ' if reasons else ''}{'; '.join(reasons)}"
             )
 
-    def within(self, config: Config, clients: np.ndarray) -> np.ndarray:
-        """Those of `clients` who may send another upload."""
-        if self._epsilon is None:
+    def take(self, config: Config, clients: np.ndarray) -> np.ndarray:
+        """Those of `clients` who may send another upload, which is counted: before anything leaves, so that
+        no crash makes the count too low.
+        """
+        if self._epsilon is None and self._folder is None:
             return clients
-        privacy, releases = config.privacy, self._releases()
-        ratio = privacy.noise_scale / float(privacy.clip or 0.0)
-        able = [
-            epsilon(privacy.mechanism, ratio, releases.get(client, 0) + 1, self._delta, share=None)
-            <= self._epsilon
-            for client in clients.tolist()
-        ]
+        uploads, kind = self._uploads(), self._kind(config)
+        able = []
+        for client in clients.tolist():
+            counts = uploads.get(client, Counter()) + Counter({kind: 1})
+            able.append(self._epsilon is None or composed_epsilon(counts, self._delta) <= self._epsilon)
+            if able[-1]:
+                uploads[client] = counts
+        if self._folder is not None:
+            self._folder.save_spent(uploads)
+        else:
+            self._state[RELEASES] = ConfigRecord({"uploads": format_spent(uploads)})
+        if not all(able):
+            log.warning("epsilon: %d of %d chosen users have too little left", able.count(False), len(able))
         allowed: np.ndarray = clients[np.array(able, dtype=bool)]
         return allowed
 
-    def spend(self, clients: Iterable[int]) -> None:
-        """Count an upload of each of these users."""
-        if self._epsilon is None:
-            return
-        releases = self._releases()
-        for client in clients:
-            releases[client] = releases.get(client, 0) + 1
-        self._state.array_records[RELEASES] = to_record(
-            {
-                "users": torch.tensor(list(releases), device="cpu"),
-                "count": torch.tensor(list(releases.values()), device="cpu"),
-            }
-        )
+    def _reasons(self, config: Config) -> tuple[str, ...]:
+        return config.privacy.model_copy(update={"delta": self._delta}).why_no_guarantee()
 
-    def _releases(self) -> dict[int, int]:
-        kept = to_tensors(self._state, RELEASES)
-        return dict(zip(kept["users"].tolist(), kept["count"].tolist(), strict=True)) if kept else {}
+    def _kind(self, config: Config) -> tuple[Mechanism, float]:
+        """Of the noise that leaves with an upload; 0 where none does, as with `cdp`."""
+        privacy = config.privacy
+        if privacy.mode != "ldp" or privacy.clip is None:
+            return privacy.mechanism, 0.0
+        return privacy.mechanism, privacy.noise_scale / privacy.clip
+
+    def _uploads(self) -> Spent:
+        if self._folder is not None:
+            return self._folder.uploads()
+        kept = self._state.config_records.get(RELEASES)
+        return {} if kept is None else parse_spent(str(kept["uploads"]))
+
+
+def _folder(context: Context) -> NodeFolder | None:
+    path = context.node_config.get("state")
+    return None if path is None else NodeFolder(str(path))
+
+
+@contextmanager
+def _locked(context: Context) -> Iterator[None]:
+    folder = _folder(context)
+    if folder is None:
+        yield
+    else:
+        with folder.locked():
+            yield
+
+
+def _own(context: Context) -> Own:
+    """The users' own state in the run."""
+    folder = _folder(context)
+    if folder is None:
+        return Own.from_tensors(to_tensors(context.state, CLIENTS))
+    return folder.load(_run(context), torch.from_numpy(_data(context)[1]))
+
+
+def _keep(context: Context, own: Own) -> None:
+    folder = _folder(context)
+    if folder is None:
+        context.state[CLIENTS] = to_record(replace(own, before=None).tensors())
+    else:
+        folder.save(_run(context), own)
+
+
+def _run(context: Context) -> str:
+    return str(_settings(context)["run"])
 
 
 def _least(context: Context) -> int:
@@ -377,7 +405,13 @@ def _from_yaml(text: str) -> Config:
 
 
 def _config(context: Context) -> Config:
-    return _parsed(context.state.config_records[SETTINGS])
+    return _parsed(_settings(context))
+
+
+def _settings(context: Context) -> ConfigRecord:
+    if SETTINGS not in context.state.config_records:
+        raise RuntimeError("this node was not set up (it may have been restarted)")
+    return context.state.config_records[SETTINGS]
 
 
 def _model(config: Config, num_items: int, frozen: Mapping[str, Tensor], warmup: bool) -> Backbone:

@@ -4,6 +4,7 @@ node the interactions of its own users alone.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from fedpeft_ext.simulation.setup import build_model, needs_pretrained, prepare_
 from fedpeft_ext.simulation.state import below, prefixed
 
 CONFIG, SERVER = "config.yaml", "server.safetensors"
+_USER_IDS = "user_ids"
 
 _Folder = str | Path
 
@@ -39,7 +41,7 @@ def prepare(
     config: Config, dataset: Dataset, folder: _Folder, num_nodes: int, *, pretrained: Pretrained | None = None
 ) -> None:
     """Write config.yaml and server.safetensors for the server, and node-00000.safetensors, ... for the nodes;
-    and the items' ids and encoder, which the server hands on to its folder for later runs.
+    and the items' ids and encoder, which the server hands on to its folder.
 
     User u goes to node u mod `num_nodes`. The server's files hold no interactions.
 
@@ -123,7 +125,9 @@ def _going_on(
 
 
 def write_node(dataset: Dataset, users: np.ndarray, path: str | Path) -> None:
-    """Write the interactions of `users` (int64, ascending) and the numbers of all users and items."""
+    """Write the interactions of `users` (int64, ascending), their external ids, and the numbers of all users
+    and items.
+    """
     counts = np.diff(dataset.indptr)[users]
     rows = [dataset.indices[dataset.indptr[u] : dataset.indptr[u + 1]] for u in users]
     arrays = {
@@ -134,7 +138,22 @@ def write_node(dataset: Dataset, users: np.ndarray, path: str | Path) -> None:
         "valid_items": dataset.valid_items[users],
         "sizes": np.array([dataset.num_users, dataset.num_items], dtype=np.int64),
     }
-    save_numpy({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+    ids = json.dumps([dataset.user_ids[user] for user in users.tolist()])
+    save_numpy({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, {_USER_IDS: ids})
+
+
+def read_user_ids(path: str | Path, users: np.ndarray) -> list[str]:
+    """External ids of a node's `users`; their numbers, where its file does not tell.
+
+    Raises:
+        ValueError: as many are not in the file.
+    """
+    with safe_open(path, framework="np") as file:
+        text = (file.metadata() or {}).get(_USER_IDS)
+    ids: list[str] = [str(user) for user in users.tolist()] if text is None else json.loads(text)
+    if len(ids) != len(users):
+        raise ValueError(f"{path}: expected the ids of {len(users)} users, got {len(ids)}")
+    return ids
 
 
 def read_node(path: str | Path) -> tuple[Dataset, np.ndarray]:

@@ -1,6 +1,7 @@
 """What server and nodes tell each other.
 
-    query     settings, phase, number of items, frozen tensors   ->  the node's users that can train
+    query     settings, phase, number of items, frozen tensors,  ->  the node's users that can train
+              the run's name, rounds done
     train     averaged parameters, round, chosen users           ->  their updates, losses and weights
     evaluate  averaged parameters                                ->  metrics, and of how many users
 

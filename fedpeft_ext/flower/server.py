@@ -4,6 +4,8 @@ The server knows the settings, the catalogue's size and what was pre-trained. It
 has, samples clients as the simulator does, and feeds the same `Aggregator` with the updates that come back.
 A node that fails, or answers too late, loses its clients for the round and no more. With privacy, what the
 server draws comes from secret seeds: noise, and with `cdp` the samples of clients, which epsilon counts on.
+
+With a folder to write to, the server saves itself after every round, before the new parameters are sent.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,13 +43,20 @@ from fedpeft_ext.flower.secure import Vector, masked_sum, vector_format
 from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.callbacks import Metrics, RoundInfo
+from fedpeft_ext.simulation.checkpoint import (
+    RUN,
+    Checkpoint,
+    CheckpointFolder,
+    has_checkpoint,
+    load_checkpoint,
+)
 from fedpeft_ext.simulation.client_batch import ClientStore
 from fedpeft_ext.simulation.communication import message as averaged
 from fedpeft_ext.simulation.communication import setup_message
 from fedpeft_ext.simulation.compression import decode
 from fedpeft_ext.simulation.faults import make_faults
 from fedpeft_ext.simulation.local_training import ParameterRoles
-from fedpeft_ext.simulation.output import RunFolder, prepare_folder
+from fedpeft_ext.simulation.output import SUMMARY, RunFolder, prepare_folder
 from fedpeft_ext.simulation.privacy import (
     Ledger,
     PrivacyReport,
@@ -65,8 +76,8 @@ from fedpeft_ext.simulation.setup import (
     server_settings,
     warmup_rounds,
 )
-from fedpeft_ext.simulation.simulator import VALID
-from fedpeft_ext.simulation.state import below, copy_into, prefixed
+from fedpeft_ext.simulation.simulator import VALID, check_resumable, check_schedule
+from fedpeft_ext.simulation.state import Stateful, below, copy_into, prefixed
 
 log = logging.getLogger("fedpeft_ext.flower")
 app = ServerApp()
@@ -77,14 +88,17 @@ def main(grid: Grid, context: Context) -> None:
     """Train as the run's settings say.
 
     Keys of the run's configuration: `prepared`, the folder that `prepare` wrote; `out`, a folder for
-    metrics.jsonl, summary.json and model.safetensors ("": none); `min-nodes` to wait for; `timeout`, seconds
-    that nodes have to answer; `rounds`, instead of those of the settings (0: as set).
+    metrics.jsonl, summary.json, model.safetensors and checkpoints ("": none); `overwrite`, whether a run in
+    it is replaced, instead of going on; `min-nodes` to wait for; `timeout`, seconds that nodes have to
+    answer; `rounds`, instead of those of the settings (0: as set).
     """
     run = context.run_config
     config, num_items, pretrained, start = read_server(str(run["prepared"]))
     if rounds := int(run.get("rounds", 0)):
         config = config.updated([f"training.rounds={rounds}"])
-    out = str(run.get("out", ""))
+    out = Path(str(run["out"])) if run.get("out") else None
+    overwrite = bool(run.get("overwrite", False))
+    saved = None if out is None or overwrite else saved_run(out, config)
     server = FlowerServer(
         grid,
         config,
@@ -94,29 +108,65 @@ def main(grid: Grid, context: Context) -> None:
         min_nodes=int(run.get("min-nodes", 1)),
         timeout=float(run.get("timeout", 3600.0)),
     )
-    folder = RunFolder(prepare_folder(out, overwrite=True), config) if out else None
+    if saved is not None and out is not None:
+        server.restore(saved, ended=(out / SUMMARY).exists())
+    folder = saves = None
+    if out is not None:
+        prepare_folder(out, overwrite or saved is not None, clear=saved is None)
+        folder = RunFolder(out, config, None if saved is None else saved.header["metrics"])
+        saves = CheckpointFolder(out, config.checkpoint)
+
+    def save() -> None:
+        if folder is not None and saves is not None and config.checkpoint.every != 0:
+            saves.save(server.checkpoint(folder.mark()))
+
     try:
         if folder is not None:
             copy_items(str(run["prepared"]), folder.path)
+        if saved is None:
+            save()  # what to go on from, should nodes not come
         server.join()
-        for line in server.run():
+        for line in server.run(save):
             print(json.dumps(line), flush=True)
             if folder is not None:
                 folder.add_metrics(line)
         if folder is not None:
             privacy = None if server.privacy is None else server.privacy.as_dict()
-            folder.finish(
-                {
-                    "rounds": server.rounds_done,
-                    **line,
-                    "privacy": privacy,
-                    "started_from": start and {"run": config.start_from, "round": start.round},
-                },
-                server.state_dict(),
-            )
+            summary = {
+                "rounds": server.rounds_done,
+                **server.last,
+                "privacy": privacy,
+                "run": server.run_id,
+                "started_from": server.started_from,
+            }
+            folder.finish(summary, server.state_dict())
     finally:
         if folder is not None:
             folder.close()
+
+
+def saved_run(folder: Path, config: Config) -> Checkpoint | None:
+    """The run in `folder` to go on with; None where there is none.
+
+    Raises:
+        ValueError: it has its rounds, or other settings, or is not that of a Flower server, or a file is
+            damaged.
+    """
+    if has_checkpoint(folder) is None:
+        return None
+    saved = load_checkpoint(folder)
+    if RUN not in saved.header:
+        raise ValueError(f"out: expected the folder of a Flower server, but {folder} is of a simulation")
+    check_resumable(config, saved, "the prepared settings")
+    check_schedule(config.training, saved.header["config"]["training"]["rounds"])
+    ended = (folder / SUMMARY).exists()
+    if config.training.rounds < saved.round + ended:
+        raise ValueError(
+            f"rounds: expected at least {saved.round + ended}, since {folder} holds a run of {saved.round}"
+            f"{' that ended' if ended else ''}, got {config.training.rounds}; or choose another out, or "
+            "overwrite=true"
+        )
+    return saved
 
 
 class FlowerServer:
@@ -133,8 +183,10 @@ class FlowerServer:
 
     Attributes:
         rounds_done: finished rounds.
+        run_id: 32 hexadecimal digits, the same after `restore`: under it nodes keep their users' state.
         sent, received: bytes of arrays, keys and shares in messages so far, set-up included.
         lost: rounds without a step because too few nodes stayed in their secure aggregation.
+        last: the newest line that `run` gave.
     """
 
     def __init__(
@@ -171,8 +223,11 @@ class FlowerServer:
         self._noise = make_noise(config.privacy, 0.0, secret_seed()) if self._central else None
         check_accountant(config.privacy)
         self._ledger: Ledger | None = None  # from the first round on, whose clients it is about
+        self._population = (0, 0)
+        self.run_id = uuid.uuid4().hex
         self.sent = self.received = self.lost = 0
-        self.rounds_done = 0 if start is None else start.round
+        self.rounds_done = self._begun = 0 if start is None else start.round
+        self.last: dict[str, Any] = {"round": self.rounds_done}
         self.model = self._begin_phase(None)
         parameters = dict(self.model.named_parameters())
         # Of clients' state the server holds what newcomers start from, and nobody's own.
@@ -181,6 +236,12 @@ class FlowerServer:
             own = {n: v for n, v in self.model.state_dict().items() if n not in self.model.local_parameters}
             copy_into(own, start.server)
             copy_into(self._starts.starts, start.clients)
+
+    @property
+    def started_from(self) -> dict[str, Any] | None:
+        """The run that this one went on from, and after which round."""
+        run = self.config.start_from
+        return None if run is None else {"run": run, "round": self._begun}
 
     @property
     def phase(self) -> str:
@@ -207,7 +268,7 @@ class FlowerServer:
         self._aggregator = Aggregator(
             averaged(model),
             frozenset(ParameterRoles.of(model).rows),
-            **server_settings(config, warmup=warmup),
+            **server_settings(config, warmup=warmup, begun=self._begun),
             stages=make_clipping(config.privacy) if self._central and self._secure is None else (),
             noise=self._noise,
             faults=self._faults if self._secure is None else None,
@@ -215,6 +276,7 @@ class FlowerServer:
         self.traffic = counted_traffic(config, model)
         self._fixed = vector_format(config, model)
         self._users: dict[int, np.ndarray] = {}  # of each node
+        self._constants: dict[str, Tensor] | None = None
         return model
 
     # ---- nodes
@@ -238,19 +300,33 @@ class FlowerServer:
             time.sleep(poll_seconds)
 
     def _meet(self) -> None:
-        """Set up nodes that are new, and forget those that left."""
+        """Set up nodes that are new, and forget those that left.
+
+        A node that comes back, as another one, may be here before its old self is known to have gone.
+        """
         present = set(self._grid.get_node_ids())
         self._users = {node: users for node, users in self._users.items() if node in present}
         settings = ConfigRecord(
-            {"config": self.config.to_yaml(), "num_items": self._num_items, "phase": self.phase}
+            {
+                "config": self.config.to_yaml(),
+                "num_items": self._num_items,
+                "phase": self.phase,
+                "begun": self._begun,
+                "run": self.run_id,
+                "round": self.rounds_done,
+            }
         )
         content = RecordDict({SETTINGS: settings, SETUP: to_record(setup_message(self.model))})
         new = dict.fromkeys(sorted(present - set(self._users)), content)
         for node, reply in self._ask(MessageType.QUERY, new).items():
             users = to_tensors(reply, CLIENTS)["users"].numpy()
             for other, theirs in self._users.items():
-                if len(both := np.intersect1d(users, theirs)):
+                if not len(both := np.intersect1d(users, theirs)):
+                    continue
+                if other in new:
                     raise ValueError(f"nodes {other} and {node} both say that user {both[0]} is theirs")
+                log.warning("node %d takes over %d users of node %d", node, len(both), other)
+                self._users[other] = np.setdiff1d(theirs, both)
             self._users[node] = users
 
     def _ask(self, kind: str, contents: Mapping[int, RecordDict]) -> dict[int, RecordDict]:
@@ -335,7 +411,6 @@ class FlowerServer:
         if phase == "warm-up" and self.phase == "training":
             self._pretrained = after_warmup(self.model, self._pretrained)
             self.model = self._begin_phase(self.model)
-            self._meet()
         down, up = counted.down, counted.up
         if self._secure is not None:  # keys and shares differ from node to node, so what was sent is told
             nodes = max(1, len(asked))
@@ -361,7 +436,8 @@ class FlowerServer:
         count = clients_per_round(training.clients_per_round, len(eligible))
         privacy = self.config.privacy
         if self._ledger is None and privacy.mode != "none":
-            self._ledger = Ledger(privacy, training.client_sampling, len(eligible), count, 0)
+            self._population = len(eligible), count
+            self._ledger = Ledger(privacy, training.client_sampling, *self._population, 0)
         if self._noise is not None:
             self._noise.expected_clients = count
         chosen = choose_clients(eligible, count, training.client_sampling, self._seed, number)
@@ -438,6 +514,7 @@ class FlowerServer:
         those that tell them.
         """
         began = time.perf_counter()
+        self._meet()
         content = RecordDict(
             {PARAMETERS: to_record(averaged(self.model)), STARTS: to_record(self._starts.starts)}
         )
@@ -447,25 +524,96 @@ class FlowerServer:
         values = mean_metrics(told) if any(told) or not optional else {}
         return Metrics(self.rounds_done, values, time.perf_counter() - began)
 
-    def run(self) -> Iterable[dict[str, Any]]:
-        """Train all rounds that are left: one line for every evaluation, the first before any training."""
+    def run(self, save: Callable[[], None] = lambda: None) -> Iterable[dict[str, Any]]:
+        """Train all rounds that are left: one line for every evaluation, the first before any training.
+
+        Args:
+            save: called before the first and after every round, before its parameters are sent.
+        """
         every, rounds = self.config.evaluation.every, self.config.training.rounds
-        yield {"round": self.rounds_done, **self.evaluate().values, **self._bytes()}
-        while self.rounds_done < rounds:
-            info = self.round()
+        save()
+        while True:
             if self.rounds_done % every == 0 or self.rounds_done == rounds:
-                epsilon = {} if self._ledger is None else {"epsilon": self._ledger.report().metric()}
-                yield {
-                    "round": info.round,
-                    **info.as_dict(),
-                    **epsilon,
-                    **({} if self._secure is None else {"lost_rounds": self.lost}),
-                    **self.evaluate().values,
-                    **self._bytes(),
-                }
+                self.last = {**self.last, **self.evaluate().values, **self._bytes()}
+                yield self.last
+            if self.rounds_done >= rounds:
+                return
+            info = self.round()
+            self.last = {
+                "round": info.round,
+                **info.as_dict(),
+                **({} if self._ledger is None else {"epsilon": self._ledger.report().metric()}),
+                **({} if self._secure is None else {"lost_rounds": self.lost}),
+            }
+            save()
 
     def _bytes(self) -> dict[str, int]:
         return {"sent_bytes": self.sent, "received_bytes": self.received}
+
+    # ---- checkpoints
+
+    def checkpoint(self, metrics: Mapping[str, Any]) -> Checkpoint:
+        """All that `restore` goes on from, with metrics.jsonl as `RunFolder.mark` says. It holds no seed that
+        is secret."""
+        state = prefixed("model", averaged(self.model))
+        for name, part in self._parts().items():
+            state |= prefixed(name, part.state_dict())
+        if self._constants is None:
+            self._constants = prefixed("model", setup_message(self.model))
+        progress = {
+            "last": self.last,
+            "sent": self.sent,
+            "received": self.received,
+            "lost": self.lost,
+            "population": self._population,
+        }
+        header = {
+            "config": self.config.model_dump(mode="json"),
+            "dataset": "",
+            "started_from": self.started_from,
+            "progress": progress,
+            "metrics": metrics,
+            RUN: self.run_id,
+        }
+        return Checkpoint(self.rounds_done, header, state, self._constants)
+
+    def restore(self, saved: Checkpoint, *, ended: bool = False) -> None:
+        """Become the server that was saved.
+
+        Args:
+            ended: nothing was sent after it was saved that a further round gives away. Otherwise the round
+                that followed may have begun, and counts with all clients as given away.
+
+        Raises:
+            ValueError: it does not fit the settings.
+        """
+        progress = saved.header["progress"]
+        self.rounds_done, self.run_id, self.last = saved.round, saved.header[RUN], progress["last"]
+        self.sent, self.received, self.lost = (progress[name] for name in ("sent", "received", "lost"))
+        self.model = self._begin_phase(None)
+        counts = saved.state.get("privacy.participations")
+        if counts is not None:
+            self._population = progress["population"]
+            sampling = self.config.training.client_sampling
+            self._ledger = Ledger(self.config.privacy, sampling, *self._population, len(counts))
+        try:
+            copy_into(averaged(self.model), below("model", saved.state))
+            copy_into(setup_message(self.model), below("model", saved.constants))
+            for name, part in self._parts().items():
+                part.load_state_dict(below(name, saved.state))
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"resume: {saved.path} does not fit its settings: {error}") from error
+        if self._ledger is not None and not ended:
+            self._ledger.add_round(np.arange(len(self._ledger.participations)))
+
+    def _parts(self) -> dict[str, Stateful]:
+        """All that lives from round to round besides the model and `progress`."""
+        parts: dict[str, Stateful] = {"clients": self._starts, "aggregation": self._aggregator}
+        if self._faults is not None:
+            parts["faults"] = self._faults
+        if self._ledger is not None:
+            parts["privacy"] = self._ledger
+        return parts
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors of the server's model by name."""

@@ -33,6 +33,10 @@ SHARE, SHORTEST = 0.01, 10.0
 """With `checkpoint.every` null: the share of time that checkpoints may take, and the least seconds between
 two."""
 
+RUN = "run"
+"""In the header and the summary of a Flower server: the name of the run, under which nodes keep their users'
+state."""
+
 _HEADER, _DIGEST = "fedpeft_ext", "sha256"
 
 
@@ -42,8 +46,8 @@ class Checkpoint:
 
     Attributes:
         round: rounds done.
-        header: JSON values: `config`, `dataset` (a digest), `progress`, `metrics` (how far metrics.jsonl had
-            come), and the versions that wrote it.
+        header: JSON values: `config`, `dataset` (a digest; "" of a Flower server), `progress`, `metrics` (how
+            far metrics.jsonl had come), and the versions that wrote it.
         state: of the parts, by name: tensors and JSON values.
         constants: tensors that do not change within a phase.
         path: where it was read from, or None.
@@ -104,7 +108,7 @@ class CheckpointFolder:
             "constants": constants,
         }
         path = self._folder / f"round-{checkpoint.round:08d}.safetensors"
-        _write(path, header, tensors)
+        write_checked(path, header, tensors)
         self._prune(path)
         self._last = time.perf_counter()
         self._cost = self._last - began
@@ -120,7 +124,7 @@ class CheckpointFolder:
             header = {"format": FORMAT}
             file = f"constants-{_digest(json.dumps(header), tensors)[:16]}.safetensors"
             if not (self._folder / file).exists():
-                _write(self._folder / file, header, tensors)
+                write_checked(self._folder / file, header, tensors)
             self._constants = constants, {"file": file, "names": names}
         return self._constants[1]
 
@@ -178,11 +182,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             "first one has to be started again"
         )
     path = saved[-1]
-    header, state = _read(path)
+    header, state = read_checked(path)
     constants_path = path.with_name(header["constants"]["file"])
     if not constants_path.is_file():
         raise FileNotFoundError(f"resume: {path} needs {constants_path}, which is not there")
-    _, stored = _read(constants_path)
+    _, stored = read_checked(constants_path)
     names = header["constants"]["names"]
     if not set(names.values()) <= stored.keys():
         raise ValueError(f"resume: {constants_path} does not belong to {path}")
@@ -200,50 +204,60 @@ def _saved(place: Path) -> list[Path]:
     return sorted(path for path in place.glob("round-*.safetensors") if path.stem[6:].isdigit())
 
 
-def _write(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def write_checked(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Put a file of tensors and JSON values, with `format` among them, at `path`, whole, under one SHA-256.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
     text = json.dumps(header, allow_nan=False)
     on_host = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata = {"format": "pt", _HEADER: text, _DIGEST: _digest(text, on_host)}
     replace_file(path, lambda part: save_file(on_host, part, metadata))
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file that `_write` wrote, checked against its digest."""
-    header = _read_header(path)
+def read_checked(path: Path, argument: str = "resume") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file that `write_checked` wrote.
+
+    Raises:
+        ValueError: it is damaged, or of another format; names the file, after the `argument` that asked for
+            it.
+    """
+    header = _read_header(path, argument)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, str(error)) from error
+        raise _damaged(path, argument, str(error)) from error
     if _digest(metadata[_HEADER], tensors) != metadata.get(_DIGEST):
-        raise _damaged(path, "its content does not have the SHA-256 that it was written with")
+        raise _damaged(path, argument, "its content does not have the SHA-256 that it was written with")
     return header, tensors
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def _read_header(path: Path, argument: str = "resume") -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_HEADER)
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, str(error)) from error
+        raise _damaged(path, argument, str(error)) from error
     if text is None:
-        raise ValueError(f"resume: {path} is not a checkpoint of fedpeft_ext")
+        raise ValueError(f"{argument}: {path} is not a file that fedpeft_ext wrote")
     try:
         header: dict[str, Any] = json.loads(text)
         version = header["format"]
     except (ValueError, TypeError, KeyError) as error:
-        raise _damaged(path, f"no header: {error}") from error
+        raise _damaged(path, argument, f"no header: {error}") from error
     if version != FORMAT:
         raise ValueError(
-            f"resume: {path} has checkpoint format {version}, written by fedpeft_ext "
+            f"{argument}: {path} has format {version}, written by fedpeft_ext "
             f"{header.get('fedpeft_ext', 'unknown')}; expected {FORMAT}, which version {__version__} reads"
         )
     return header
 
 
-def _damaged(path: Path, reason: str) -> ValueError:
-    return ValueError(f"resume: {path} is damaged ({reason}); restore it, or delete it to use an older one")
+def _damaged(path: Path, argument: str, reason: str) -> ValueError:
+    return ValueError(f"{argument}: {path} is damaged ({reason}); restore it, or delete it to go on without")
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:

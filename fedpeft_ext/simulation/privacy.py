@@ -40,6 +40,7 @@ from fedpeft_ext.simulation.state import State, copy_into
 from fedpeft_ext.simulation.uploads import Uploads, UploadStage
 
 Sampling = Literal["fixed", "poisson"]
+Mechanism = Literal["gaussian", "laplace"]
 
 
 class Clipping(UploadStage):
@@ -87,7 +88,7 @@ class Noise:
     def __init__(
         self,
         mode: Literal["cdp", "ldp"],
-        mechanism: Literal["gaussian", "laplace"],
+        mechanism: Mechanism,
         scale: float,
         expected_clients: float,
         seed: int,
@@ -273,12 +274,17 @@ class Ledger:
 
     def state_dict(self, ranks: Ranks | None = None) -> State:
         """See `state.Stateful`."""
-        return {"rounds": self.rounds, "participations": torch.from_numpy(self.participations)}
+        return {
+            "rounds": self.rounds,
+            "share": self._share,
+            "participations": torch.from_numpy(self.participations),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `state.Stateful`."""
         copy_into({"participations": torch.from_numpy(self.participations)}, state)
         self.rounds = state["rounds"]
+        self._share = max(self._share, state.get("share", 0.0))
 
     def report(self) -> PrivacyReport:
         """The guarantee for everything released so far."""
@@ -313,7 +319,7 @@ of the time, seconds where noise is small, and above this epsilon change it by l
 
 @lru_cache(maxsize=4096)
 def epsilon(
-    mechanism: Literal["gaussian", "laplace"],
+    mechanism: Mechanism,
     multiplier: float,
     releases: int,
     delta: float,
@@ -359,6 +365,33 @@ def epsilon(
         value = min(value, float(tight.get_epsilon(delta)))
         if value >= _SMALL_EPSILON:
             break
+    return value
+
+
+def composed_epsilon(uploads: Mapping[tuple[Mechanism, float], int], delta: float) -> float:
+    """Epsilon at `delta` of what a client sent in rounds with noise of several kinds, whoever knows which.
+
+    Of one kind it is that of `epsilon`. Otherwise all Gaussian noise is as that of one upload with the
+    multiplier (sum of 1 / multiplier^2)^(-1/2), and each upload with Laplace noise adds its own epsilon at
+    delta 0 (basic composition: Dwork and Roth, "The Algorithmic Foundations of Differential Privacy", 2014,
+    section 3.5).
+
+    Args:
+        uploads: how many, by (mechanism, scale of the noise / clip). A scale of 0 stands for uploads without
+            any bound, which make it infinite.
+        delta: 0 <= delta < 1.
+    """
+    kinds = [(kind, count) for kind, count in sorted(uploads.items()) if count]
+    if any(multiplier == 0.0 for (_, multiplier), _ in kinds):
+        return math.inf
+    if len(kinds) == 1:
+        ((mechanism, multiplier), count), *_ = kinds
+        return epsilon(mechanism, multiplier, count, delta, None)
+    precision = sum(count / multiplier**2 for (name, multiplier), count in kinds if name == "gaussian")
+    value = epsilon("gaussian", precision**-0.5, 1, delta, None) if precision else 0.0
+    for (name, multiplier), count in kinds:
+        if name == "laplace":
+            value += epsilon("laplace", multiplier, count, 0.0, None)
     return value
 
 

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -28,7 +28,7 @@ from fedpeft_ext.config import Config, EvaluationConfig, load_config
 from fedpeft_ext.data import Dataset, popularity_scores
 from fedpeft_ext.nn import FullEmbedding, Items
 from fedpeft_ext.pretrain import ItemEncoder
-from fedpeft_ext.simulation.checkpoint import check_no_runs_inside, has_checkpoint, load_checkpoint
+from fedpeft_ext.simulation.checkpoint import RUN, check_no_runs_inside, has_checkpoint, load_checkpoint
 from fedpeft_ext.simulation.client_batch import TRAINED, ClientStore, Interactions
 from fedpeft_ext.simulation.evaluation import (
     Evaluator,
@@ -132,6 +132,7 @@ class TrainedServer:
         starts: {parameter name: value} of those that new clients start from the same value of.
         round: rounds trained.
         encoder: of new items; None where none was kept.
+        run: the name under which nodes keep their users' state; "" but for a Flower server.
     """
 
     config: Config
@@ -140,6 +141,7 @@ class TrainedServer:
     starts: Mapping[str, Tensor]
     round: int
     encoder: ItemEncoder | None = None
+    run: str = ""
 
     def with_new_items(self, items: Dataset | Mapping[str, str | npt.ArrayLike]) -> TrainedServer:
         """The same with items that it does not know yet, which nothing is trained for.
@@ -314,9 +316,10 @@ class TrainedRun:
         known = {name: number for number, name in enumerate(ids) if name in wanted} if wanted else {}
         for user in given:
             if isinstance(user, str) and user not in known:
+                some = islice(filter(None, ids), 3)  # a node's data name its own users alone
                 raise ValueError(
                     f"users: data set {self.dataset.name!r} has no user with the id {user!r}; ids are such "
-                    f"as {', '.join(map(repr, ids[:3]))}"
+                    f"as {', '.join(map(repr, some))}"
                 )
             if not isinstance(user, str) and not 0 <= operator.index(user) < count:
                 raise IndexError(f"users: expected 0 to {count - 1}, or an external id (str), got {user}")
@@ -383,6 +386,7 @@ class _Saved(NamedTuple):
     starts: dict[str, Tensor]
     trained: Tensor | None
     renumbered: bool
+    run: str
 
 
 def load_run(
@@ -405,7 +409,8 @@ def load_run(
     if saved.clients is None:
         raise ValueError(
             f"run: {folder} has no clients' state: it is that of a Flower server, whose users' vectors and "
-            "networks stay on their devices; it can serve new users (`load_server`, --item, --new-users)"
+            "networks stay on their devices, where `load_node` (--node, --state) finds them; it can serve "
+            "new users (`load_server`, --item, --new-users)"
         )
     server = _server(folder, saved, _data_of(folder, saved, dataset), device)
     return _with_clients(folder, saved, server)
@@ -515,7 +520,7 @@ def _server(folder: Path, saved: _Saved, dataset: Dataset, device: torch.device 
     except ValueError as error:
         raise ValueError(f"run: the files in {folder} do not fit {CONFIG} and the data: {error}") from error
     starts = {name: value.to(device) for name, value in saved.starts.items()}
-    return TrainedServer(saved.config, dataset, model, starts, saved.round, read_encoder(folder))
+    return TrainedServer(saved.config, dataset, model, starts, saved.round, read_encoder(folder), saved.run)
 
 
 def _summary(folder: Path) -> dict[str, Any]:
@@ -549,6 +554,7 @@ def _finished(folder: Path) -> _Saved:
         below("starts", tensors),
         tensors.get(TRAINED),
         bool(summary.get("started_from")),
+        summary.get(RUN, ""),
     )
 
 
@@ -568,10 +574,11 @@ def _unfinished(folder: Path) -> _Saved:
         saved.round,
         saved.header["dataset"],
         server,
-        store.rows(everyone),
+        None if RUN in saved.header else store.rows(everyone),
         store.starts,
         store.trained,
         bool(saved.header.get("started_from")),
+        saved.header.get(RUN, ""),
     )
 
 

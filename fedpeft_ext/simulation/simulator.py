@@ -27,7 +27,7 @@ from fedpeft_ext.nn import parse_spec
 from fedpeft_ext.pretrain import ItemEncoder, Pretrained
 from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.callbacks import Callback, Metrics, RoundInfo
-from fedpeft_ext.simulation.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
+from fedpeft_ext.simulation.checkpoint import RUN, Checkpoint, CheckpointFolder, load_checkpoint
 from fedpeft_ext.simulation.client_batch import TRAINED, ClientStore, Interactions, initial_states
 from fedpeft_ext.simulation.communication import Traffic, message, setup_message
 from fedpeft_ext.simulation.compression import make_stage
@@ -335,11 +335,15 @@ class Simulator:
         began = time.perf_counter()
         folder = Path(folder)
         saved = load_checkpoint(folder)
+        if RUN in saved.header:
+            raise ValueError(
+                f"resume: {folder} is that of a Flower server, which `flwr run` with this `out` goes on with"
+            )
         saved_metrics(folder, saved.header["metrics"])
         config = _resumed_config(folder, saved)
         if rounds is not None:
             config = config.updated([f"training.rounds={rounds}"])
-        _check_schedule(config.training, saved.header["config"]["training"]["rounds"])
+        check_schedule(config.training, saved.header["config"]["training"]["rounds"])
         if config.training.rounds < saved.round:
             raise ValueError(
                 f"training.rounds: expected at least {saved.round}, after which {saved.path} was saved, got "
@@ -842,25 +846,35 @@ they are the same is checked by their digest.
 def _resumed_config(folder: Path, saved: Checkpoint) -> Config:
     """The settings in the folder, checked against those that the run was saved with."""
     path = folder / CONFIG
-    try:
-        before = Config.from_dict(saved.header["config"])
-    except ConfigError as error:
-        raise ValueError(f"resume: {saved.path} has settings that are not known here: {error}") from None
     if not path.exists():
-        return before
+        return _saved_config(saved)
     config = load_config(path)
-    now, then = (flat(settings.model_dump(mode="json")) for settings in (config, before))
+    check_resumable(config, saved, path)
+    return config
+
+
+def check_resumable(config: Config, saved: Checkpoint, source: Path | str) -> None:
+    """Raise ValueError, which names the `source` of `config`, where a run that was saved cannot go on with
+    these settings.
+    """
+    now, then = (flat(settings.model_dump(mode="json")) for settings in (config, _saved_config(saved)))
     for key in now.keys() | then.keys():
         adjustable = any(key == name or key.startswith(f"{name}.") for name in ADJUSTABLE)
         if now.get(key) != then.get(key) and not adjustable:
             raise ValueError(
-                f"{path}: {key}: expected {then.get(key)!r}, with which the run in {saved.path} began, got "
+                f"{source}: {key}: expected {then.get(key)!r}, with which the run in {saved.path} began, got "
                 f"{now.get(key)!r}"
             )
-    return config
 
 
-def _check_schedule(training: TrainingConfig, before: int) -> None:
+def _saved_config(saved: Checkpoint) -> Config:
+    try:
+        return Config.from_dict(saved.header["config"])
+    except ConfigError as error:
+        raise ValueError(f"resume: {saved.path} has settings that are not known here: {error}") from None
+
+
+def check_schedule(training: TrainingConfig, before: int) -> None:
     """Raise ValueError where other `rounds` than `before` would have given past rounds other rates."""
     for name in ("schedule", "server_schedule"):
         kind = getattr(training, name)

@@ -513,9 +513,7 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def test_another_format_version(interrupted: Path) -> None:
     rewritten(newest(interrupted), lambda header: header.update(format=99, fedpeft_ext="7.0"))
-    refused(
-        interrupted, ValueError, r"round-00000003.* has checkpoint format 99, written by fedpeft_ext 7\.0"
-    )
+    refused(interrupted, ValueError, r"round-00000003.* has format 99, written by fedpeft_ext 7\.0")
 
 
 def test_a_header_that_was_edited(interrupted: Path) -> None:
@@ -525,7 +523,7 @@ def test_a_header_that_was_edited(interrupted: Path) -> None:
 
 def test_a_file_of_somebody_else(interrupted: Path) -> None:
     save_file({"a": torch.zeros(1)}, newest(interrupted))
-    refused(interrupted, ValueError, r"round-00000003.* is not a checkpoint of fedpeft_ext")
+    refused(interrupted, ValueError, r"round-00000003.* is not a file that fedpeft_ext wrote")
 
 
 def test_other_settings_or_data(interrupted: Path) -> None:

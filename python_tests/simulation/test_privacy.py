@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,15 @@ from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation import Simulator
 from fedpeft_ext.simulation.aggregation import Aggregator, Server
 from fedpeft_ext.simulation.communication import message
-from fedpeft_ext.simulation.privacy import Clipping, Ledger, Noise, epsilon, gaussian_sum, laplace_sum
+from fedpeft_ext.simulation.privacy import (
+    Clipping,
+    Ledger,
+    Noise,
+    composed_epsilon,
+    epsilon,
+    gaussian_sum,
+    laplace_sum,
+)
 from fedpeft_ext.simulation.randomness import sample_clients_independently
 from fedpeft_ext.simulation.uploads import Uploads, pairwise_sum
 
@@ -298,6 +307,27 @@ def test_published_epsilon() -> None:
     assert 0.9 < epsilon("gaussian", 4.0, 10_000, 1e-5, 0.01) < 1.26
 
 
+def test_epsilon_of_noise_of_several_kinds() -> None:
+    delta = 1e-5
+    assert composed_epsilon({}, delta) == 0.0
+    assert composed_epsilon({("laplace", 4.0): 0}, delta) == 0.0
+    for kind in (("gaussian", 4.0), ("laplace", 4.0)):
+        assert composed_epsilon({kind: 7}, delta) == epsilon(*kind, 7, delta, None)
+        assert composed_epsilon({kind: 7, ("gaussian", 0.0): 1}, delta) == math.inf
+    # Four uploads with twice the noise tell as much as one; an accountant that composes agrees.
+    gaussian = composed_epsilon({("gaussian", 4.0): 2, ("gaussian", 8.0): 4}, delta)
+    assert gaussian == pytest.approx(epsilon("gaussian", 4.0, 3, delta, None))
+    accountant = PLDAccountant(value_discretization_interval=1e-4)
+    accountant.compose(dp_accounting.GaussianDpEvent(2.0), 2)
+    accountant.compose(dp_accounting.GaussianDpEvent(4.0), 4)
+    assert gaussian == pytest.approx(accountant.get_epsilon(delta), rel=1e-3)
+    # Where Laplace noise comes in it is an upper bound.
+    mixed = composed_epsilon({("gaussian", 4.0): 2, ("gaussian", 8.0): 4, ("laplace", 10.0): 5}, delta)
+    assert mixed == pytest.approx(gaussian + 5 * 2 / 10)
+    accountant.compose(dp_accounting.LaplaceDpEvent(5.0), 5)
+    assert mixed > accountant.get_epsilon(delta) > gaussian
+
+
 def test_laplace_epsilon() -> None:
     assert epsilon("laplace", 4.0, 10, 0.0, None) == pytest.approx(10 * 2 / 4.0)
     assert epsilon("laplace", 4.0, 10, 0.0, 1.0) == pytest.approx(10 / 4.0)
@@ -338,6 +368,9 @@ def test_the_ledger_follows_a_population_that_changes() -> None:
     ledger.add_round(np.array([], dtype=np.int64))
     assert ledger.participations.tolist() == [0, 0, 0, 3, 0, 0, 0, 3]
     assert ledger.report().epsilon == epsilon("gaussian", 1.0, 4, 1e-5, 0.2)
+    other = Ledger(settings, "poisson", 100, 10.0, len(ledger.participations))
+    other.load_state_dict(ledger.state_dict())
+    assert other.report() == ledger.report()
 
 
 @pytest.mark.parametrize(("multiplier", "releases", "share"), [(20.0, 1000, 0.01), (1.0, 60, 0.1)])
