@@ -273,6 +273,34 @@ def test_a_server_that_waits_in_vain_may_be_started_again(tmp_path: Path) -> Non
     assert len(lines(tmp_path / "out")) == ROUNDS + 1
 
 
+def test_a_killed_server_that_had_started_from_a_run(tmp_path: Path) -> None:
+    config = make_config(**KINDS[1])
+    Simulator(config, make_dataset(), pretrained=make_pretrained(), out=tmp_path / "old").run()
+    settings = {
+        "start_from": str(tmp_path / "old"),
+        "training.rounds": 2 * ROUNDS,
+        "training.schedule": "linear",
+        "training.server_schedule": "cosine",
+        "training.warmup_rounds": 0,
+    }
+    grids = {}
+    for name in ("a", "b"):
+        prepare(make_config(**KINDS[1] | settings), make_dataset(), tmp_path / name, NODES)
+        grids[name] = Keeping(tmp_path / name)
+    main(grids["b"], tmp_path / "b", tmp_path / "straight")
+    grids["a"].killed = lambda *message: message == ("train", str(ROUNDS + 2))
+    with pytest.raises(Killed):
+        main(grids["a"], tmp_path / "a", tmp_path / "out")
+    assert load_server(tmp_path / "out", make_dataset()).round == ROUNDS + 1
+    grids["a"].killed = lambda *_: False
+    main(grids["a"], tmp_path / "a", tmp_path / "out")
+    assert_same_run(grids["a"], tmp_path / "out", grids["b"], tmp_path / "straight")
+    told = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert told["started_from"] == {"run": settings["start_from"], "round": ROUNDS}
+    with pytest.raises(ValueError, match=r"training.rounds: expected 6, over which training.schedule linear"):
+        main(grids["a"], tmp_path / "a", tmp_path / "out", rounds=2 * ROUNDS + 1)
+
+
 def test_a_node_that_comes_back_before_it_is_known_to_have_gone(tmp_path: Path) -> None:
     changes = {**KINDS[0], "training.clients_per_round": USERS}
     grid = Keeping(prepared(tmp_path, **changes))
