@@ -95,6 +95,7 @@ def join(message: Message, context: Context) -> Message:
     context.state[SETTINGS] = settings
     context.state[SETUP] = message.content[SETUP]
     with _locked(context):
+        _start_own(context)
         own, done = _own(context), int(settings["round"])
         if (restored := own.after(done)) is not own:  # a round that the server lost
             _keep(context, restored)
@@ -300,6 +301,7 @@ class _Budget:
 
     def __init__(self, context: Context) -> None:
         self._state, self._folder = context.state, _folder(context)
+        self._names = _names(context)
         given = context.node_config.get("epsilon")
         self._epsilon = None if given is None else float(given)
         self._delta = float(context.node_config.get("delta", 1e-5))
@@ -322,10 +324,11 @@ class _Budget:
         uploads, kind = self._uploads(), self._kind(config)
         able = []
         for client in clients.tolist():
-            counts = uploads.get(client, Counter()) + Counter({kind: 1})
+            name = self._names[client]
+            counts = uploads.get(name, Counter()) + Counter({kind: 1})
             able.append(self._epsilon is None or composed_epsilon(counts, self._delta) <= self._epsilon)
             if able[-1]:
-                uploads[client] = counts
+                uploads[name] = counts
         if self._folder is not None:
             self._folder.save_spent(uploads)
         else:
@@ -354,7 +357,12 @@ class _Budget:
 
 def _folder(context: Context) -> NodeFolder | None:
     path = context.node_config.get("state")
-    return None if path is None else NodeFolder(str(path))
+    return None if path is None else NodeFolder(str(path), _names(context))
+
+
+def _names(context: Context) -> dict[int, str]:
+    dataset, users = _data(context)
+    return {user: dataset.user_ids[user] for user in users.tolist()}
 
 
 @contextmanager
@@ -372,7 +380,17 @@ def _own(context: Context) -> Own:
     folder = _folder(context)
     if folder is None:
         return Own.from_tensors(to_tensors(context.state, CLIENTS))
-    return folder.load(_run(context), torch.from_numpy(_data(context)[1]))
+    return folder.load(_run(context))
+
+
+def _start_own(context: Context) -> None:
+    """Let the users go on with their state of the run that this one started from, if it is here."""
+    folder, before = _folder(context), str(_settings(context)["from"])
+    if folder is None or not before or _run(context) in folder.runs():
+        return
+    own = folder.load_from(before, int(_settings(context)["begun"]))
+    if len(own.users):
+        folder.save(_run(context), own)
 
 
 def _keep(context: Context, own: Own) -> None:

@@ -27,7 +27,7 @@ from fedpeft_ext.simulation.setup import build_model, needs_pretrained, prepare_
 from fedpeft_ext.simulation.state import below, prefixed
 
 CONFIG, SERVER = "config.yaml", "server.safetensors"
-_USER_IDS = "user_ids"
+_USER_IDS, _RUN = "user_ids", "run"
 
 _Folder = str | Path
 
@@ -54,7 +54,7 @@ def prepare(
         pretrained: what `pretrain` gives; None prepares what the embedding needs.
 
     With `config.start_from` the server goes on from that run, as a simulation would, but for the users' own
-    state, which begins anew.
+    state: nodes have it, if they trained in that run, else it begins anew.
 
     Raises:
         ValueError: the settings are for a simulation alone (`check_supported`), or do not go with the run to
@@ -86,7 +86,8 @@ def prepare(
         tensors |= _going_on(config, start, pretrained, dataset.num_items)
     if pretrained is not None:
         tensors |= pretrained.tensors()
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / SERVER)
+    told = {_RUN: "" if start is None else start.run}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / SERVER, told)
     (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
     for name in (ITEMS, ENCODER):
         (folder / name).unlink(missing_ok=True)
@@ -96,9 +97,12 @@ def prepare(
 
 
 class Start(NamedTuple):
-    """What a server goes on from: rounds done, its tensors, and what clients start from, by name."""
+    """What a server goes on from: rounds done, the run's name to nodes ("": none trained in it), the server's
+    tensors, and what clients start from, by name.
+    """
 
     round: int
+    run: str
     server: dict[str, Tensor]
     clients: dict[str, Tensor]
 
@@ -142,34 +146,28 @@ def write_node(dataset: Dataset, users: np.ndarray, path: str | Path) -> None:
     save_numpy({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, {_USER_IDS: ids})
 
 
-def read_user_ids(path: str | Path, users: np.ndarray) -> list[str]:
-    """External ids of a node's `users`; their numbers, where its file does not tell.
-
-    Raises:
-        ValueError: as many are not in the file.
-    """
-    with safe_open(path, framework="np") as file:
-        text = (file.metadata() or {}).get(_USER_IDS)
-    ids: list[str] = [str(user) for user in users.tolist()] if text is None else json.loads(text)
-    if len(ids) != len(users):
-        raise ValueError(f"{path}: expected the ids of {len(users)} users, got {len(ids)}")
-    return ids
-
-
 def read_node(path: str | Path) -> tuple[Dataset, np.ndarray]:
-    """The data of a node: a data set of all users in which all but the node's own have no interactions, so
-    that users keep their numbers, and the node's users, int64 ascending.
+    """The data of a node: a data set of all users in which all but the node's own have no interactions and no
+    name, so that users keep their numbers, and the node's users, int64 ascending. They are called by their
+    external ids, or by their numbers if the file does not tell.
 
     Raises:
         FileNotFoundError: no such file. ValueError: not a file that `write_node` wrote.
     """
     arrays = {name: tensor.numpy() for name, tensor in _read(path).items()}
+    text = _metadata(path).get(_USER_IDS)
     try:
         (num_users, num_items), users = (int(n) for n in arrays["sizes"]), arrays["users"]
         if users.ndim != 1 or (len(users) and not 0 <= users.min() <= users.max() < num_users):
             raise ValueError(f"users: expected numbers below {num_users}")
         if (np.diff(users) <= 0).any():
             raise ValueError("users: expected them ascending, each once")
+        ids: list[str] = [str(user) for user in users.tolist()] if text is None else json.loads(text)
+        if len(set(ids)) != len(users):
+            raise ValueError(f"users: expected an id of each of {len(users)}, got {len(set(ids))}")
+        names = [""] * num_users
+        for user, name in zip(users.tolist(), ids, strict=True):
+            names[user] = name
         counts, test, valid = (np.full(num_users, fill, dtype=np.int64) for fill in (0, -1, -1))
         counts[users] = np.diff(arrays["indptr"])
         test[users], valid[users] = arrays["test_items"], arrays["valid_items"]
@@ -181,7 +179,7 @@ def read_node(path: str | Path) -> tuple[Dataset, np.ndarray]:
             indices=arrays["items"],
             test_items=test,
             valid_items=valid,
-            user_ids=[""] * num_users,
+            user_ids=names,
             item_ids=[""] * num_items,
         )
     except KeyError as error:
@@ -204,7 +202,8 @@ def read_server(folder: _Folder) -> tuple[Config, int, Pretrained | None, Start 
     pretrained = Pretrained.from_tensors(tensors) if "full" in tensors else None
     start = None
     if "round" in tensors:
-        start = Start(int(tensors["round"]), below("start", tensors), below("starts", tensors))
+        run = _metadata(folder / SERVER)[_RUN]
+        start = Start(int(tensors["round"]), run, below("start", tensors), below("starts", tensors))
     return config, int(tensors["num_items"]), pretrained, start
 
 
@@ -213,6 +212,12 @@ def copy_items(prepared: _Folder, out: Path) -> None:
     for name in (ITEMS, ENCODER):
         if (Path(prepared) / name).is_file():
             replace_bytes(out / name, (Path(prepared) / name).read_bytes())
+
+
+def _metadata(path: str | Path) -> dict[str, str]:
+    with safe_open(path, framework="np") as file:
+        found: dict[str, str] = file.metadata() or {}
+    return found
 
 
 def _read(path: str | Path) -> dict[str, Tensor]:

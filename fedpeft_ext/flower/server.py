@@ -227,6 +227,7 @@ class FlowerServer:
         self.run_id = uuid.uuid4().hex
         self.sent = self.received = self.lost = 0
         self.rounds_done = self._begun = 0 if start is None else start.round
+        self._run_before = "" if start is None else start.run
         self.last: dict[str, Any] = {"round": self.rounds_done}
         self.model = self._begin_phase(None)
         parameters = dict(self.model.named_parameters())
@@ -312,6 +313,7 @@ class FlowerServer:
                 "num_items": self._num_items,
                 "phase": self.phase,
                 "begun": self._begun,
+                "from": self._run_before,
                 "run": self.run_id,
                 "round": self.rounds_done,
             }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fedpeft_ext.flower.files import read_node, read_user_ids
+from fedpeft_ext.flower.files import read_node
 from fedpeft_ext.flower.state import NodeFolder, client_store
 from fedpeft_ext.simulation.numbering import ITEMS, read_ids
 from fedpeft_ext.simulation.serving import TrainedRun, load_server
@@ -40,26 +40,23 @@ def load_node(
             damaged, or files do not belong together.
     """
     dataset, users = read_node(data)
-    ids = [""] * dataset.num_users
-    for user, name in zip(users.tolist(), read_user_ids(data, users), strict=True):
-        ids[user] = name
     names = [str(item) for item in range(dataset.num_items)]
     if (listed := Path(folder) / ITEMS).is_file():
         names = read_ids(listed).to_list()
         if len(names) != dataset.num_items:
             raise ValueError(f"{listed}: expected {dataset.num_items} items, as in {data}, got {len(names)}")
     text = None if item_text is None else [item_text.get(name, "") for name in names]
-    dataset = replace(dataset, user_ids=ids, item_ids=names, item_text=text)
+    dataset = replace(dataset, item_ids=names, item_text=text)
     server = load_server(folder, dataset, device=device)
     if not server.run:
         raise ValueError(f"run: expected the folder of a Flower server, but {folder} is of a simulation")
-    kept = NodeFolder(state)
+    kept = NodeFolder(state, {user: dataset.user_ids[user] for user in users.tolist()})
     if server.run not in (known := kept.runs()):
         raise FileNotFoundError(
             f"state: expected {server.run}.safetensors in {state}, the users' state of the run in {folder}, "
             f"found {', '.join(known) or 'none of any run'}"
         )
     mine = torch.from_numpy(users)
-    own = kept.load(server.run, mine)
+    own = kept.load(server.run)
     store = client_store(server.config, server.model, mine, dataset.num_users, server.starts, own)
     return TrainedRun(server.config, dataset, server.model, store, server.round, server.encoder)

@@ -5,7 +5,8 @@ With `state` in its configuration a node keeps both in a folder, over restarts a
     <run>.safetensors   the users' own state in a run, and as it was before the last round
     privacy.json        how many uploads of each user have left, by the noise on them
 
-Without, in Flower's memory, as long as the SuperNode runs. Flower is not needed to read the folder.
+Users are known there by name, as in the node's data, since their numbers may differ from run to run. Without,
+in Flower's memory, as long as the SuperNode runs. Flower is not needed to read the folder.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ from fedpeft_ext.simulation.state import below, prefixed
 PRIVACY = "privacy.json"
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 
-Spent = dict[int, Counter[tuple[Mechanism, float]]]
-"""Of each user, how many, by (mechanism, noise multiplier); a multiplier of 0 where nothing covered them."""
+Spent = dict[str, Counter[tuple[Mechanism, float]]]
+"""Of each user, by name, how many, by (mechanism, noise multiplier); a multiplier of 0 where nothing covered
+them."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,14 @@ class Own:
         # Copies, since a file of tensors refuses two names for one.
         kept = {user: value.clone() for user, value in self.residuals.items()}
         return Own(round, ids, state, residuals, replace(self, residuals=kept, before=None))
+
+    def in_run(self, numbers: Mapping[int, int]) -> Own:
+        """To start with in a run that goes on from this one, of users who are there, by `numbers` here: what
+        was not sent yet is left out.
+        """
+        places = torch.tensor([numbers.get(user, -1) for user in self.users.tolist()], device="cpu").long()
+        here = places >= 0
+        return Own(self.round, places[here], {name: values[here] for name, values in self.state.items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name."""
@@ -125,10 +135,11 @@ class NodeFolder:
 
     Args:
         path: made, by `locked`, if it is not there.
+        names: of the node's users, by their numbers in the run.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
+    def __init__(self, path: str | Path, names: Mapping[int, str]) -> None:
+        self._path, self._names = Path(path), names
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -148,25 +159,39 @@ class NodeFolder:
         finally:
             os.close(handle)
 
-    def load(self, run: str, users: Tensor) -> Own:
-        """The own state of the node's `users` (int64) in a run; that of a node that has not trained, if the
-        run is not known here.
+    def load(self, run: str) -> Own:
+        """The users' own state in a run; that of a node that has not trained, if the run is not known here.
 
         Raises:
-            ValueError: the file is damaged, or holds others than `users`.
+            ValueError: the file is damaged, or holds other users.
         """
-        path = self._file(run)
-        if not path.exists():
+        if not (path := self._file(run)).exists():
             return Own()
-        own = Own.from_tensors(read_checked(path, "state")[1])
-        strangers = own.users[~torch.isin(own.users, users)]
-        if len(strangers):
-            raise ValueError(f"state: {path} holds user {int(strangers[0])}, who is not of this node")
+        names, own = self._read(path)
+        for user in own.users.tolist():
+            if self._names.get(user) != names[user]:
+                raise ValueError(f"state: {path} holds user {names[user]!r}, who is not of this node")
         return own
+
+    def load_from(self, run: str, round: int) -> Own:
+        """To start with in a run that goes on from the round of an earlier one: of the users who are still
+        here. Raises ValueError where the file is damaged.
+        """
+        if not (path := self._file(run)).exists():
+            return Own()
+        names, own = self._read(path)
+        mine = {name: user for user, name in self._names.items()}
+        return own.after(round).in_run({user: mine[name] for user, name in names.items() if name in mine})
 
     def save(self, run: str, own: Own) -> None:
         """Replace the users' own state in a run. Raises OSError, and leaves what was there."""
-        write_checked(self._file(run), {"format": FORMAT, "fedpeft_ext": __version__}, own.tensors())
+        names = {user: self._names[user] for user in own.users.tolist()}
+        header = {"format": FORMAT, "fedpeft_ext": __version__, "names": names}
+        write_checked(self._file(run), header, own.tensors())
+
+    def _read(self, path: Path) -> tuple[dict[int, str], Own]:
+        header, tensors = read_checked(path, "state")
+        return {int(user): name for user, name in header["names"].items()}, Own.from_tensors(tensors)
 
     def runs(self) -> list[str]:
         """Those that are known here."""
@@ -197,7 +222,7 @@ class NodeFolder:
 def format_spent(uploads: Spent) -> str:
     """As JSON."""
     users = {
-        str(user): [
+        user: [
             {"mechanism": mechanism, "noise_multiplier": multiplier, "uploads": count}
             for (mechanism, multiplier), count in sorted(kinds.items())
         ]
@@ -213,7 +238,7 @@ def parse_spent(text: str) -> Spent:
         raise ValueError(f"expected format {FORMAT}, got {kept['format']!r}")
     uploads: Spent = {}
     for user, kinds in kept["users"].items():
-        counts = uploads[int(user)] = Counter()
+        counts = uploads[user] = Counter()
         for kind in kinds:
             mechanism, multiplier, count = kind["mechanism"], kind["noise_multiplier"], kind["uploads"]
             if mechanism not in ("gaussian", "laplace") or not multiplier >= 0.0 or int(count) < 0:

@@ -88,10 +88,15 @@ class Keeping(InProcess):
 
     @property
     def folders(self) -> list[NodeFolder]:
-        return [NodeFolder(str(context.node_config["state"])) for context in self.contexts.values()]
+        return [
+            NodeFolder(
+                str(context.node_config["state"]), {user: f"u{user}" for user in range(node, USERS, NODES)}
+            )
+            for node, context in enumerate(self.contexts.values())
+        ]
 
     def own(self, run: str) -> list[Own]:
-        return [folder.load(run, torch.arange(USERS)) for folder in self.folders]
+        return [folder.load(run) for folder in self.folders]
 
 
 def prepared(folder: Path, **changes: Any) -> Path:
@@ -301,6 +306,39 @@ def test_a_killed_server_that_had_started_from_a_run(tmp_path: Path) -> None:
         main(grids["a"], tmp_path / "a", tmp_path / "out", rounds=2 * ROUNDS + 1)
 
 
+@pytest.mark.parametrize("changes", KINDS, ids=named)
+def test_a_further_run_goes_on_with_the_users_own_whatever_their_numbers(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = {
+        **changes,
+        "training.clients_per_round": USERS,  # on a node, those who have not trained start anew
+        "training.server_optimizer": "avg",
+        "compression.method": "none",
+    }
+    dataset = make_dataset()
+    Simulator(make_config(**changes), dataset, pretrained=make_pretrained(), out=tmp_path / "simulated").run()
+    grid = Keeping(prepared(tmp_path / "a", **changes))
+    main(grid, tmp_path / "a", tmp_path / "out")
+    whole = dataset.of_users(np.roll(np.arange(USERS), NODES))  # each stays on the own node
+    further = {**changes, "training.warmup_rounds": 0, "training.rounds": 2 * ROUNDS}
+    prepare(make_config(**further, start_from=tmp_path / "out"), whole, tmp_path / "b", NODES)
+    for node, context in enumerate(grid.contexts.values()):
+        context.node_config["data"] = str(node_file(tmp_path / "b", node))
+    main(grid, tmp_path / "b", tmp_path / "next")
+    simulator = Simulator(make_config(**further, start_from=tmp_path / "simulated"), whole)
+    simulator.run()
+    expected = simulator.trained_run
+    for node in range(NODES):
+        own = node_file(tmp_path / "b", node), tmp_path / "a" / f"state-{node + 1}"
+        run = load_node(tmp_path / "next", *own)
+        users = [name for name in run.dataset.user_ids if name]
+        assert users == [f"u{user}" for user in np.roll(np.arange(USERS), NODES)[node::NODES]]
+        found, wanted = run.recommend(users, 5), expected.recommend(users, 5)
+        assert torch.equal(found.items, wanted.items)
+        torch.testing.assert_close(found.scores, wanted.scores, rtol=1e-5, atol=1e-5)
+
+
 def test_a_node_that_comes_back_before_it_is_known_to_have_gone(tmp_path: Path) -> None:
     changes = {**KINDS[0], "training.clients_per_round": USERS}
     grid = Keeping(prepared(tmp_path, **changes))
@@ -339,7 +377,7 @@ LOCAL = {
 
 def counts(grid: Keeping) -> list[Counter[tuple[str, float]]]:
     found = {user: kinds for folder in grid.folders for user, kinds in folder.uploads().items()}
-    return [found[user] for user in sorted(found)]
+    return [found[user] for user in sorted(found, key=lambda name: int(name[1:]))]
 
 
 def test_a_budget_lasts_over_restarts_and_runs(tmp_path: Path) -> None:
@@ -354,6 +392,26 @@ def test_a_budget_lasts_over_restarts_and_runs(tmp_path: Path) -> None:
     main(grid, folder, tmp_path / "two")
     assert [line["clients"] for line in lines(tmp_path / "two")[1:]] == [USERS, USERS, 0]
     assert counts(grid) == [Counter({("gaussian", 4.0): 3, ("gaussian", 8.0): 2})] * USERS
+
+
+def test_a_budget_is_a_persons_whatever_the_number(tmp_path: Path) -> None:
+    changes = {**LOCAL, "privacy.noise_multiplier": 4.0, "training.clients_per_round": USERS - 1}
+    folder = prepared(tmp_path / "a", **changes)
+    grid = Keeping(folder)
+    main(grid, folder, tmp_path / "one", rounds=1)
+    before = counts(grid)
+    assert sum(kinds.total() for kinds in before) == USERS - 1
+    whole = make_dataset().of_users(np.roll(np.arange(USERS), NODES))
+    prepare(make_config(**changes), whole, tmp_path / "b", NODES, pretrained=make_pretrained())
+    for node, context in enumerate(grid.contexts.values()):
+        context.node_config["data"] = str(node_file(tmp_path / "b", node))
+    main(grid, tmp_path / "b", tmp_path / "two", rounds=1)
+    after = {name: kinds for keeper in grid.folders for name, kinds in keeper.uploads().items()}
+    numbers = {f"u{user}": number for number, user in enumerate(np.roll(np.arange(USERS), NODES))}
+    chosen = [line["clients"] for line in lines(tmp_path / "two")[1:]]
+    assert chosen == [USERS - 1]
+    assert set(after) == set(numbers)
+    assert sorted(kinds.total() for kinds in after.values()) == [1, 1, *[2] * (USERS - 2)]
 
 
 @pytest.mark.parametrize(
@@ -429,27 +487,41 @@ def test_a_round_that_was_lost_counts_as_given_away(changes: dict[str, Any], tmp
 def test_a_folder_is_one_nodes(tmp_path: Path) -> None:
     folder = prepared(tmp_path / "a", **KINDS[0])
     grid = Keeping(folder, state=str(tmp_path / "shared"))
-    with pytest.raises(ValueError, match=r"state: .*\.safetensors holds user \d+, who is not of this node"):
+    with pytest.raises(
+        ValueError, match=r"state: .*\.safetensors holds user 'u\d+', who is not of this node"
+    ):
         main(grid, folder, tmp_path / "out")
 
 
 def test_a_folder_refuses_what_is_not_its_own(tmp_path: Path) -> None:
     for path in (tmp_path / "none" / "state", Path(__file__)):
-        with pytest.raises(OSError, match=f"state: cannot make the folder {path}"), NodeFolder(path).locked():
+        with (
+            pytest.raises(OSError, match=f"state: cannot make the folder {path}"),
+            NodeFolder(path, {}).locked(),
+        ):
             pass
-    folder, run, users = NodeFolder(tmp_path), "0" * 32, torch.arange(3)
-    assert folder.load(run, users).round == 0
+    folder, run = NodeFolder(tmp_path, {0: "a", 1: "b", 2: "c"}), "0" * 32
+    assert folder.load(run).round == 0
     for name in ("../" + run, "A" * 32, ""):
         with pytest.raises(ValueError, match="run: expected 32 hexadecimal digits"):
-            folder.load(name, users)
+            folder.load(name)
     own = Own(2, torch.tensor([1]), {"user": torch.ones(1, 4)}, {1: torch.ones(5)})
     folder.save(run, own)
-    found = folder.load(run, users).tensors()
+    found = folder.load(run).tensors()
     assert all(torch.equal(found[name], value) for name, value in own.tensors().items())
+    # In a further run, of whose users only some were here, under other numbers.
+    later = NodeFolder(tmp_path, {0: "c", 4: "b", 5: "new"})
+    own = Own(3, torch.tensor([0, 1]), {"user": torch.tensor([[0.0], [1.0]])}, {1: torch.ones(5)}, own)
+    folder.save(run, own)
+    start = later.load_from(run, 3)
+    assert (start.round, start.users.tolist(), start.residuals, start.before) == (3, [4], {}, None)
+    assert start.state["user"].tolist() == [[1.0]]
+    assert later.load_from(run, 2).state["user"].tolist() == [[1.0] * 4]  # of which the server knows
+    assert later.load_from("1" * 32, 3).round == 0
     path = tmp_path / f"{run}.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match=rf"state: .*{path.name} is damaged"):
-        folder.load(run, users)
+        folder.load(run)
 
 
 # ---- on the device
@@ -499,7 +571,7 @@ def test_a_node_serves_from_the_command_line(trained: Path, capsys: pytest.Captu
         ({"user": ["u1"], "items": texts}, "--items: expected --node"),
         ({**own, "user": ["u2"]}, "no user with the id 'u2'; ids are such as 'u1', 'u4', 'u7'"),
         ({**own, "items": trained / "nowhere.csv"}, "nowhere.csv: no such file"),
-        ({**own, "state": trained / "a" / "state-1"}, "holds user 0, who is not of this node"),
+        ({**own, "state": trained / "a" / "state-1"}, "holds user 'u0', who is not of this node"),
         ({**own, "state": trained}, "found none of any run"),
     ):
         with pytest.raises(typer.Exit) as ended:
