@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import json
 import operator
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -509,7 +510,8 @@ def _data_of(folder: Path, saved: _Saved, dataset: Dataset | None) -> Dataset:
     if saved.digest not in ("", dataset.digest):
         raise ValueError(
             f"dataset: the run in {folder} was trained on other data than {dataset.name!r} "
-            f"({saved.digest[:12]} against {dataset.digest[:12]})"
+            f"({saved.digest[:12]} against {dataset.digest[:12]}); `fedpeft run --start-from "
+            f"{shlex.quote(str(folder))} --rounds 0` takes on data that have grown"
         )
     return dataset
 
