@@ -317,7 +317,8 @@ def test_an_unfinished_run_will_do(before: Dataset, whole: Dataset, tmp_path: Pa
 def test_a_servers_folder_starts_users_anew(before: Dataset, whole: Dataset, tmp_path: Path) -> None:
     config = config_of("p-rq", "pfedrec")
     trained(config, before, tmp_path / "a")
-    old = load_file(tmp_path / "a" / "model.safetensors")
+    # Copies, since they may be of the file, which is written over.
+    old = {name: value.clone() for name, value in load_file(tmp_path / "a" / "model.safetensors").items()}
     server = {name: value for name, value in old.items() if not name.startswith("clients")}
     save_file(server, tmp_path / "a" / "model.safetensors")
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
