@@ -527,8 +527,9 @@ def _tuned(config: Config) -> str | None:
     from fedpeft_ext.config import TrainingConfig
 
     backbone = config.backbone.name
-    name = config.dataset.name + (f"-{backbone}" if backbone != "fedmf" else "")
-    if name not in preset_names() or config.training != TrainingConfig(rounds=config.training.rounds):
+    plain = config.dataset.name + (f"-{backbone}" if backbone != "fedmf" else "")
+    name = next((name for name in (f"{plain}-tuned", plain) if name in preset_names()), None)
+    if name is None or config.training != TrainingConfig(rounds=config.training.rounds):
         return None
     return f"Training as in the paper, which learns slowly; --config {name} has tuned settings"
 

@@ -72,6 +72,7 @@ def test_tuned_settings_are_pointed_out() -> None:
         ([], "ml-100k"),
         (["training.rounds=7"], "ml-100k"),
         (["dataset.name=ml-1m", "backbone.name=pfedrec"], "ml-1m-pfedrec"),
+        (["dataset.name=ml-1m"], "ml-1m-tuned"),
         (["dataset.name=industrial"], "industrial"),
     ):
         assert f"--config {name} has" in str(_tuned(Config().updated(overrides)))
