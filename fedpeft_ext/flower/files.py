@@ -70,11 +70,12 @@ def prepare(
             f"num_nodes: expected at least {least}, secure_aggregation.min_nodes, got {num_nodes}"
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     needed, start = pretrained is None and needs_pretrained(config.embedding.name), None
     if config.start_from is not None:
         if pretrained is not None:
             raise ValueError("pretrained: expected None with start_from, which has it, got some")
+        if folder.resolve() == Path(config.start_from).resolve():
+            raise ValueError(f"folder: expected another one than that of start_from, got {folder}")
         found = load_start(config.start_from)
         start = found.server if isinstance(found, TrainedRun) else found
         original, dataset = dataset, grown_dataset(config, start, dataset)
@@ -86,6 +87,7 @@ def prepare(
         tensors |= _going_on(config, start, pretrained, dataset.num_items)
     if pretrained is not None:
         tensors |= pretrained.tensors()
+    folder.mkdir(parents=True, exist_ok=True)
     told = {_RUN: "" if start is None else start.run}
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / SERVER, told)
     (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")

@@ -266,7 +266,10 @@ def check_features(
     if isinstance(features, torch.Tensor):
         features = features.detach().cpu()
         features = (features.float() if features.is_floating_point() else features).numpy()
-    array = np.asarray(features)
+    try:
+        array = np.asarray(features)
+    except ValueError as error:  # rows of several lengths
+        raise ValueError(f"{name}: expected rows of one length, got others") from error
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{name}: expected numbers, got dtype {array.dtype}")
     if array.ndim != 2 or 0 in array.shape:

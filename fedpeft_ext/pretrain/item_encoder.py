@@ -67,8 +67,9 @@ class ItemEncoder:
         """
         texts = isinstance(items, Sequence) and all(isinstance(item, str) for item in items)
         if texts != (self.text is not None):
+            got = "texts" if texts else "others"
             told = "texts" if self.text is not None else f"features [N, {self.full.sizes[0]}]"
-            raise ValueError(f"items: expected {told}, of which those before were encoded, got others")
+            raise ValueError(f"items: expected {told}, of which those before were encoded, got {got}")
         features: npt.ArrayLike = items
         if self.text is not None:
             features, unknown = self.text.transform([str(item) for item in items])  # type: ignore[union-attr]

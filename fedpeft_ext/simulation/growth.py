@@ -7,7 +7,8 @@ rows of the compressed part from `ItemEmbedding.new_rows`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from fedpeft_ext.config import Config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.data.dataset import numbers_of
 from fedpeft_ext.nn import FullEmbedding, ItemEmbedding
-from fedpeft_ext.pretrain import ItemEncoder, Pretrained, load_features
+from fedpeft_ext.pretrain import ItemEncoder, Pretrained, SentenceEncoder, load_features
 from fedpeft_ext.simulation.client_batch import ClientStore
 from fedpeft_ext.simulation.output import flat
 from fedpeft_ext.simulation.serving import TrainedServer
@@ -28,6 +29,8 @@ from fedpeft_ext.simulation.setup import build_model, needs_pretrained, warmup_r
 
 Encoded = tuple[Tensor, Tensor | None]
 """Full embeddings [N, D] of new items, and codes [N, L] where there are some."""
+
+METHODS, FILE = ("tfidf", "sentence-transformers", "random"), "a features file"
 
 FREE = ("backbone.init_std", "backbone.dropout", "embedding.init_std", "embedding.warm_start_codebooks")
 """Settings of the model that a run may have other values of than the one it starts from."""
@@ -37,17 +40,48 @@ def grown_dataset(config: Config, start: TrainedServer, dataset: Dataset) -> Dat
     """`dataset` with items numbered on from those of `start`, for a run with these settings.
 
     Raises:
-        ValueError: a setting that does not go with the run to start from, or a data set without any of its
-            items.
+        ValueError: a setting that does not go with the run to start from, a data set without any of its
+            items, or new items and nothing to encode them by.
     """
     _check_settings(config, start)
     known = start.catalogue.item_ids
-    if (numbers_of(dataset.item_ids, known) < 0).all():
+    new = numbers_of(dataset.item_ids, known) < 0
+    if new.all():
         raise ValueError(
             f"dataset: expected items of the run to start from, such as {known[0]!r}, got {dataset.name!r}, "
-            f"which has none of its {len(known):,}"
+            f"which has none of its {len(known):,}, but such as {dataset.item_ids[0]!r}"
         )
+    if needs_pretrained(config.embedding.name) and new.any():
+        _check_features(config, start, dataset)
     return dataset.after_catalogue(known)
+
+
+def _check_features(config: Config, start: TrainedServer, dataset: Dataset) -> None:
+    """Raise ValueError where new items of `dataset` cannot be encoded as those of `start` were."""
+    given, had = config.pretrain.features, _features_of(start)
+    if had != (given if given in METHODS else FILE):
+        raise ValueError(f"pretrain.features: expected {had}, as the run to start from had, got {given!r}")
+    if had in METHODS[:2] and dataset.item_text is None:
+        raise ValueError(
+            f"data set {dataset.name!r}: expected item text, of which new items are encoded, got none"
+        )
+
+
+def _features_of(start: TrainedServer) -> str:
+    """What the items of a run were encoded from: one of METHODS, or FILE.
+
+    Raises ValueError where it has nothing to encode new ones by.
+    """
+    if start.encoder is None:
+        if start.config.pretrain.features != "random":
+            raise ValueError(
+                "run: its files have no encoder of new items, as those of studies and older versions have "
+                "none; train it again"
+            )
+        return "random"
+    if start.encoder.text is None:
+        return FILE
+    return METHODS[isinstance(start.encoder.text, SentenceEncoder)]
 
 
 def _check_settings(config: Config, start: TrainedServer) -> None:
@@ -82,26 +116,16 @@ def grown_items(config: Config, start: TrainedServer, dataset: Dataset, numbered
     where features come from.
 
     Raises:
-        ValueError: new items, and nothing to encode them by. ImportError: the package that does is missing.
+        ValueError: a features file that does not fit. ImportError: the package that encodes is missing.
     """
     known = start.catalogue.num_items
     new = np.flatnonzero(numbers_of(dataset.item_ids, start.catalogue.item_ids) < 0)
-    texts, features = dataset.item_text, config.pretrain.features
 
     def encode(encoder: ItemEncoder) -> Encoded:
-        from_file = features not in ("tfidf", "sentence-transformers", "random")
-        if from_file != (encoder.text is None):
-            told = "a features file" if encoder.text is None else "'tfidf' or 'sentence-transformers'"
-            raise ValueError(
-                f"pretrain.features: expected {told}, as the run to start from had, got {features!r}"
-            )
         if encoder.text is None:
-            return encoder.encode(load_features(features, dataset.num_items)[new])
-        if texts is None:
-            raise ValueError(
-                f"data set {dataset.name!r}: expected item text, of which new items are encoded, got none"
-            )
-        return encoder.encode([texts[item] for item in new.tolist()])
+            return encoder.encode(load_features(config.pretrain.features, dataset.num_items)[new])
+        assert dataset.item_text is not None
+        return encoder.encode([dataset.item_text[item] for item in new.tolist()])
 
     return _items(start, numbered.num_items - known, encode, config.seed)
 
@@ -116,6 +140,9 @@ def with_new_items(
             raise ValueError(f"items: expected text of the items of data set {items.name!r}, got none")
         items = dict(zip(items.item_ids, items.item_text, strict=True))
     ids = list(items)
+    for name in ids:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"items: expected external ids (str, not empty), got {name!r}")
     places = np.flatnonzero(numbers_of(ids, catalogue.item_ids) < 0).tolist()
     if not places:
         return server
@@ -130,8 +157,7 @@ def with_new_items(
     )
     prepared = None
     if needs_pretrained(server.config.embedding.name):
-        given: Sequence[str] | npt.ArrayLike = values if worded else np.asarray(values)
-        prepared = _items(server, len(new), lambda encoder: encoder.encode(given), server.config.seed)
+        prepared = _items(server, len(new), lambda encoder: encoder.encode(values), server.config.seed)
     device = next(server.model.parameters()).device
     model = build_model(
         server.config,
@@ -142,7 +168,7 @@ def with_new_items(
         warmup=server.round < warmup_rounds(server.config),
     ).to(device)
     take_over(server.model, model)
-    return TrainedServer(server.config, grown, model, server.starts, server.round, server.encoder)
+    return dataclasses.replace(server, catalogue=grown, model=model)
 
 
 def _items(
@@ -164,18 +190,14 @@ def _items(
         rows, new_codes = encode(start.encoder)
         anchors = start.encoder.anchors
         rows = aligned(start.encoder.anchor_rows, full[anchors], rows)
-    elif config.pretrain.features == "random":
+    else:
+        _features_of(start)  # raises unless they are random
         # As little as random ones, the mean tells of the items; and it is where training has moved them.
         rows = full.mean(0).expand(count, -1)
         size = config.embedding.codebook_size
         generator = torch.Generator().manual_seed((seed + known) % 2**63)  # other codes for each arrival
         drawn = (count, 0 if codes is None else codes.shape[1])
         new_codes = torch.randint(size, drawn, generator=generator, device="cpu")
-    else:
-        raise ValueError(
-            "run: its files have no encoder of new items, as those of studies and older versions have none; "
-            "train it again"
-        )
     if codes is not None:
         if new_codes is None:
             raise ValueError("run: its encoder of new items makes no codes, which its embedding needs")

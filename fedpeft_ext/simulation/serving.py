@@ -464,7 +464,7 @@ def load_start(folder: str | Path) -> TrainedRun | TrainedServer:
         ValueError: a file is damaged.
     """
     folder = Path(folder)
-    saved = _saved(folder)
+    saved = _saved(folder, "start_from")
     items = read_ids(folder / ITEMS)
     users = pl.Series("id", [""]) if saved.clients is None else read_ids(folder / USERS)
     nobody = np.full(len(users), -1, np.int64)
@@ -483,22 +483,17 @@ def load_start(folder: str | Path) -> TrainedRun | TrainedServer:
     return server if saved.clients is None else _with_clients(folder, saved, server)
 
 
-def rounds_of(folder: str | Path) -> int:
-    """Rounds trained by the run in `folder`. Raises FileNotFoundError or ValueError as `load_run`."""
-    folder = Path(folder)
-    if (folder / SUMMARY).exists():
-        return int(_summary(folder)["rounds"])
-    found = has_checkpoint(folder)
-    return _saved(folder).round if found is None else found
+def check_run(folder: Path, argument: str = "run") -> None:
+    """Raise FileNotFoundError, which names the argument, where there is no run in `folder`."""
+    if (folder / SUMMARY).exists() or has_checkpoint(folder) is not None:
+        return
+    check_no_runs_inside(argument, folder)
+    raise FileNotFoundError(f"{argument}: expected a finished run, or a checkpoint of one, in {folder}")
 
 
-def _saved(folder: Path) -> _Saved:
-    if (folder / SUMMARY).exists():
-        return _finished(folder)
-    if has_checkpoint(folder) is not None:
-        return _unfinished(folder)
-    check_no_runs_inside("run", folder)
-    raise FileNotFoundError(f"run: expected a finished run, or a checkpoint of one, in {folder}")
+def _saved(folder: Path, argument: str = "run") -> _Saved:
+    check_run(folder, argument)
+    return _finished(folder) if (folder / SUMMARY).exists() else _unfinished(folder)
 
 
 def _data_of(folder: Path, saved: _Saved, dataset: Dataset | None) -> Dataset:

@@ -197,11 +197,12 @@ class Simulator:
                 f"{config.secure_aggregation.min_nodes}"
             )
         self._ranks = ranks = Ranks()
-        if start_from is None and config.start_from is not None:
+        if config.start_from is not None:
             if out is not None and Path(out).resolve() == Path(config.start_from).resolve():
                 raise ValueError(f"out: expected another folder than that of start_from, got {out}")
-            with ranks.together("reading start_from"):
-                start_from = load_start(config.start_from)
+            if start_from is None:
+                with ranks.together("reading start_from"):
+                    start_from = load_start(config.start_from)
         original = dataset
         start = start_from.server if isinstance(start_from, TrainedRun) else start_from
         if start is not None:

@@ -288,6 +288,11 @@ def test_a_killed_server_that_had_started_from_a_run(tmp_path: Path) -> None:
         "training.server_schedule": "cosine",
         "training.warmup_rounds": 0,
     }
+    with pytest.raises(ValueError, match="folder: expected another one than that of start_from"):
+        prepare(make_config(**KINDS[1] | settings), make_dataset(), tmp_path / "old", NODES)
+    with pytest.raises(ValueError, match=r"backbone.name: expected 'pfedrec'"):
+        prepare(make_config(start_from=tmp_path / "old"), make_dataset(), tmp_path / "none", NODES)
+    assert not (tmp_path / "none").exists()
     grids = {}
     for name in ("a", "b"):
         prepare(make_config(**KINDS[1] | settings), make_dataset(), tmp_path / name, NODES)

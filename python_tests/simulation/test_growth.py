@@ -352,8 +352,12 @@ def test_features_files_and_random_ones(before: Dataset, whole: Dataset, tmp_pat
     for name, tensor in served.model.state_dict().items():
         if name.startswith("item_embedding"):
             assert torch.equal(tensor, new.model.state_dict()[name])
-    with pytest.raises(ValueError, match=r"pretrain.features: expected a features file.*got 'tfidf'"):
-        Simulator(more.updated(["pretrain.features=tfidf"]), whole)
+    for other in ("tfidf", "sentence-transformers", "random"):
+        with pytest.raises(ValueError, match=rf"pretrain.features: expected a features file.*got '{other}'"):
+            Simulator(more.updated([f"pretrain.features={other}"]), whole, out=tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    with pytest.raises(ValueError, match="features: expected rows of one length"):
+        run.with_new_items({"a": features[0], "b": features[1, :5]})
     with pytest.raises(ValueError, match=r"items: expected features \[N, 9\]"):
         run.with_new_items(whole)
 
@@ -365,6 +369,8 @@ def test_features_files_and_random_ones(before: Dataset, whole: Dataset, tmp_pat
     torch.testing.assert_close(base[OLD_ITEMS:], base[:OLD_ITEMS].mean(0).expand(12, -1))
     assert len(new.model.item_embedding.codes[OLD_ITEMS:].unique()) > 1
     new.run()
+    with pytest.raises(ValueError, match=r"pretrain.features: expected random, as .*, got 'tfidf'"):
+        Simulator(going_on(config, tmp_path / "random", 4, **{"pretrain.features": "tfidf"}), whole)
 
 
 @pytest.mark.parametrize("embedding", EMBEDDINGS)
@@ -395,6 +401,9 @@ def test_new_items_are_served_as_a_run_would_start_with_them(
     assert someone.recommend("me", 60).items.max() == 59
     with pytest.raises(ValueError, match=r"data set 'tiny'.*got none"):
         run.with_new_items(whole.changed(item_text=None))
+    for name in (5, ""):
+        with pytest.raises(ValueError, match=rf"items: expected external ids.*, got {name!r}"):
+            run.with_new_items({"new": "drama", name: "war"})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize(
@@ -428,7 +437,7 @@ def test_what_cannot_be_started_from_is_named(before: Dataset, whole: Dataset, t
         Simulator(more, before, out=tmp_path / "a", overwrite=True)
     with pytest.raises(ValueError, match="pretrained: expected None with start_from"):
         Simulator(more, before, pretrained=first._pretrained)
-    with pytest.raises(FileNotFoundError, match="run: expected a finished run"):
+    with pytest.raises(FileNotFoundError, match="start_from: expected a finished run"):
         Simulator(going_on(config, tmp_path / "none", 4), before)
     with pytest.raises(ValueError, match="expected item text, of which new items are encoded, got none"):
         Simulator(more, whole.changed(item_text=None))
@@ -449,7 +458,7 @@ def test_what_cannot_be_started_from_is_named(before: Dataset, whole: Dataset, t
         Simulator(more, whole)
     (tmp_path / "a" / ITEMS).write_bytes(items)
     other = before.changed(item_ids=[f"other {name}" for name in before.item_ids])
-    with pytest.raises(ValueError, match=r"dataset: expected items of the run to start from, such as 'i0'"):
+    with pytest.raises(ValueError, match=r"dataset: expected items .*'i0'.*but such as 'other i0'"):
         Simulator(more, other)
     early = Simulator(config, before)
     with pytest.raises(ValueError, match="whose 1 warm-up rounds are over, got one after round 0"):
