@@ -189,15 +189,17 @@ def run(
     named = _named(dataset, backbone, rounds, seed, engine, device, threads)
     with _reported_errors(debug, can_overwrite=True) as started:
         if start_from is not None:
-            named |= _going_on(start_from, rounds)
+            from fedpeft_ext.simulation.serving import check_run
+
+            check_run(start_from, "--start-from")
+            named |= {"start_from": str(start_from), "training.rounds": None}
         file = config or (None if start_from is None else start_from / "config.yaml")
         settings = _settings(file, {**named, "embedding.name": embedding}, set_)
-        if start_from is not None and rounds is None:
-            _check_further(start_from, settings)
         folder = out or _default_folder(settings, settings.embedding.name)
         started(folder)
         tuned = None if file else _tuned(settings)
-        _run(settings, folder, tuned, overwrite=overwrite, quiet=quiet, as_json=json_)
+        start = None if start_from is None else (start_from, rounds)
+        _run(settings, folder, tuned, start, overwrite=overwrite, quiet=quiet, as_json=json_)
 
 
 @app.command(short_help="Go on with a run that was interrupted, or train it further.")
@@ -504,22 +506,18 @@ def _settings(
     return load_config(path, [*given, *(overrides or [])])
 
 
-def _going_on(run: Path, rounds: int | None) -> dict[str, str | int | None]:
-    """Settings of a run that starts from another and trains so many rounds more."""
-    from fedpeft_ext.simulation.serving import rounds_of
+def _going_on(config: Config, run: Path, done: int, rounds: int | None) -> Config:
+    """Settings that train so many rounds more than the run to start from did.
 
-    total = None if rounds is None else rounds_of(run) + rounds
-    return {"start_from": str(run), "training.rounds": total}
-
-
-def _check_further(run: Path, settings: Config) -> None:
-    """Raise ValueError where nothing would be trained, and nobody asked for that."""
-    from fedpeft_ext.simulation.serving import rounds_of
-
-    if settings.training.rounds <= (done := rounds_of(run)):
+    Raises ValueError where nothing would be trained, and nobody asked for that.
+    """
+    further = config.training.rounds - done if rounds is None else rounds
+    if further < (1 if rounds is None else 0):
         raise ValueError(
-            f"--rounds: expected how many rounds to train after the {done} of {run}, with --start-from"
+            f"--rounds: expected how many rounds to train after the {done} of {run}, with --start-from, got "
+            f"{'none' if rounds is None else rounds}"
         )
+    return config.updated([f"training.rounds={done + further}"])
 
 
 def _tuned(config: Config) -> str | None:
@@ -656,21 +654,37 @@ def _loaded(config: Config, tuned: str | None, notify: Callable[[str], None]) ->
 
 
 def _run(
-    config: Config, folder: Path, tuned: str | None, *, overwrite: bool, quiet: bool, as_json: bool
+    config: Config,
+    folder: Path,
+    tuned: str | None,
+    start: tuple[Path, int | None] | None,
+    *,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
+    """`start`: the run to start from, and how many rounds more."""
     from fedpeft_ext.nn import parse_spec
     from fedpeft_ext.simulation import Simulator
     from fedpeft_ext.simulation.output import check_folder
+    from fedpeft_ext.simulation.serving import load_start
     from fedpeft_ext.simulation.simulator import check_device
 
     parse_spec(config.embedding.name)  # before loading anything
     check_folder(folder, overwrite)
     check_device(config.device)
+    run = None
+    if start is not None:  # read once: it may be training
+        run = load_start(start[0])
+        config = _going_on(config, start[0], run.round, start[1])
     with _progress(_console(stderr=True), config, quiet=quiet, evaluations=True) as (callbacks_for, notify):
         dataset = _loaded(config, tuned, notify)
         notify(f"Preparing {config.embedding.name} on the server")
         callbacks = callbacks_for(config.embedding.name)
-        simulator = Simulator(config, dataset, callbacks=callbacks, out=folder, overwrite=overwrite)
+        simulator = Simulator(
+            config, dataset, callbacks=callbacks, out=folder, overwrite=overwrite, start_from=run
+        )
+        del run  # which would take memory
         summary = _run_until_signal(simulator, folder)
     _report(summary, folder, as_json)
 

@@ -118,9 +118,12 @@ class ProgressLines(_Watcher):
         self._line = ""
 
     def on_start(self, simulator: Simulator) -> None:
-        """Tell where a run goes on that was interrupted; with evaluations, those tell their rounds."""
-        if simulator.rounds_done and not self._evaluations:
-            config = simulator.config
+        """Tell where a run goes on that was trained before; with evaluations, those tell their rounds."""
+        if not simulator.rounds_done:
+            return
+        config = simulator.config
+        self._line = f"round {simulator.rounds_done}/{config.training.rounds}"
+        if not self._evaluations:
             self._print(
                 f"{config.embedding.name}: going on after round {simulator.rounds_done} of "
                 f"{config.training.rounds}"
