@@ -316,7 +316,8 @@ def _evaluate(
     run, other, trained_on = _runs(folder, against, new_users, rounds, node)
     config = run.config
     dataset = run.dataset
-    settings = config.updated(overrides).evaluation
+    # Nothing is selected here, and other settings may leave out what selected.
+    settings = config.updated(["evaluation.select_by=null", *overrides]).evaluation
     found = run.evaluate(settings)
     differences, others = {}, {}
     times = popularity_scores(trained_on)[dataset.test_items[found.users.numpy(force=True)]].astype(np.int64)

@@ -32,7 +32,7 @@ from fedpeft_ext.config import Config, load_config
 from fedpeft_ext.data import load_dataset
 from fedpeft_ext.experiments.progress import progress_display
 from fedpeft_ext.experiments.studies import STUDIES
-from fedpeft_ext.simulation import TrainedRun, load_run, popularity_run
+from fedpeft_ext.simulation import Simulator, TrainedRun, load_run, popularity_run, serving
 
 SMALL = [
     "--dataset=synthetic",
@@ -617,7 +617,8 @@ def test_recommend_lists_the_best_items(tmp_path: Path) -> None:
 
 def test_evaluate_tells_other_metrics_of_a_run(tmp_path: Path) -> None:
     out, file = tmp_path / "run", tmp_path / "users.csv"
-    assert fedpeft("run", *SMALL, "-ec-lora", "-r1", "-q", "-o", out).exit_code == 0
+    selected = "--set=evaluation.select_by=full/HR@10"
+    assert fedpeft("run", *SMALL, "-ec-lora", "-r1", selected, "-q", "-o", out).exit_code == 0
     metrics = json.loads((out / "summary.json").read_text())["metrics"]
     result = fedpeft("evaluate", out, "--users", file, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -724,6 +725,22 @@ def test_somebody_new_is_served(tmp_path: Path) -> None:
     assert "such as 'other'" in refused("evaluate", out, "--new-users", data)
 
 
+def test_rounds_are_counted_from_what_was_read_of_a_run_that_still_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fedpeft("run", *SMALL, "-ec-lora", "-r2", "-q", "-o", "one").exit_code == 0
+    checked = serving.check_run
+
+    def then_trained_further(folder: Path, argument: str = "run") -> None:
+        checked(folder, argument)
+        if argument == "--start-from":
+            Simulator.resume(folder, rounds=4).run()
+
+    monkeypatch.setattr(serving, "check_run", then_trained_further)
+    result = fedpeft("run", "--start-from", "one", "-r3", "-q", "--json", "-o", "two")
+    assert json.loads(result.stdout)["rounds"] == 7
+
+
 def write_shop(folder: Path, items: int, users: int) -> Path:
     """Interactions and items with text, as CSV files."""
     folder.mkdir(exist_ok=True)
@@ -768,6 +785,8 @@ def test_a_run_goes_on_with_grown_data(tmp_path: Path) -> None:
     write_shop(shop, 36, 25)
     result = fedpeft("run", "--start-from", one, "-r3", "-o", two)
     assert result.exit_code == 0, result.output
+    told = [" ".join(line.split()[:2]) for line in result.stderr.splitlines() if "HR@10" in line]
+    assert told == ["round 2/5", "round 4/5", "round 5/5"]
     assert f"Started from {one} after round 2: 6 new items, 5 new users" in " ".join(result.stdout.split())
     summary = json.loads((two / "summary.json").read_text())
     assert (summary["rounds"], summary["started_from"]["known_items"]) == (5, 30)
@@ -785,9 +804,10 @@ def test_a_run_goes_on_with_grown_data(tmp_path: Path) -> None:
 
     refusals = {
         "train after the 6 of": ["run", "--start-from", three],
+        "with --start-from, got -1": ["run", "--start-from", three, "-r-1"],
         "out: expected another folder": ["run", "--start-from", three, "-r1", "-o", three, "--overwrite"],
         "embedding.name: expected 'p-lora'": ["run", "--start-from", three, "-r1", "-e", "c-rq"],
-        "expected a finished run": ["run", "--start-from", tmp_path / "none", "-r1"],
+        "--start-from: expected a finished run": ["run", "--start-from", tmp_path / "none", "-r1"],
         "start_from: expected none here": ["compare", "-s", f"start_from={three}"],
         "--against: expected a run whose items": ["evaluate", "five", "--against", two],
         "fedpeft run goes on": ["study", "hybrid", "-s", f"start_from={three}", "-o", tmp_path / "study"],
