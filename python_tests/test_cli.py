@@ -787,7 +787,10 @@ def test_a_run_goes_on_with_grown_data(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     told = [" ".join(line.split()[:2]) for line in result.stderr.splitlines() if "HR@10" in line]
     assert told == ["round 2/5", "round 4/5", "round 5/5"]
-    assert f"Started from {one} after round 2: 6 new items, 5 new users" in " ".join(result.stdout.split())
+    assert (
+        f"Started from {one} after round 2: 30 known and 6 new items, 20 known and 5 new users"
+        in " ".join(result.stdout.split())
+    )
     summary = json.loads((two / "summary.json").read_text())
     assert (summary["rounds"], summary["started_from"]["known_items"]) == (5, 30)
     config = load_config(two / "config.yaml")

@@ -143,8 +143,11 @@ def summary_table(summary: Summary) -> Table:
     start = summary.started_from
     told = ""
     if start is not None:
-        new = f"{counted(start['new_items'], 'new item')}, {counted(start['new_users'], 'new user')}"
-        told = f"\nStarted from {escape(start['run'] or 'a run')} after round {start['round']:,}: {new}"
+        kinds = ", ".join(
+            f"{start[f'known_{kind}']:,} known and {start[f'new_{kind}']:,} new {kind}"
+            for kind in ("items", "users")
+        )
+        told = f"\nStarted from {escape(start['run'] or 'a run')} after round {start['round']:,}: {kinds}"
     if summary.privacy is not None:
         alone = "" if start is None else f" (of the rounds after {start['round']:,} alone)"
         told += f"\nPrivacy{alone}: {summary.privacy['guarantee']}"

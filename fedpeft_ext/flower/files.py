@@ -21,7 +21,7 @@ from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation import TrainedRun, TrainedServer
 from fedpeft_ext.simulation.files import replace_bytes
 from fedpeft_ext.simulation.growth import grown_dataset, grown_items, take_over
-from fedpeft_ext.simulation.numbering import ENCODER, ITEMS, write_items
+from fedpeft_ext.simulation.numbering import ENCODER, ITEMS, read_ids, write_items
 from fedpeft_ext.simulation.serving import load_start
 from fedpeft_ext.simulation.setup import build_model, needs_pretrained, prepare_items
 from fedpeft_ext.simulation.state import below, prefixed
@@ -207,6 +207,18 @@ def read_server(folder: _Folder) -> tuple[Config, int, Pretrained | None, Start 
         run = _metadata(folder / SERVER)[_RUN]
         start = Start(int(tensors["round"]), run, below("start", tensors), below("starts", tensors))
     return config, int(tensors["num_items"]), pretrained, start
+
+
+def check_items(prepared: _Folder, out: Path) -> None:
+    """Raise ValueError where items that `prepare` wrote have other numbers than those of the run in `out`: a
+    table of hashed items would not tell.
+    """
+    now, then = Path(prepared) / ITEMS, out / ITEMS
+    if now.is_file() and then.is_file() and not read_ids(now).equals(read_ids(then)):
+        raise ValueError(
+            f"prepared: expected the items of the run in {out}, in their order, to go on with, got others in "
+            f"{prepared}; settings with start_from={out} take on data that have grown"
+        )
 
 
 def copy_items(prepared: _Folder, out: Path) -> None:

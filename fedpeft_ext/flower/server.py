@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedpeft_ext.backbones import Backbone
 from fedpeft_ext.config import Config
-from fedpeft_ext.flower.files import Start, check_supported, copy_items, read_server
+from fedpeft_ext.flower.files import Start, check_items, check_supported, copy_items, read_server
 from fedpeft_ext.flower.protocol import (
     CLIENTS,
     METRICS,
@@ -99,6 +99,8 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(str(run["out"])) if run.get("out") else None
     overwrite = bool(run.get("overwrite", False))
     saved = None if out is None or overwrite else saved_run(out, config)
+    if saved is not None and out is not None:
+        check_items(str(run["prepared"]), out)
     server = FlowerServer(
         grid,
         config,

@@ -254,6 +254,10 @@ def test_what_goes_on_is_the_same_run(tmp_path: Path) -> None:
         main(grid, folder, tmp_path / "out")
     with pytest.raises(ValueError, match=r"rounds: expected at least 2, since .* holds a run of 2, got 1"):
         main(grid, folder, tmp_path / "out", rounds=1)
+    other = make_dataset().changed(item_ids=[f"other {item}" for item in make_dataset().item_ids])
+    prepare(make_config(**KINDS[0]), other, folder, NODES, pretrained=make_pretrained())
+    with pytest.raises(ValueError, match=r"prepared: expected the items of the run in .*, got others"):
+        main(grid, folder, tmp_path / "out")
     prepared(folder, **KINDS[0], **{"training.lr": 0.5})
     with pytest.raises(ValueError, match=r"the prepared settings: training\.lr: expected None, with which"):
         main(grid, folder, tmp_path / "out")
