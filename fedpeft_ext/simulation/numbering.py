@@ -50,7 +50,7 @@ def read_ids(path: Path) -> pl.Series:
     if not path.is_file():
         raise FileNotFoundError(
             f"run: expected {path.name}, the external ids of a run, in {path.parent}, found none; older "
-            "versions wrote none"
+            "versions wrote none, and with the run's data `fedpeft resume` writes them"
         )
     try:
         ids = pl.read_parquet(path)["id"]

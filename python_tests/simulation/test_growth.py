@@ -454,9 +454,10 @@ def test_what_cannot_be_started_from_is_named(before: Dataset, whole: Dataset, t
     with pytest.raises(ValueError, match="does not hold the ids of a run"):
         Simulator(more, whole)
     (tmp_path / "a" / ITEMS).unlink()
-    with pytest.raises(FileNotFoundError, match=r"expected items\.parquet"):
+    with pytest.raises(FileNotFoundError, match=r"expected items\.parquet.*`fedpeft resume` writes them"):
         Simulator(more, whole)
-    (tmp_path / "a" / ITEMS).write_bytes(items)
+    Simulator.resume(tmp_path / "a", before).run()
+    assert (tmp_path / "a" / ITEMS).read_bytes() == items
     other = before.changed(item_ids=[f"other {name}" for name in before.item_ids])
     with pytest.raises(ValueError, match=r"dataset: expected items .*'i0'.*but such as 'other i0'"):
         Simulator(more, other)
