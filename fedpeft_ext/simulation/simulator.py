@@ -208,6 +208,11 @@ class Simulator:
         if start is not None:
             if pretrained is not None:
                 raise ValueError("pretrained: expected None with start_from, which has it, got some")
+            read = ranks.gather_texts(str(start.round))
+            if len(set(read)) > 1:  # it is training
+                raise ValueError(
+                    f"start_from: expected a run after the same round on all ranks, got {', '.join(read)}"
+                )
             dataset = grown_dataset(config, start, dataset)
         self._device = rank_device(check_device(config.device))
         self._on_gpu = self._device.type == "cuda"

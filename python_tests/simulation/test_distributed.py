@@ -67,7 +67,7 @@ ONLY_CLOSE = {"scaffold"}
 TIMED = ("seconds", "training_seconds", "clients_per_second")
 
 
-def simulator(name: str, out: Path | None = None, **changes: Any) -> Simulator:
+def simulator(name: str, out: Path | None = None, *, begun: int = 2, **changes: Any) -> Simulator:
     case = CASES[name] | changes
     items = 5000 if name == "few of many items" else 60
     config = small_config(**{"training.rounds": 4, "evaluation.every": 2, **case})
@@ -78,12 +78,14 @@ def simulator(name: str, out: Path | None = None, **changes: Any) -> Simulator:
         codebooks=torch.randn(3, 16, 8, generator=generator),
     )
     if name == "grown":
-        return Simulator(config, make_dataset(), start_from=trained_before(config, pretrained), out=out)
+        return Simulator(
+            config, make_dataset(), start_from=trained_before(config, pretrained, begun), out=out
+        )
     return Simulator(config, make_dataset(items=items), pretrained=pretrained, out=out)
 
 
-def trained_before(config: Config, pretrained: Pretrained) -> TrainedRun:
-    """A run of 15 of the users and 50 of the items after round 2, in every process the same."""
+def trained_before(config: Config, pretrained: Pretrained, round: int) -> TrainedRun:
+    """A run of 15 of the users and 50 of the items after a round, in every process the same."""
     dataset = make_dataset(15, 50)
     assert pretrained.codes is not None
     model = build_model(config, 50, base=pretrained.full[:50], codes=pretrained.codes[:50])
@@ -91,7 +93,7 @@ def trained_before(config: Config, pretrained: Pretrained) -> TrainedRun:
     starts = {name: model.get_parameter(name).detach() for name in model.averaged_start}
     rows = {name: torch.randn(15, *value.shape, generator=generator) for name, value in starts.items()}
     store = ClientStore.of_everyone(rows, starts, torch.arange(15) % 3 > 0)
-    return TrainedRun(config, dataset, model, store, 2)
+    return TrainedRun(config, dataset, model, store, round)
 
 
 def results(run: Simulator) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -115,6 +117,8 @@ def train_all(rank: int, size: int, folder: Path) -> None:
         (folder / f"{name}-{rank}.json").write_text(json.dumps([summary, run.ranks.bytes_summed]))
         with pytest.raises(RuntimeError, match="each with the state of its own clients"):
             _ = run.trained_run
+    with pytest.raises(ValueError, match="expected a run after the same round on all ranks, got 2, 3"):
+        simulator("grown", begun=2 + min(rank, 1))
     if size == 3:
         lose_one(rank, folder)
     else:
