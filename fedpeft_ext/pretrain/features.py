@@ -38,7 +38,7 @@ _NO_TEXT = (
 )
 
 _DAMAGED = (ValueError, EOFError, SyntaxError, TokenError, OverflowError, MemoryError)
-"""What np.load raises on a damaged header, which it parses as Python, or on one of an impossible size."""
+"""What NumPy raises on a damaged header, which it parses as Python, or on one of an impossible size."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,8 @@ def load_features(path: str | Path, num_items: int | None = None) -> Features:
         raise FileNotFoundError(f"features: expected a .npy or .safetensors file, found none at {path}")
     if path.suffix == ".npy":
         try:
-            array = np.load(path, allow_pickle=False)
+            with path.open("rb") as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)  # np.load also opens zip files
         except _DAMAGED as error:
             raise ValueError(f"features: {path} is not a readable .npy file of numbers ({error})") from error
     elif path.suffix == ".safetensors":

@@ -163,6 +163,12 @@ def test_load_refuses(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"\x00" * 64)
         with pytest.raises(ValueError, match="not a readable"):
             load_features(tmp_path / name)
+    np.savez(tmp_path / "several.npz", a=np.zeros((2, 2)))
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04" + b"\x00" * 60)
+    for name in ("several.npy", "zip.npy"):
+        with pytest.raises(ValueError, match=rf"{name} is not a readable \.npy file"):
+            load_features(tmp_path / name)
     np.save(tmp_path / "objects.npy", np.array([{}, {}]))
     with pytest.raises(ValueError, match="not a readable"):
         load_features(tmp_path / "objects.npy")
