@@ -19,6 +19,7 @@ from fedpeft_ext.config import Config, FaultsConfig, load_config
 from fedpeft_ext.data import Dataset
 from fedpeft_ext.pretrain import Pretrained
 from fedpeft_ext.simulation import TrainedRun, TrainedServer
+from fedpeft_ext.simulation.communication import shared_state
 from fedpeft_ext.simulation.files import replace_bytes
 from fedpeft_ext.simulation.growth import grown_dataset, grown_items, take_over
 from fedpeft_ext.simulation.numbering import ENCODER, ITEMS, read_ids, write_items
@@ -122,10 +123,9 @@ def _going_on(
         codebooks=prepared.get("codebooks"),
     )
     take_over(start.model, model)
-    server = {name: value for name, value in model.state_dict().items() if name not in model.local_parameters}
     return {
         "round": torch.tensor([start.round], device="cpu"),
-        **prefixed("start", server),
+        **prefixed("start", shared_state(model)),
         **prefixed("starts", start.starts),
     }
 
@@ -156,8 +156,8 @@ def read_node(path: str | Path) -> tuple[Dataset, np.ndarray]:
     Raises:
         FileNotFoundError: no such file. ValueError: not a file that `write_node` wrote.
     """
-    arrays = {name: tensor.numpy() for name, tensor in _read(path).items()}
-    text = _metadata(path).get(_USER_IDS)
+    tensors, told = _read(path)
+    arrays, text = {name: tensor.numpy() for name, tensor in tensors.items()}, told.get(_USER_IDS)
     try:
         (num_users, num_items), users = (int(n) for n in arrays["sizes"]), arrays["users"]
         if users.ndim != 1 or (len(users) and not 0 <= users.min() <= users.max() < num_users):
@@ -198,14 +198,13 @@ def read_server(folder: _Folder) -> tuple[Config, int, Pretrained | None, Start 
         FileNotFoundError: a file is missing. ValueError: it is not what `prepare` writes.
     """
     folder = Path(folder)
-    config, tensors = load_config(folder / CONFIG), _read(folder / SERVER)
+    config, (tensors, told) = load_config(folder / CONFIG), _read(folder / SERVER)
     if "num_items" not in tensors or tensors["num_items"].shape != (1,):
         raise ValueError(f"{folder / SERVER}: expected a server's file, but it has no 'num_items'")
     pretrained = Pretrained.from_tensors(tensors) if "full" in tensors else None
     start = None
     if "round" in tensors:
-        run = _metadata(folder / SERVER)[_RUN]
-        start = Start(int(tensors["round"]), run, below("start", tensors), below("starts", tensors))
+        start = Start(int(tensors["round"]), told[_RUN], below("start", tensors), below("starts", tensors))
     return config, int(tensors["num_items"]), pretrained, start
 
 
@@ -228,13 +227,7 @@ def copy_items(prepared: _Folder, out: Path) -> None:
             replace_bytes(out / name, (Path(prepared) / name).read_bytes())
 
 
-def _metadata(path: str | Path) -> dict[str, str]:
-    with safe_open(path, framework="np") as file:
-        found: dict[str, str] = file.metadata() or {}
-    return found
-
-
-def _read(path: str | Path) -> dict[str, Tensor]:
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -242,7 +235,7 @@ def _read(path: str | Path) -> dict[str, Tensor]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file: {error}") from None
 

@@ -49,10 +49,11 @@ from fedpeft_ext.simulation.checkpoint import (
     CheckpointFolder,
     has_checkpoint,
     load_checkpoint,
+    trained_state,
 )
 from fedpeft_ext.simulation.client_batch import ClientStore
 from fedpeft_ext.simulation.communication import message as averaged
-from fedpeft_ext.simulation.communication import setup_message
+from fedpeft_ext.simulation.communication import setup_message, shared_state
 from fedpeft_ext.simulation.compression import decode
 from fedpeft_ext.simulation.faults import make_faults
 from fedpeft_ext.simulation.local_training import ParameterRoles
@@ -138,7 +139,7 @@ def main(grid: Grid, context: Context) -> None:
                 "rounds": server.rounds_done,
                 **server.last,
                 "privacy": privacy,
-                "run": server.run_id,
+                RUN: server.run_id,
                 "started_from": server.started_from,
             }
             folder.finish(summary, server.state_dict())
@@ -236,8 +237,7 @@ class FlowerServer:
         # Of clients' state the server holds what newcomers start from, and nobody's own.
         self._starts = ClientStore({}, {name: parameters[name] for name in self.model.averaged_start}, 1)
         if start is not None:
-            own = {n: v for n, v in self.model.state_dict().items() if n not in self.model.local_parameters}
-            copy_into(own, start.server)
+            copy_into(shared_state(self.model), start.server)
             copy_into(self._starts.starts, start.clients)
 
     @property
@@ -559,9 +559,6 @@ class FlowerServer:
     def checkpoint(self, metrics: Mapping[str, Any]) -> Checkpoint:
         """All that `restore` goes on from, with metrics.jsonl as `RunFolder.mark` says. It holds no seed that
         is secret."""
-        state = prefixed("model", averaged(self.model))
-        for name, part in self._parts().items():
-            state |= prefixed(name, part.state_dict())
         if self._constants is None:
             self._constants = prefixed("model", setup_message(self.model))
         progress = {
@@ -579,6 +576,7 @@ class FlowerServer:
             "metrics": metrics,
             RUN: self.run_id,
         }
+        state = trained_state(self.model, self._parts())
         return Checkpoint(self.rounds_done, header, state, self._constants)
 
     def restore(self, saved: Checkpoint, *, ended: bool = False) -> None:
@@ -600,13 +598,7 @@ class FlowerServer:
             self._population = progress["population"]
             sampling = self.config.training.client_sampling
             self._ledger = Ledger(self.config.privacy, sampling, *self._population, len(counts))
-        try:
-            copy_into(averaged(self.model), below("model", saved.state))
-            copy_into(setup_message(self.model), below("model", saved.constants))
-            for name, part in self._parts().items():
-                part.load_state_dict(below(name, saved.state))
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"resume: {saved.path} does not fit its settings: {error}") from error
+        saved.restore(self.model, self._parts())
         if self._ledger is not None and not ended:
             self._ledger.add_round(np.arange(len(self._ledger.participations)))
 
@@ -621,9 +613,7 @@ class FlowerServer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors of the server's model by name."""
-        local = set(self.model.local_parameters)
-        model = {name: value for name, value in self.model.state_dict().items() if name not in local}
-        return model | prefixed("starts", self._starts.starts)
+        return shared_state(self.model) | prefixed("starts", self._starts.starts)
 
 
 def mean_metrics(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:

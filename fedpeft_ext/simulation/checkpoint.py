@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,9 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedpeft_ext import __version__
+from fedpeft_ext.backbones import Backbone
 from fedpeft_ext.config import CheckpointConfig
+from fedpeft_ext.simulation.communication import message, setup_message
 from fedpeft_ext.simulation.files import remove_parts, replace_file, sync_folder
-from fedpeft_ext.simulation.state import State
+from fedpeft_ext.simulation.state import State, Stateful, below, copy_into, prefixed
+
+if TYPE_CHECKING:
+    from fedpeft_ext.simulation.distributed import Ranks
 
 FORMAT = 1
 """Raised when the same content is written in another way."""
@@ -58,6 +63,30 @@ class Checkpoint:
     state: State
     constants: Mapping[str, Tensor]
     path: Path | None = None
+
+    def restore(self, model: Backbone, parts: Mapping[str, Stateful]) -> None:
+        """Give a model and the parts beside it what `trained_state` and `setup_message` told of them.
+
+        Raises:
+            ValueError: it does not fit them; names the file.
+        """
+        try:
+            copy_into(message(model), below("model", self.state))
+            copy_into(setup_message(model), below("model", self.constants))
+            for name, part in parts.items():
+                part.load_state_dict(below(name, self.state))
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"resume: {self.path} does not fit its settings: {error}") from error
+
+
+def trained_state(model: Backbone, parts: Mapping[str, Stateful], ranks: Ranks | None = None) -> State:
+    """Tensors and JSON values of a model's trained part and of the parts beside it; with several `ranks`, on
+    each of them.
+    """
+    state = prefixed("model", message(model))
+    for name, part in parts.items():
+        state |= prefixed(name, part.state_dict(ranks))
+    return state
 
 
 class CheckpointFolder:

@@ -39,6 +39,11 @@ def setup_message(model: Backbone) -> dict[str, Tensor]:
     return frozen | dict(model.named_buffers())
 
 
+def shared_state(model: Backbone) -> dict[str, Tensor]:
+    """What a server has of a model: all parameters and buffers but those that are local to the client."""
+    return {name: value for name, value in model.state_dict().items() if name not in model.local_parameters}
+
+
 def num_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the tensors' elements in the dtype that they are sent in."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -23,6 +23,7 @@ from fedpeft_ext.data.dataset import numbers_of
 from fedpeft_ext.nn import FullEmbedding, ItemEmbedding
 from fedpeft_ext.pretrain import ItemEncoder, Pretrained, SentenceEncoder, load_features
 from fedpeft_ext.simulation.client_batch import ClientStore
+from fedpeft_ext.simulation.communication import shared_state
 from fedpeft_ext.simulation.output import flat
 from fedpeft_ext.simulation.serving import TrainedServer
 from fedpeft_ext.simulation.setup import build_model, needs_pretrained, warmup_rounds
@@ -237,9 +238,7 @@ def take_over(source: Backbone, model: Backbone) -> None:
     prepared = {"item_embedding.base"}
     if isinstance(model.item_embedding, FullEmbedding):
         prepared.add("item_embedding.weight")
-    for name, target in model.state_dict().items():
-        if name in model.local_parameters:
-            continue
+    for name, target in shared_state(model).items():
         trained = before[name]
         if target.shape == trained.shape:
             target.copy_(trained)

@@ -31,6 +31,7 @@ from fedpeft_ext.nn import FullEmbedding, Items
 from fedpeft_ext.pretrain import ItemEncoder
 from fedpeft_ext.simulation.checkpoint import RUN, check_no_runs_inside, has_checkpoint, load_checkpoint
 from fedpeft_ext.simulation.client_batch import TRAINED, ClientStore, Interactions
+from fedpeft_ext.simulation.communication import shared_state
 from fedpeft_ext.simulation.evaluation import (
     Evaluator,
     evaluation_mode,
@@ -596,7 +597,7 @@ def _model(saved: _Saved, num_items: int) -> Backbone:
         codebooks=part("codebooks"),
         warmup=saved.round < warmup_rounds(saved.config),
     )
-    expected = {n: v for n, v in model.state_dict().items() if n not in model.local_parameters}
+    expected = shared_state(model)
     if strange := saved.server.keys() - expected.keys():
         raise ValueError(f"expected no tensor {min(strange)!r}")
     copy_into(expected, saved.server)

@@ -27,9 +27,15 @@ from fedpeft_ext.nn import parse_spec
 from fedpeft_ext.pretrain import ItemEncoder, Pretrained
 from fedpeft_ext.simulation.aggregation import Aggregator
 from fedpeft_ext.simulation.callbacks import Callback, Metrics, RoundInfo
-from fedpeft_ext.simulation.checkpoint import RUN, Checkpoint, CheckpointFolder, load_checkpoint
+from fedpeft_ext.simulation.checkpoint import (
+    RUN,
+    Checkpoint,
+    CheckpointFolder,
+    load_checkpoint,
+    trained_state,
+)
 from fedpeft_ext.simulation.client_batch import TRAINED, ClientStore, Interactions, initial_states
-from fedpeft_ext.simulation.communication import Traffic, message, setup_message
+from fedpeft_ext.simulation.communication import Traffic, message, setup_message, shared_state
 from fedpeft_ext.simulation.compression import make_stage
 from fedpeft_ext.simulation.distributed import Ranks, pretrained_everywhere, rank_device, train_round
 from fedpeft_ext.simulation.evaluation import Evaluator
@@ -72,7 +78,7 @@ from fedpeft_ext.simulation.setup import (
     server_settings,
     warmup_rounds,
 )
-from fedpeft_ext.simulation.state import State, Stateful, below, copy_into, prefixed
+from fedpeft_ext.simulation.state import Stateful, below, copy_into, prefixed
 from fedpeft_ext.simulation.tensorboard import TensorBoard
 from fedpeft_ext.simulation.uploads import UploadStage
 
@@ -649,7 +655,7 @@ class Simulator:
             nonlocal saved
             if not saving or saved == self.rounds_done:
                 return
-            state = self._saved_state()  # from all ranks
+            state = trained_state(self.model, self._parts(), self._ranks)  # from all
             with self._ranks.together("saving"):
                 for callback in self._callbacks:
                     callback.on_save()
@@ -743,13 +749,6 @@ class Simulator:
             and self._evaluations[-1].round == last
         )
 
-    def _saved_state(self) -> State:
-        """Tensors and JSON values of the model's trained part and of all parts, on every rank."""
-        state = prefixed("model", message(self.model))
-        for name, part in self._parts().items():
-            state |= prefixed(name, part.state_dict(self._ranks))
-        return state
-
     def _saved_constants(self) -> dict[str, Tensor]:
         """What does not change within a phase: the same object in all of it."""
         if self._constants is None:
@@ -781,13 +780,7 @@ class Simulator:
         self.rounds_done = saved.round
         if self.phase != phase or self._begun:  # whose schedules begin there
             self._begin_phase()
-        try:
-            copy_into(message(self.model), below("model", saved.state))
-            copy_into(setup_message(self.model), below("model", saved.constants))
-            for name, part in self._parts().items():
-                part.load_state_dict(below(name, saved.state))
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"resume: {saved.path} does not fit its settings: {error}") from error
+        saved.restore(self.model, self._parts())
         progress = saved.header["progress"]
         self._total_bytes = progress["total_bytes"]
         self._trained_clients = progress["trained_clients"]
@@ -802,10 +795,9 @@ class Simulator:
         `clients.<name>` [U, ...], what new ones start from the same value of as `starts.<name>` [...], and
         then who no longer does as `clients_trained`, bool [U].
         """
-        model = self.model
-        server = {name: v for name, v in model.state_dict().items() if name not in model.local_parameters}
         clients = {name: self._ranks.gather_rows(v) for name, v in self.store.rows(self._ranks.owned).items()}
-        state = server | prefixed("clients", clients) | prefixed("starts", self.store.starts)
+        state = shared_state(self.model) | prefixed("clients", clients)
+        state |= prefixed("starts", self.store.starts)
         if self.store.trained is not None:
             own = slice(self._ranks.owned.start, self._ranks.owned.stop)
             state[TRAINED] = self._ranks.gather_rows(self.store.trained[own])
